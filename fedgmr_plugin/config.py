@@ -1,0 +1,510 @@
+"""What a user may write under ``fedgmr_args:``, validated once, at the door.
+
+`FedGMRConfig` is the only description of the keys: the JSON schema (``fedgmr schema``) and
+``docs/configuration.md`` are generated from it. `parse` turns a mapping into a configuration or
+raises one `ConfigError` that lists every problem at once, each with its code, place and remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedgmr_plugin.errors import ConfigError
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+#: Initial densities of the ten clients of the paper (docs/method.md section 8), as (density, share).
+HETEROGENEITY: dict[str, tuple[tuple[float, int], ...]] = {
+    "high": ((1.0, 1), (0.5, 1), (0.2, 1), (0.1, 1), (0.05, 6)),
+    "medium": ((1.0, 1), (0.5, 1), (0.2, 2), (0.1, 3), (0.05, 3)),
+    "low": ((1.0, 2), (0.5, 2), (0.2, 2), (0.1, 2), (0.05, 2)),
+    "none": ((1.0, 10),),
+}
+
+
+class FedGMRConfig(BaseModel):
+    """Options of FedGMR; the defaults are the paper's where it gives them (docs/method.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    # -- densities -----------------------------------------------------------------------------
+    heterogeneity: Literal["high", "medium", "low", "none"] = Field(
+        "high",
+        description="Mix of initial densities: the paper's classes 1/.5/.2/.1/.05 in shares "
+        "1,1,1,1,6 (high), 1,1,2,3,3 (medium), 2,2,2,2,2 (low); `none` gives everybody density 1.",
+    )
+    densities: tuple[Density, ...] | None = Field(
+        None, description="Initial density of each client, in client order; overrides `heterogeneity`."
+    )
+    dense_start: bool = Field(
+        False,
+        description="Give everybody the whole model from the start, at the bandwidths of their classes; with "
+        "`schedule: sync` and `trigger: none` this is FedAvg.",
+    )
+    density_ladder: tuple[Density, ...] = Field(
+        (0.05, 0.1, 0.2, 0.5, 1.0),
+        min_length=1,
+        description="Rungs that restoration climbs; strictly increasing, ending at 1.",
+    )
+    density_min: Density = Field(
+        0.02,
+        description="Where the server's density floor starts; it climbs the ladder with the server's "
+        "trigger.",
+    )
+    density_step: Literal["ladder", "fixed", "proportional"] = Field(
+        "ladder",
+        description="How far one restoration goes: the next rung, `+ density_increment`, or "
+        "doubling by at most `2 * density_increment`.",
+    )
+    density_increment: Density = Field(
+        0.1, description="Step of `fixed` (and half the cap of `proportional`)."
+    )
+
+    # -- masks ---------------------------------------------------------------------------------
+    score: Literal["magnitude", "weight_change", "per_cost", "random"] = Field(
+        "magnitude",
+        description="Which weights a sub-model keeps: largest |w|; largest |w * change over the last "
+        "interval|; largest |w| per communication and computation cost; or random.",
+    )
+    layer_floor: Fraction = Field(
+        0.02,
+        description="Share of every layer's weights (largest |w|) ranked before all others; 0 turns "
+        "it off.",
+    )
+    prune_biases: bool = Field(
+        True, description="Drop the bias of an output unit whose whole weight row is masked."
+    )
+    dense_layers: tuple[str, ...] = Field(
+        (), description="Shell patterns of parameter names that are never pruned, such as `encoder.*`."
+    )
+
+    # -- gradual model restoration -----------------------------------------------------------------
+    trigger: Literal["plateau", "time", "mixed", "gradient", "none"] = Field(
+        "plateau",
+        description="What restores density: a validation plateau, fixed shares of the time budget, "
+        "both, a test on gradients (restore where that lowers the loss faster per second), or nothing "
+        "(frozen densities).",
+    )
+    interval: int = Field(
+        25, ge=1, description="Windows between checks of the trigger; masks are rebuilt then too."
+    )
+    patience: int = Field(5, ge=1, description="Checks without improvement that make a plateau.")
+    plateau_delta: NonNegative = Field(
+        0.0, description="Smallest change of the metric that counts as improvement."
+    )
+    trigger_metric: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="Validation metric that the plateau detectors watch."
+    )
+    time_fractions: tuple[Fraction, ...] = Field(
+        (0.2, 0.4, 0.6, 0.8), description="Shares of the budget at which the `time` trigger raises the floor."
+    )
+    time_floors: tuple[Density, ...] = Field(
+        (0.1, 0.2, 0.5, 1.0), description="The floors it raises to, one for each share."
+    )
+    time_budget: Positive | None = Field(
+        None,
+        description="Virtual seconds after which the run ends; without it `comm_round` windows are "
+        "the budget.",
+    )
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Share of every client's training data held out for triggers and model choice."
+    )
+
+    # -- aggregation -------------------------------------------------------------------------------
+    schedule: Literal["async", "sync"] = Field(
+        "async",
+        description="`async`: a window closes after the unconstrained clients; `sync`: after everybody.",
+    )
+    aggregation: Literal["mask_aware", "global_average", "plain_average"] = Field(
+        "mask_aware", description="MA, GA or FA (docs/method.md section 5)."
+    )
+    update_form: Literal["delta", "replacement"] = Field(
+        "delta", description="Clients' changes are averaged, or their weights are (the paper's form)."
+    )
+    update_scope: Literal["arrivals", "buffer"] = Field(
+        "arrivals", description="Average this window's uploads, or the last upload of every client."
+    )
+    mixing: bool = Field(
+        False, description="Mix the merged model in by the participating share of the clients."
+    )
+    server_step: Positive = Field(1.0, description="Server step size, a factor on the merged change.")
+    staleness: Literal["constant", "polynomial", "hinge"] = Field(
+        "polynomial", description="Weight of an upload that took tau windows."
+    )
+    staleness_exponent: NonNegative = Field(0.6, description="a of (1 + tau)^-a.")
+    hinge_slope: Positive = Field(10.0, description="a of 1/(a (tau - b) + 1).")
+    hinge_delay: NonNegative = Field(4.0, description="b: windows without penalty.")
+    min_updates: int = Field(1, ge=1, description="Uploads that a window waits for at least.")
+    evaluate: Literal["coverage_scaled", "global", "validation"] = Field(
+        "coverage_scaled",
+        description="Model that is tested and shipped: w scaled by coverage (the same as w once every "
+        "density is 1), w itself, or whichever has the better validation metric.",
+    )
+
+    # -- clients -----------------------------------------------------------------------------------
+    local_steps: Annotated[int, Field(ge=1)] | Literal["epochs"] = Field(
+        5,
+        description="SGD steps of a client per dispatch, or `epochs` to make FedML's `epochs` passes "
+        "instead.",
+    )
+    loss: Literal["cross_entropy", "bce"] = Field(
+        "cross_entropy", description="Loss of the built-in trainer; `bce` is taken on one-hot labels."
+    )
+    client_momentum: Fraction = Field(0.0, description="Momentum of the built-in trainer's SGD.")
+    gradient_clip: Positive | None = Field(
+        None, description="Clip the masked gradient's norm, after backward."
+    )
+    warmup_windows: int = Field(0, ge=0, description="Windows over which the learning rate rises linearly.")
+    shuffle: bool = Field(
+        True, description="Draw batches from seeded permutations; false keeps the data's order."
+    )
+
+    # -- simulated network and clock ---------------------------------------------------------------
+    model_megabytes: Positive | None = Field(
+        None, description="Size of the dense model, S, in MB (10^6 bytes); measured when absent."
+    )
+    payload_rule: Literal["density", "support"] = Field(
+        "density",
+        description="Simulated size of a sub-model: S * d (the paper's), or S * its share of "
+        "coordinates.",
+    )
+    client_download: Positive = Field(
+        20.0, description="MB/s at density 1; a client has this times its initial density."
+    )
+    client_upload: Positive = Field(
+        5.0, description="MB/s at density 1; a client has this times its initial density."
+    )
+    server_upload: Positive = Field(10.0, description="MB/s out of the server.")
+    server_download: Positive = Field(50.0, description="MB/s into the server, shared max-min fairly.")
+    client_jitter: NonNegative = Field(0.3, description="sigma of the clients' log-normal rates.")
+    server_jitter: NonNegative = Field(0.1, description="sigma of the server's log-normal rates.")
+    jitter_draws: int = Field(20, ge=1, description="Draws averaged into one window's rate.")
+    compute_seconds: NonNegative = Field(
+        0.5, description="Local training time of a device of slowdown 1, in seconds."
+    )
+    compute_slowdown: tuple[Positive, ...] | None = Field(
+        None, description="Factor on `compute_seconds` for each client, in client order."
+    )
+    compute_density_exponent: NonNegative = Field(
+        0.0, description="Training time is multiplied by density to this power; 0 ignores density."
+    )
+    window_slack: NonNegative = Field(
+        0.5, description="Seconds a window stays open after the clients it waits for."
+    )
+    aggregation_seconds: NonNegative = Field(0.5, description="Seconds the server takes to aggregate.")
+    bandwidth_traces: str | None = Field(
+        None,
+        description="An .npz of measured throughput (arrays time_s, mbit_s, offset) to use instead "
+        "of log-normal rates.",
+    )
+    trace_family: str | None = Field(None, description="Use only the traces of this `family` of the file.")
+    incremental_splitting: bool = Field(
+        True,
+        description="IMS: each density increment leaves the server once; false sends every sub-model "
+        "by itself.",
+    )
+
+    # -- records -----------------------------------------------------------------------------------
+    run_name: str | None = Field(None, description="Name of the run's directory; numbered when absent.")
+    output_dir: str = Field("fedgmr_runs", description="Directory that holds the runs' directories.")
+    probe: bool = Field(
+        False, description="Measure loss and gradient norms on a fixed probe set for the theory check."
+    )
+    probe_interval: int | None = Field(
+        None, ge=1, description="Windows between probes; `interval` when absent."
+    )
+    probe_samples: int = Field(64, ge=1, description="Training samples per client in the probe set.")
+    progress: bool = Field(True, description="Show live progress on standard error.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FedGMRConfig:
+        problems: list[str] = []
+        ladder = self.density_ladder
+        if any(b <= a for a, b in pairwise(ladder)) or ladder[-1] != 1.0:
+            problems.append(f"GMR-105|density_ladder|density_ladder={list(ladder)} is not increasing to 1")
+        if len(self.time_fractions) != len(self.time_floors):
+            problems.append(
+                f"GMR-106|time_floors|time_floors has {len(self.time_floors)} values, "
+                f"time_fractions has {len(self.time_fractions)}"
+            )
+        elif any(b <= a for a, b in pairwise(self.time_fractions)) or any(
+            b < a for a, b in pairwise(self.time_floors)
+        ):
+            problems.append("GMR-106|time_fractions|time_fractions and time_floors must be increasing")
+        if self.trigger in ("plateau", "mixed") and self.validation_fraction == 0:
+            problems.append(
+                f"GMR-106|trigger|trigger={self.trigger} needs a validation split, but validation_fraction=0"
+            )
+        if self.evaluate == "validation" and self.validation_fraction == 0:
+            problems.append(
+                "GMR-106|evaluate|evaluate=validation needs a validation split, but validation_fraction=0"
+            )
+        if self.aggregation == "plain_average" and self.update_form == "delta":
+            problems.append(
+                "GMR-106|update_form|aggregation=plain_average averages weights with zeros, so it needs "
+                "update_form=replacement"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def initial_densities(self, clients: int) -> tuple[float, ...]:
+        """Initial density of each of `clients` clients (dimensionless, docs/method.md section 8).
+
+        The classes of `heterogeneity` are cut to `clients` by largest remainder, densest first, so
+        that ten clients have exactly the paper's mix.
+
+        Raises:
+            ConfigError: GMR-109 if `densities` has another length.
+        """
+        if self.densities is not None:
+            if len(self.densities) != clients:
+                raise ConfigError(
+                    "GMR-109",
+                    f"densities has {len(self.densities)} values for client_num_in_total={clients}",
+                    where="fedgmr_args.densities",
+                )
+            return self.densities
+        classes = HETEROGENEITY[self.heterogeneity]
+        total = sum(share for _, share in classes)
+        exact = [clients * share / total for _, share in classes]
+        counts = [math.floor(x) for x in exact]
+        by_remainder = sorted(range(len(classes)), key=lambda i: (counts[i] - exact[i], i))
+        for i in by_remainder[: clients - sum(counts)]:
+            counts[i] += 1
+        return tuple(d for (d, _), count in zip(classes, counts, strict=True) for _ in range(count))
+
+class ConfigRefused(ConfigError):
+    """Everything that is wrong with one configuration.
+
+    Attributes:
+        problems: one `ConfigError` for each wrong key or value, in the order of the section. With a
+            single problem this error has its code, message, place and hint; with several, GMR-100.
+    """
+
+    def __init__(self, problems: Sequence[ConfigError], *, where: str) -> None:
+        self.problems: tuple[ConfigError, ...] = tuple(problems)
+        only = self.problems[0]
+        if len(self.problems) == 1:
+            super().__init__(only.code, only.message, where=only.where, hint=only.hint)
+        else:
+            super().__init__("GMR-100", f"{len(self.problems)} problems in the configuration", where=where)
+
+    def __str__(self) -> str:
+        own = super().__str__()
+        return own if len(self.problems) == 1 else "\n\n".join([own, *map(str, self.problems)])
+
+
+def parse(section: object, *, where: str) -> FedGMRConfig:
+    """The configuration that a ``fedgmr_args:`` section describes.
+
+    Types are taken at their word: no text or boolean for a number, no 5.0 for a whole number. A whole
+    number may stand for a fractional one, and a list for a tuple.
+
+    Args:
+        section: the section as read from YAML, a mapping; None (an empty section) means all defaults.
+        where: place of the section, for messages, such as ``"fedml_config.yaml: fedgmr_args"``.
+
+    Raises:
+        ConfigRefused: a `ConfigError` whose `problems` lists everything that is wrong at once.
+    """
+    if section is None:
+        return FedGMRConfig()
+    if not isinstance(section, Mapping):
+        message = f"the section is {_kind(section)}, not lines of `key: value`"
+        raise ConfigRefused([ConfigError("GMR-102", message, where=where)], where=where)
+    known = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in section.items()
+        if key in FedGMRConfig.model_fields
+    }
+    problems = [(str(key), _unknown(key, where)) for key in section if key not in known]
+    config, refused, contradictions = _validate(known, where)
+    wrong = {key for key, _ in refused}
+    if wrong:  # they keep pydantic from looking at the others together: look again without them
+        usable = {key: value for key, value in known.items() if key not in wrong}
+        _, _, contradictions = _validate(usable, where)
+    doubtful = wrong | {_closest(key, FedGMRConfig.model_fields) for key, _ in problems}
+    problems += refused
+    problems += [item for item in contradictions if not doubtful & set(re.findall(r"\w+", item[1].message))]
+    if config is None or problems:
+        order = {str(key): place for place, key in enumerate(section)}
+        problems.sort(key=lambda item: order.get(item[0], len(order)))
+        raise ConfigRefused([error for _, error in problems or contradictions], where=where)
+    return config
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of the ``fedgmr_args`` section, for editors and ``fedgmr schema``.
+
+    Contradictions between keys (GMR-105, GMR-106) are not expressed in it.
+    """
+    schema = FedGMRConfig.model_json_schema()
+    for key in schema["properties"].values():
+        key.pop("title", None)
+    schema["title"] = "fedgmr_args"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def effective(config: FedGMRConfig) -> dict[str, Any]:
+    """Every key with its value in force, as plain JSON types; `parse` takes it back unchanged."""
+    return config.model_dump(mode="json")
+
+
+# -- messages --------------------------------------------------------------------------------------
+
+_Keyed = tuple[str, ConfigError]
+
+
+def _validate(values: dict[Any, Any], where: str) -> tuple[FedGMRConfig | None, list[_Keyed], list[_Keyed]]:
+    """The configuration or None, the values refused by themselves, and the contradictions among them."""
+    try:
+        return FedGMRConfig.model_validate(values, strict=True), [], []
+    except ValidationError as error:
+        details = error.errors()
+    places = dict.fromkeys(_place(detail["loc"]) for detail in details if detail["type"] != "value_error")
+    refused = [(key, _refusal(key, item, values[key], where)) for key, item in places]
+    contradictions: list[_Keyed] = []
+    for detail in details:
+        if detail["type"] == "value_error":
+            for line in str(detail["ctx"]["error"]).splitlines():
+                code, key, message = line.split("|", 2)
+                contradictions.append((key, ConfigError(code, message, where=f"{where}.{key}")))
+    return None, refused, contradictions
+
+
+def _place(loc: tuple[int | str, ...]) -> tuple[str, int | None]:
+    """Key and position in its list (None: the key itself); pydantic's names of alternatives are dropped."""
+    item = next((step for step in loc[1:] if isinstance(step, int)), None)
+    return str(loc[0]), item
+
+
+def _unknown(key: object, where: str) -> ConfigError:
+    guess = _closest(str(key), FedGMRConfig.model_fields)
+    return ConfigError(
+        "GMR-101",
+        f"{_shown(key) if not isinstance(key, str) else key} is not a key of fedgmr_args",
+        where=f"{where}.{key}",
+        hint=f"Did you mean `{guess}`?" if guess else "",
+    )
+
+
+def _refusal(key: str, item: int | None, value: Any, where: str) -> ConfigError:
+    """Why one value (or one element of a list) is refused, in terms of what the key allows."""
+    schema = FedGMRConfig.model_json_schema()["properties"][key]
+    if item is not None:
+        schema = next(form["items"] for form in _forms(schema) if form.get("type") == "array")
+        value, key = value[item], f"{key}[{item}]"
+    forms = list(_forms(schema))
+    types = {form.get("type") for form in forms}
+    choices = [choice for form in forms for choice in _choices(form)]
+    allowed = ", or ".join(map(_allowed, forms))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    hint = ""
+    if isinstance(value, float) and not math.isfinite(value) and types & {"number", "integer"}:
+        code, text = "GMR-104", f"is not finite; it must be {allowed}"
+    elif number and ("number" in types or ("integer" in types and isinstance(value, int))):
+        code, text = "GMR-104", f"is outside {_interval(next(f for f in forms if f.get('type') != 'null'))}"
+        if 2 <= value <= 100 and forms[0].get("maximum", forms[0].get("exclusiveMaximum")) == 1:
+            hint = f"It is a share, not per cent: {value / 100:g}?"
+    elif isinstance(value, tuple) and "array" in types:
+        code, text = "GMR-104", f"has too few elements; it must be {allowed}"
+    elif isinstance(value, str) and choices:
+        code, text = "GMR-103", f"is unknown; it must be {allowed}"
+        guess = _closest(value, choices)
+        hint = f"Did you mean `{guess}`?" if guess else ""
+    else:
+        code, text = "GMR-102", f"is {_kind(value)}; it must be {allowed}"
+        hint = _rewrite(value, types)
+    return ConfigError(code, f"{key}={_shown(value)} {text}", where=f"{where}.{key}", hint=hint)
+
+
+def _forms(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The alternatives of a JSON schema."""
+    yield from schema.get("anyOf", [schema])
+
+
+def _choices(form: Mapping[str, Any]) -> list[str]:
+    """The words that one alternative allows; empty if it is not a choice."""
+    return [form["const"]] if "const" in form else list(form.get("enum", []))
+
+
+def _allowed(form: Mapping[str, Any]) -> str:
+    """One alternative of a JSON schema in words."""
+    kind = form.get("type")
+    words = [f"`{choice}`" for choice in _choices(form)]
+    if words:
+        return words[0] if len(words) == 1 else "one of " + ", ".join(words)
+    if kind == "array":
+        least = f" with at least {form['minItems']} element" if form.get("minItems") else ""
+        return f"a list{least}, each element {_allowed(form['items'])}"
+    if kind in ("number", "integer"):
+        return f"a {'whole ' if kind == 'integer' else ''}number in {_interval(form)}"
+    return {"boolean": "`true` or `false`", "string": "text", "null": "null"}[str(kind)]
+
+
+def _interval(form: Mapping[str, Any]) -> str:
+    """Range of a number in interval notation."""
+    low = f"({form['exclusiveMinimum']:g}" if "exclusiveMinimum" in form else f"[{form.get('minimum', 0):g}"
+    if "exclusiveMaximum" in form:
+        return f"{low}, {form['exclusiveMaximum']:g})"
+    return f"{low}, {form['maximum']:g}]" if "maximum" in form else f"{low}, inf)"
+
+
+def _kind(value: object) -> str:
+    """What a YAML value is, in words."""
+    if value is None:
+        return "empty (null)"
+    names = {bool: "a boolean", int: "a whole number", float: "a fraction", str: "text"}
+    for kind, name in names.items():
+        if isinstance(value, kind):
+            return name
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return "a section" if isinstance(value, Mapping) else f"of type {type(value).__name__}"
+
+
+def _shown(value: object) -> str:
+    """A value as it could stand in YAML, cut to 60 characters."""
+    text = repr(value) if isinstance(value, float) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _rewrite(value: object, types: set[Any]) -> str:
+    """How to write a value of the wrong type; empty where there is nothing to suggest."""
+    numeric = types & {"number", "integer"}
+    if isinstance(value, str) and numeric:
+        text = value.strip().replace("_", "")
+        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", text):
+            mantissa, exponent = re.split("[eE]", text)
+            power = int(exponent)
+            if "number" not in types and float(text).is_integer():
+                return f"YAML reads {value} as text: write {int(float(text))}."
+            dotted = mantissa if "." in mantissa else f"{mantissa}.0"
+            return f"YAML reads {value} as text: write {dotted}e{power:+d}."
+        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text):
+            return f"Write {text} without quotes."
+    if isinstance(value, float) and "integer" in types and value.is_integer():
+        return f"Write {int(value)}."
+    if "array" in types and not isinstance(value, (bool, Mapping)) and value is not None:
+        return f"Write a list: [{_shown(value)}]."
+    if types <= {"string", "null"} and not isinstance(value, (Mapping, tuple)) and value is not None:
+        return f'Write it in quotes: "{value}".'
+    return ""
+
+
+def _closest(word: str, words: Iterable[str]) -> str:
+    """The word that was probably meant, or an empty string."""
+    return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)), "")

@@ -1,0 +1,1 @@
+"""FedGMR as a deterministic state machine, and the virtual world that it is simulated in. No I/O."""

@@ -1,0 +1,336 @@
+"""A client's work on one dispatch: place the sub-model, train it, cut the update.
+
+Legend: D coordinates of the global vector, S support of the sub-model, b samples of a batch.
+
+x_0 = m * w_s; K masked SGD steps x <- x - eta m grad f(x; batch); the update holds x_K (or x_K - x_0) on the
+support of m. Masked coordinates start at 0 and have zero gradient, so neither momentum nor weight decay
+moves them. See the method page, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
+from fedgmr_plugin.kernels.layout import ModelLayout
+
+Batch = tuple[Any, Any]
+
+
+class Samples(Protocol):
+    """Labelled samples, map style."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, index: np.ndarray) -> Batch:
+        """The samples at `index` (int64 [b]): x [b, ...], y [b, ...]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The samples of `parent` at `index` (int64 [n])."""
+
+    parent: Samples
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, index: np.ndarray) -> Batch:
+        return self.parent.take(self.index[index])
+
+
+@dataclass(frozen=True)
+class TensorSamples:
+    """Samples held as two tensors of equal length."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, index: np.ndarray) -> Batch:
+        position = torch.from_numpy(np.ascontiguousarray(index))
+        return self.x[position], self.y[position]
+
+
+def split(samples: Samples, fraction: float, seed: int, client: int) -> tuple[Samples, Samples | None]:
+    """Hold ``int(fraction * n)`` samples out for validation: (training part, validation part or None)."""
+    held = int(fraction * len(samples))
+    if held == 0:
+        return samples, None
+    order = numpy_generator(seed, "split", client).permutation(len(samples))
+    return Subset(samples, np.sort(order[held:])), Subset(samples, np.sort(order[:held]))
+
+
+def in_batches(samples: Samples, batch_size: int) -> Iterator[Batch]:
+    """All samples in order, in batches of at most `batch_size`."""
+    for start in range(0, len(samples), batch_size):
+        yield samples.take(np.arange(start, min(start + batch_size, len(samples))))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which samples a client's steps see, as a function of how often it was dispatched before.
+
+    A client walks through seeded permutations of its data, one after another across dispatches, as a
+    shuffling loader would; with `epochs` each dispatch makes whole passes instead.
+
+    Attributes:
+        steps: local steps K, or None for `epochs` passes.
+        shuffle: false keeps the data's order.
+    """
+
+    batch_size: int
+    steps: int | None
+    epochs: int
+    shuffle: bool
+    seed: int
+
+    def batches(self, client: int, size: int, count: int) -> Iterator[np.ndarray]:
+        """Sample indices (int64 [b]) of each batch of the client's dispatch number `count`.
+
+        With steps, every batch is full unless the client has fewer samples than `batch_size`.
+        """
+        if self.steps is None:
+            for epoch in range(count * self.epochs, (count + 1) * self.epochs):
+                order = self._order(client, size, epoch)
+                for start in range(0, size, self.batch_size):
+                    yield order[start : start + self.batch_size]
+            return
+        width = min(self.batch_size, size)
+        position = count * self.steps * width
+        orders: dict[int, np.ndarray] = {}
+        for _ in range(self.steps):
+            epochs = range(position // size, (position + width - 1) // size + 1)
+            orders = {e: orders[e] if e in orders else self._order(client, size, e) for e in epochs}
+            joined = np.concatenate([orders[e] for e in epochs])
+            offset = position - epochs[0] * size
+            yield joined[offset : offset + width]
+            position += width
+
+    def _order(self, client: int, size: int, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(size)
+        return numpy_generator(self.seed, "batches", client, epoch).permutation(size)
+
+
+class LocalStats(NamedTuple):
+    """What a local training run reports.
+
+    Attributes:
+        steps: optimizer steps made.
+        samples: samples processed.
+        train_loss: mean loss over the steps.
+        drift_sq: mean over k = 0..K-1 of ||x_k - x_0||^2 over parameters.
+    """
+
+    steps: int
+    samples: int
+    train_loss: float | None
+    drift_sq: float | None
+
+
+class Metrics(NamedTuple):
+    """Measured on a set of samples; None where the trainer does not say."""
+
+    accuracy: float | None
+    loss: float | None
+    samples: int
+    extra: dict[str, float] = {}
+
+
+class LocalTrainer(Protocol):
+    """How a client trains and how a model is measured."""
+
+    def train(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        masks: dict[str, Tensor] | None,
+        *,
+        learning_rate: float,
+        client: int,
+    ) -> LocalStats:
+        """Train `model` in place; on return masked coordinates are exactly 0.
+
+        Args:
+            model: holds x_0.
+            masks: parameter name to bool mask of its shape, for parameters with a masked coordinate; None at density 1.
+        """
+        ...
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+        """Measure `model` on `batches`."""
+        ...
+
+
+@dataclass(frozen=True)
+class BuiltinTrainer:
+    """SGD or Adam on masked gradients, with cross-entropy or binary cross-entropy.
+
+    Attributes:
+        loss: ``bce`` takes one-hot labels, mean over classes and samples.
+        optimizer: ``sgd``, whose weight decay adds wd * w to the gradient, or ``adam`` (AMSGrad, as FedML's).
+        gradient_clip: largest norm of the masked gradient, applied after backward; None turns it off.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    gradient_clip: float | None = None
+
+    def train(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        masks: dict[str, Tensor] | None,
+        *,
+        learning_rate: float,
+        client: int,
+    ) -> LocalStats:
+        model.train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        masked = [(p, masks[n]) for n, p in model.named_parameters() if masks and n in masks and p.requires_grad]
+        start = [p.detach().clone() for p in parameters]
+        optimizer = self._optimizer(parameters, learning_rate)
+        loss_sum = torch.zeros((), device=self.device)
+        drift = torch.zeros((), dtype=torch.float64, device=self.device)
+        samples = steps = 0
+        for x, y in batches:
+            if steps:
+                drift += _distance_sq(parameters, start)
+            x, y = x.to(self.device), y.to(self.device)
+            optimizer.zero_grad(set_to_none=True)
+            loss = self.loss_of(model(x), y)
+            loss.backward()
+            for parameter, mask in masked:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(mask)
+            if self.gradient_clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
+            optimizer.step()
+            loss_sum += loss.detach()
+            samples += len(y)
+            steps += 1
+        mean_loss = float(loss_sum) / steps if steps else None
+        return LocalStats(steps, samples, mean_loss, float(drift) / steps if steps else None)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+        model.eval()
+        correct = total = positions = 0
+        loss_sum = 0.0
+        for x, y in batches:
+            x, y = x.to(self.device), y.to(self.device)
+            output = model(x)
+            loss_sum += float(self.loss_of(output, y)) * len(y)
+            correct += int((output.argmax(dim=1) == y).sum())
+            positions += y.numel()
+            total += len(y)
+        if total == 0:
+            return Metrics(None, None, 0)
+        return Metrics(correct / positions, loss_sum / total, total)
+
+    def loss_of(self, output: Tensor, y: Tensor) -> Tensor:
+        """Mean loss of `output` [b, classes, ...] for labels `y` [b, ...]."""
+        y = y.long()
+        if self.loss == "cross_entropy":
+            return F.cross_entropy(output, y)
+        one_hot = F.one_hot(y, output.shape[1]).movedim(-1, 1).to(output.dtype)
+        return F.binary_cross_entropy_with_logits(output, one_hot)
+
+    def _optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                parameters, lr=learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+            )
+        return torch.optim.Adam(parameters, lr=learning_rate, weight_decay=self.weight_decay, amsgrad=True)
+
+
+def _distance_sq(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
+    """||x - x_0||^2, summed over tensors in float64."""
+    norms = torch._foreach_norm(torch._foreach_sub([p.detach() for p in parameters], list(start)))
+    return torch.stack(norms).to(torch.float64).square().sum()
+
+
+class LocalUpdate(NamedTuple):
+    """A trained dispatch: `values_S` and `change_sq` as in `fedgmr_plugin.engine.events.UploadArrived`."""
+
+    dispatch: int
+    client: int
+    values_S: Tensor
+    change_sq: float
+    stats: LocalStats
+
+
+def train_dispatch(
+    sent: Dispatch,
+    *,
+    model: nn.Module,
+    layout: ModelLayout,
+    trainer: LocalTrainer,
+    samples: Samples,
+    plan: BatchPlan,
+    learning_rate: float,
+    form: Literal["delta", "replacement"],
+) -> LocalUpdate:
+    """Carry out one dispatch on `model` (overwritten).
+
+    The result depends on `sent`, the client's samples, the plan and the seed only: all global random
+    generators are seeded for this dispatch and restored afterwards.
+    """
+    index_S = sent.index_S
+    x_D = torch.zeros(layout.size, dtype=layout.dtype, device=sent.values_S.device)
+    x_D[index_S] = sent.values_S
+    layout.scatter(model, x_D)
+    masks = parameter_masks(layout, sent.ranking.mask(sent.rung))
+    batches = BatchList(samples, list(plan.batches(sent.client, len(samples), sent.count)))
+    with isolated_rng(derive(plan.seed, "training", sent.client, sent.count)):
+        stats = trainer.train(
+            model, batches, masks, learning_rate=learning_rate * sent.learning_rate_scale, client=sent.client
+        )
+    values_S = layout.gather(model, out=x_D)[index_S]
+    is_parameter_S = index_S < layout.parameters
+    delta_S = (values_S - sent.values_S) * is_parameter_S
+    change_sq = float(delta_S.to(torch.float64).square().sum())
+    if form == "delta":
+        values_S = torch.where(is_parameter_S, delta_S, values_S)
+    return LocalUpdate(sent.dispatch, sent.client, values_S, change_sq, stats)
+
+
+class BatchList(Sequence[Batch]):
+    """Batches that are read when asked for, in order or by position."""
+
+    def __init__(self, samples: Samples, indices: list[np.ndarray]) -> None:
+        self._samples, self._indices = samples, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return BatchList(self._samples, self._indices[position])
+        return self._samples.take(self._indices[position])
+
+
+def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> dict[str, Tensor] | None:
+    """bool mask of each parameter that has a masked coordinate; None if there is none."""
+    masks = {
+        e.name: mask_D[e.slice].view(e.shape)
+        for e in layout.entries
+        if e.kind in ("prunable", "bias") and not bool(mask_D[e.slice].all())
+    }
+    return masks or None

@@ -1,0 +1,339 @@
+"""The simulated network and its virtual clock: who arrives when, and when a window closes.
+
+Every client's flight is a download, a training time and an upload, moved on as a fluid: what a window does
+not finish goes on in the next, at the next window's rates. Units: MB (10^6 bytes), MB/s, seconds. See the
+method page, section 7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.seeds import numpy_generator
+from fedgmr_plugin.kernels.cost import fair_shares
+
+#: Rate at a time, and the time until which it holds: (MB/s, seconds).
+RateFunction = Callable[[float], tuple[float, float]]
+
+
+class Links(Protocol):
+    """Where rates come from."""
+
+    def server(self, window: int) -> tuple[float, float]:
+        """Rates out of and into the server in a window, MB/s."""
+        ...
+
+    def client(self, window: int, client: int) -> tuple[RateFunction, RateFunction]:
+        """Download and upload rates of a client in a window."""
+        ...
+
+
+class LogNormalLinks:
+    """Each window every rate is the mean of `jitter_draws` draws of base * LogNormal(0, sigma)."""
+
+    def __init__(self, config: FedGMRConfig, densities: Sequence[float], seed: int) -> None:
+        self._config, self._densities, self._seed = config, densities, seed
+
+    def server(self, window: int) -> tuple[float, float]:
+        c = self._config
+        up, down = self._draw(window, "server", c.server_jitter)
+        return c.server_upload * up, c.server_download * down
+
+    def client(self, window: int, client: int) -> tuple[RateFunction, RateFunction]:
+        c, d0 = self._config, self._densities[client]
+        down, up = self._draw(window, client, c.client_jitter)
+        return _constant(c.client_download * d0 * down), _constant(c.client_upload * d0 * up)
+
+    def _draw(self, window: int, who: int | str, sigma: float) -> tuple[float, float]:
+        if sigma == 0:
+            return 1.0, 1.0
+        generator = numpy_generator(self._seed, "bandwidth", window, who)
+        first, second = generator.lognormal(0.0, sigma, (2, self._config.jitter_draws)).mean(axis=1)
+        return float(first), float(second)
+
+
+class TraceLinks:
+    """Measured throughput: each client follows a trace, scaled so that its mean is the client's base rate.
+
+    A client's trace and where in it the run begins come from the seed tree; a trace repeats when it ends.
+    The server's rates have no jitter.
+
+    Args:
+        traces: (time_s, rate) of each trace: times increasing, rates >= 0, not all 0.
+    """
+
+    def __init__(
+        self,
+        config: FedGMRConfig,
+        densities: Sequence[float],
+        seed: int,
+        traces: Sequence[tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        self._config, self._densities, self._seed = config, densities, seed
+        self._traces = [_normalised(time_s, rate) for time_s, rate in traces]
+
+    def server(self, window: int) -> tuple[float, float]:
+        return self._config.server_upload, self._config.server_download
+
+    def client(self, window: int, client: int) -> tuple[RateFunction, RateFunction]:
+        generator = numpy_generator(self._seed, "trace", client)
+        edges, rate = self._traces[int(generator.integers(len(self._traces)))]
+        phase = float(generator.random()) * edges[-1]
+
+        def at(base: float) -> RateFunction:
+            def rate_at(time: float) -> tuple[float, float]:
+                laps, position = divmod(time + phase, edges[-1])
+                i = min(int(np.searchsorted(edges, position, side="right")) - 1, len(rate) - 1)
+                until = laps * edges[-1] + edges[i + 1] - phase
+                return base * rate[i], until if until > time else math.nextafter(time, math.inf)
+
+            return rate_at
+
+        d0 = self._densities[client]
+        return at(self._config.client_download * d0), at(self._config.client_upload * d0)
+
+
+def _normalised(time_s: np.ndarray, rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Segment edges from 0 [n + 1] and rates of mean 1 over time [n]; each rate holds until the next time."""
+    time = np.asarray(time_s, dtype=np.float64)
+    value = np.asarray(rate, dtype=np.float64)
+    steps = np.diff(time)
+    lengths = np.append(steps, np.median(steps) if len(steps) else 1.0)
+    mean = float((value * lengths).sum() / lengths.sum())
+    if not (np.all(lengths > 0) and np.all(value >= 0) and mean > 0 and math.isfinite(mean)):
+        raise ValueError("a trace needs increasing times and rates >= 0 that are not all 0")
+    return np.concatenate([[0.0], np.cumsum(lengths)]), value / mean
+
+
+def _constant(rate: float) -> RateFunction:
+    return lambda _time: (rate, math.inf)
+
+
+def _capped(rate: RateFunction, cap: float) -> RateFunction:
+    def capped(time: float) -> tuple[float, float]:
+        value, until = rate(time)
+        return min(value, cap), until
+
+    return capped
+
+
+@dataclass(frozen=True)
+class Flight:
+    """What is left of one client's download (MB), training (s) and upload (MB).
+
+    Attributes:
+        not_before: earliest second at which it can move (its dispatch, or the server's busy channel).
+        arrived: second at which the last byte arrived, once it has.
+    """
+
+    dispatch: int
+    client: int
+    megabytes: float
+    down_left: float
+    train_left: float
+    up_left: float
+    not_before: float
+    arrived: float | None = None
+
+
+class Arrival(NamedTuple):
+    """An upload that a window takes in."""
+
+    dispatch: int
+    client: int
+    time: float
+    megabytes: float
+
+
+class Window(NamedTuple):
+    """One window of the virtual clock: times in seconds, arrivals by (client, dispatch)."""
+
+    start: float
+    close: float
+    end: float
+    arrivals: tuple[Arrival, ...]
+
+
+class VirtualNetwork:
+    """Flights and the clock; deterministic, serialisable by `state`.
+
+    Args:
+        config: rates, jitter, slack, schedule.
+        densities: initial densities; they fix every client's bandwidth for the whole run [N].
+        model_megabytes: S.
+        links: where the rates come from.
+    """
+
+    def __init__(
+        self, config: FedGMRConfig, densities: Sequence[float], model_megabytes: float, links: Links
+    ) -> None:
+        self.config, self.densities = config, tuple(densities)
+        self.model_megabytes, self.links = model_megabytes, links
+        self.now = 0.0
+        self.window = 0
+        self.flights: dict[int, Flight] = {}
+        self._receivers: list[int] = []
+        self._channel_free = 0.0
+
+    def dispatch(self, dispatch: int, client: int, density: float, share: float) -> float:
+        """Start a flight now; returns its download in MB.
+
+        Args:
+            density: of the sub-model.
+            share: its share of all coordinates, used when `payload_rule` is ``support``.
+        """
+        megabytes = self.model_megabytes * (density if self.config.payload_rule == "density" else share)
+        self.flights[dispatch] = Flight(
+            dispatch, client, megabytes, megabytes, self._train_seconds(client, density), megabytes, self.now
+        )
+        self._receivers.append(dispatch)
+        return megabytes
+
+    def drop(self, dispatch: int) -> None:
+        """Forget a flight."""
+        self.flights.pop(dispatch, None)
+
+    def channel_megabytes(self) -> float:
+        """MB through the server's uplink for this window's receivers: each increment once under IMS."""
+        sizes = [self.flights[d].megabytes for d in self._receivers if d in self.flights]
+        return max(sizes, default=0.0) if self.config.incremental_splitting else sum(sizes)
+
+    def close_window(self) -> Window:
+        """Run the clock to the window's close, take what has arrived, and move everybody to its end."""
+        up_cap, down_caps, rates = self._rates()
+        start = max(self.now, self._channel_free)
+        for d in self._receivers:
+            if d in self.flights:
+                self.flights[d] = replace(self.flights[d], not_before=max(self.now, self._channel_free))
+        self._channel_free = start + self.channel_megabytes() / up_cap if self._receivers else self._channel_free
+
+        finished = {d: self._finish(f, rates[d]) for d, f in self.flights.items()}
+        close = self._closing_time(finished) + self.config.window_slack
+        end = close + self.config.aggregation_seconds
+        arrivals = sorted(
+            (
+                Arrival(d, f.client, finished[d], f.megabytes)
+                for d, f in self.flights.items()
+                if finished[d] <= close
+            ),
+            key=lambda a: (a.client, a.dispatch),
+        )
+        for arrival in arrivals:
+            del self.flights[arrival.dispatch]
+        self.flights = {d: self._advance(f, rates[d], end) for d, f in self.flights.items()}
+        window = Window(self.now, close, end, tuple(arrivals))
+        self.now, self.window, self._receivers = end, self.window + 1, []
+        return window
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able state; `load_state` restores it."""
+        return {
+            "now": self.now,
+            "window": self.window,
+            "channel_free": self._channel_free,
+            "receivers": list(self._receivers),
+            "flights": [asdict(f) for f in self.flights.values()],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.now, self.window = state["now"], state["window"]
+        self._channel_free, self._receivers = state["channel_free"], list(state["receivers"])
+        self.flights = {f["dispatch"]: Flight(**f) for f in state["flights"]}
+
+    # -- the fluid ------------------------------------------------------------------------------------
+
+    def _train_seconds(self, client: int, density: float) -> float:
+        slowdown = self.config.compute_slowdown[client] if self.config.compute_slowdown else 1.0
+        return self.config.compute_seconds * slowdown * density**self.config.compute_density_exponent
+
+    def _rates(self) -> tuple[float, float, dict[int, tuple[RateFunction, RateFunction]]]:
+        """The server's rates and, per flight, its download and upload with the server's share as a cap."""
+        server_up, server_down = self.links.server(self.window)
+        raw = {d: self.links.client(self.window, f.client) for d, f in self.flights.items()}
+        uploads = fair_shares(server_down, [up(self.now)[0] for _, up in raw.values()])
+        caps = dict.fromkeys(raw, server_up)
+        if not self.config.incremental_splitting:
+            receivers = [d for d in raw if self.flights[d].down_left > 0]
+            shares = fair_shares(server_up, [raw[d][0](self.now)[0] for d in receivers])
+            caps.update(zip(receivers, shares, strict=True))
+        capped = {
+            d: (_capped(down, caps[d]), up if share >= up(self.now)[0] else _capped(up, share))
+            for (d, (down, up)), share in zip(raw.items(), uploads, strict=True)
+        }
+        return server_up, server_down, capped
+
+    def _closing_time(self, finished: dict[int, float]) -> float:
+        """Arrival of the last flight that the window waits for."""
+        if not finished:
+            return self.now
+        if self.config.schedule == "sync":
+            return max(self.now, *finished.values())
+        best = max(self.densities[f.client] for f in self.flights.values())
+        anchors = [finished[d] for d, f in self.flights.items() if self.densities[f.client] == best]
+        enough = sorted(finished.values())[min(self.config.min_updates, len(finished)) - 1]
+        return max(self.now, *anchors, enough)
+
+    def _finish(self, flight: Flight, rates: tuple[RateFunction, RateFunction]) -> float:
+        """Second of the last byte if this window's rates went on."""
+        if flight.arrived is not None:
+            return flight.arrived
+        time = max(self.now, flight.not_before)
+        time = _done_at(rates[0], flight.down_left, time) + flight.train_left
+        return _done_at(rates[1], flight.up_left, time)
+
+    def _advance(self, flight: Flight, rates: tuple[RateFunction, RateFunction], until: float) -> Flight:
+        """The flight at second `until`."""
+        if flight.arrived is not None:
+            return flight
+        arrived = self._finish(flight, rates)
+        if arrived <= until:
+            return replace(flight, down_left=0.0, train_left=0.0, up_left=0.0, arrived=arrived)
+        time = max(self.now, flight.not_before)
+        if time >= until:
+            return flight
+        downloaded = _done_at(rates[0], flight.down_left, time)
+        if downloaded >= until:
+            return replace(flight, down_left=flight.down_left - _moved(rates[0], time, until))
+        trained = downloaded + flight.train_left
+        if trained >= until:
+            return replace(flight, down_left=0.0, train_left=trained - until)
+        left = max(flight.up_left - _moved(rates[1], trained, until), 0.0)
+        return replace(flight, down_left=0.0, train_left=0.0, up_left=left)
+
+
+def _done_at(rate: RateFunction, megabytes: float, time: float) -> float:
+    """When `megabytes` that start at `time` have passed."""
+    while megabytes > 0:
+        value, until = rate(time)
+        if value > 0 and megabytes <= value * (until - time):
+            return time + megabytes / value
+        megabytes -= value * (until - time)
+        time = until
+    return time
+
+
+def _moved(rate: RateFunction, time: float, end: float) -> float:
+    """MB that pass between `time` and `end`."""
+    total = 0.0
+    while time < end:
+        value, until = rate(time)
+        total += value * (min(until, end) - time)
+        time = until
+    return total
+
+
+def clock_rules(config: FedGMRConfig) -> dict[str, float]:
+    """The configuration's arguments of `fedgmr_plugin.kernels.cost.flight_seconds`."""
+    return {
+        "client_download": config.client_download,
+        "client_upload": config.client_upload,
+        "server_upload": config.server_upload,
+        "compute_seconds": config.compute_seconds,
+    }

@@ -1,0 +1,498 @@
+"""The FedGMR server as a deterministic state machine: `handle(event) -> effects`, no I/O, no clock.
+
+Legend: D coordinates of the global vector, N clients, S support of one sub-model, R rungs.
+
+    start -> Dispatch ...                  UploadArrived *   (staged, checked)
+             WindowClosed -> merge, then   Dispatch ...               between checks
+                                           Validate ...               every `interval` windows
+             Validated    -> restore densities, rebuild masks, Dispatch ...
+             ... until the budget is spent: Finish.
+
+Uploads are merged in the order (client, dispatch), whatever order they arrived in. An upload is merged in
+the first window that closes after its arrival and never again. See the method page, sections 3 to 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.events import (
+    ClientLost,
+    Dispatch,
+    Effect,
+    Evaluate,
+    Event,
+    Finish,
+    Record,
+    UploadArrived,
+    Validate,
+    Validated,
+    WindowClosed,
+)
+from fedgmr_plugin.engine.seeds import numpy_generator, torch_generator
+from fedgmr_plugin.errors import UpdateRejected
+from fedgmr_plugin.kernels import density as gmr
+from fedgmr_plugin.kernels.aggregate import MaskedUpdate, holders, merge
+from fedgmr_plugin.kernels.layout import ModelLayout
+from fedgmr_plugin.kernels.masks import Ranking, rank, scores
+from fedgmr_plugin.kernels.staleness import staleness_weight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a server needs beyond its configuration.
+
+    Attributes:
+        seed: root of the seed tree.
+        windows: windows after which the run ends.
+        in_flight: clients that train at the same time, at most N.
+        test_interval: windows between evaluations.
+        client_samples: training samples of each client, the weights of coverage [N].
+        layer_costs: c_layer of each prunable layer, for the ``per_cost`` score.
+    """
+
+    seed: int
+    windows: int
+    in_flight: int
+    test_interval: int
+    client_samples: tuple[int, ...]
+    layer_costs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class InFlight:
+    """A dispatch that has not been answered."""
+
+    client: int
+    version: int
+    density: float
+    ranking: Ranking
+    rung: int
+
+
+@dataclass(frozen=True, eq=False)
+class Admitted:
+    """An upload that passed admission, with the dispatch that it answers."""
+
+    flight: InFlight
+    upload: UploadArrived
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Canonical order of sums."""
+        return self.upload.client, self.upload.dispatch
+
+
+#: Hook on the updates of a window before they are merged: (w_D, updates) -> updates.
+BeforeMerge = Callable[[Tensor, list[MaskedUpdate]], list[MaskedUpdate]]
+#: Hook on the merged vector.
+AfterMerge = Callable[[Tensor], Tensor]
+
+
+class Server:
+    """FedGMR's server.
+
+    Args:
+        config: validated options.
+        plan: budget, seed and clients.
+        layout: map of the global vector.
+        w_D: initial global vector; owned by the server from now on.
+        before_merge, after_merge: hooks of the host framework; see `BeforeMerge`.
+    """
+
+    def __init__(
+        self,
+        config: FedGMRConfig,
+        plan: Plan,
+        layout: ModelLayout,
+        w_D: Tensor,
+        *,
+        before_merge: BeforeMerge | None = None,
+        after_merge: AfterMerge | None = None,
+    ) -> None:
+        self.config, self.plan, self.layout = config, plan, layout
+        self.before_merge, self.after_merge = before_merge, after_merge
+        clients = len(plan.client_samples)
+        self.rules = gmr_rules(config)
+        self.w_D = w_D
+        self.version = 0
+        self.time = 0.0
+        self.phase: Literal["ready", "collecting", "validating", "finished"] = "ready"
+        self.candidate: Literal["global", "scaled"] = "global" if config.evaluate == "global" else "scaled"
+        densities = (1.0,) * clients if config.dense_start else config.initial_densities(clients)
+        self.gmr = gmr.start(self.rules, densities)
+        self.dispatches = 0
+        self.rejected = 0
+        self.counts = [0] * clients  # dispatches made to each client
+        self.flights: dict[int, InFlight] = {}
+        self.staged: dict[int, Admitted] = {}
+        self.buffer: dict[int, Admitted] = {}
+        self.interval_start_D = w_D.clone() if config.score == "weight_change" else None
+        self.ranking = self._rank()
+
+    # -- the state machine ----------------------------------------------------------------------------
+
+    def start(self) -> list[Effect]:
+        """First dispatches."""
+        self._expect("ready", "start")
+        self.phase = "collecting"
+        return self._dispatch()
+
+    def handle(self, event: Event) -> list[Effect]:
+        """Advance by one event; the effects are to be carried out in order.
+
+        Raises:
+            UpdateRejected: GMR-405 if the phase does not allow the event.
+        """
+        if isinstance(event, UploadArrived):
+            return self._upload(event)
+        if isinstance(event, ClientLost):
+            self.flights.pop(event.dispatch, None)
+            self.staged.pop(event.dispatch, None)
+            return []
+        if isinstance(event, WindowClosed):
+            self._expect("collecting", "WindowClosed")
+            return self._close(event)
+        self._expect("validating", "Validated")
+        return self._restore(event)
+
+    def _expect(self, phase: str, what: str) -> None:
+        if self.phase != phase:
+            raise UpdateRejected("GMR-405", f"{what} while the server is {self.phase}")
+
+    # -- uploads --------------------------------------------------------------------------------------
+
+    def _upload(self, upload: UploadArrived) -> list[Effect]:
+        try:
+            self.staged[upload.dispatch] = Admitted(self._admit(upload), upload)
+        except UpdateRejected as refusal:
+            self.rejected += 1
+            if refusal.code in ("GMR-402", "GMR-403", "GMR-404"):  # answered, though badly: the slot is free
+                self.flights.pop(upload.dispatch, None)
+            return [
+                _record(
+                    "rejected",
+                    window=self.version,
+                    dispatch=upload.dispatch,
+                    client=upload.client,
+                    code=refusal.code,
+                    message=refusal.message,
+                )
+            ]
+        return []
+
+    def _admit(self, upload: UploadArrived) -> InFlight:
+        """The dispatch that `upload` answers, if it may be merged."""
+        flight = self.flights.get(upload.dispatch)
+        if flight is None or upload.dispatch in self.staged:
+            raise UpdateRejected("GMR-401", f"dispatch={upload.dispatch} is not in flight")
+        if flight.client != upload.client:
+            raise UpdateRejected(
+                "GMR-406", f"client={upload.client} answers dispatch={upload.dispatch} of client {flight.client}"
+            )
+        wanted = (flight.ranking.ends[flight.rung],)
+        if tuple(upload.values_S.shape) != wanted:
+            raise UpdateRejected("GMR-402", f"shape={tuple(upload.values_S.shape)} instead of {wanted}")
+        if not (math.isfinite(upload.samples) and upload.samples > 0):
+            raise UpdateRejected("GMR-404", f"samples={upload.samples} is not a positive number")
+        if not bool(torch.isfinite(upload.values_S).all()):
+            raise UpdateRejected("GMR-403", "the update holds NaN or infinity")
+        return flight
+
+    # -- windows --------------------------------------------------------------------------------------
+
+    def _close(self, event: WindowClosed) -> list[Effect]:
+        arrived = sorted(self.staged.values(), key=lambda a: a.order)
+        self.staged = {}
+        for admitted in arrived:
+            del self.flights[admitted.upload.dispatch]
+        if self.config.update_scope == "buffer":
+            self.buffer.update({a.upload.client: a for a in arrived})
+            merged = [self.buffer[n] for n in sorted(self.buffer)] if arrived else []
+        else:
+            merged = arrived
+        updates = [self._weighted(a) for a in merged]
+        effects = self._merge(updates, arrived, event)
+        self.version += 1
+        self.time = event.end
+
+        reason = self._budget_spent()
+        if reason or (self.version - 1) % self.plan.test_interval == 0:
+            effects.append(Evaluate(last=reason is not None))
+        if reason:
+            self.phase = "finished"
+            effects.append(Finish(reason))
+        elif self.version % self.config.interval == 0:
+            self.phase = "validating"
+            effects.append(Validate())
+        else:
+            effects += self._dispatch()
+        return effects
+
+    def _budget_spent(self) -> Literal["windows", "time_budget"] | None:
+        if self.config.time_budget is not None and self.time >= self.config.time_budget:
+            return "time_budget"
+        return "windows" if self.version >= self.plan.windows else None
+
+    def _weighted(self, admitted: Admitted) -> MaskedUpdate:
+        """c_n = s(tau_n) * samples, with the support of the dispatched mask."""
+        c = self.config
+        tau = self.version - admitted.flight.version
+        weight = admitted.upload.samples * staleness_weight(
+            c.staleness, tau, exponent=c.staleness_exponent, slope=c.hinge_slope, delay=c.hinge_delay
+        )
+        index_S = admitted.flight.ranking.support(admitted.flight.rung)
+        return MaskedUpdate(index_S, admitted.upload.values_S, weight)
+
+    def _merge(self, updates: list[MaskedUpdate], arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
+        """Merge `updates`; returns the records of `arrived` and of the window."""
+        parameters = self.layout.parameters
+        weights = [u.weight for u in updates]
+        step_sq, gamma_min, uncovered, coverage = 0.0, 0, parameters, 0.0
+        pibar: list[float | None] = [None] * len(arrived)
+        if updates:
+            if self.before_merge is not None:
+                updates = self.before_merge(self.w_D, updates)
+            old_D = self.w_D
+            result = merge(
+                old_D,
+                updates,
+                rule=self.config.aggregation,
+                form=self.config.update_form,
+                parameters=parameters,
+                server_step=self.config.server_step,
+                participation=len(arrived) / len(self.counts) if self.config.mixing else 1.0,
+            )
+            self.w_D = result.w_D if self.after_merge is None else self.after_merge(result.w_D)
+            step_sq = _norm_sq(self.w_D[:parameters] - old_D[:parameters])
+            count_P = holders(updates, self.layout.size)[:parameters]
+            covered = count_P > 0
+            uncovered = parameters - int(covered.sum())
+            gamma_min = int(count_P[covered].min()) if uncovered < parameters else 0
+            coverage = float(count_P.sum(dtype=torch.int64)) / (parameters * len(updates))
+            if self.config.update_scope == "arrivals" and len(updates) == len(arrived):
+                pibar = [u.weight / float(result.weight_D[u.index_S].min()) for u in updates]
+        if self.config.update_scope == "buffer":
+            by_client = dict(zip(sorted(self.buffer), weights, strict=True)) if arrived else {}
+            weights = [by_client[a.upload.client] for a in arrived]
+        records: list[Effect] = [
+            self._arrival(a, weight, share) for a, weight, share in zip(arrived, weights, pibar, strict=True)
+        ]
+        records.append(
+            _record(
+                "window",
+                window=self.version,
+                start=event.start,
+                close=event.close,
+                end=event.end,
+                arrivals=len(arrived),
+                gamma_min=gamma_min,
+                uncovered=uncovered,
+                coverage=coverage,
+                step_sq=step_sq,
+                in_flight=len(self.flights),
+                mean_density=sum(self.gmr.densities) / len(self.gmr.densities),
+                density_floor=self.gmr.floor,
+            )
+        )
+        return records
+
+    def _arrival(self, admitted: Admitted, weight: float, pibar: float | None) -> Record:
+        flight, upload = admitted.flight, admitted.upload
+        return _record(
+            "arrival",
+            window=self.version,
+            dispatch=upload.dispatch,
+            client=upload.client,
+            version=flight.version,
+            staleness=self.version - flight.version,
+            density=flight.density,
+            time=upload.time,
+            bytes_up=upload.bytes_up,
+            samples=upload.samples,
+            weight=weight,
+            pibar=pibar,
+            drift_sq=upload.drift_sq,
+            change_sq=upload.change_sq,
+            steps=upload.steps,
+            train_loss=upload.train_loss,
+        )
+
+    # -- restoration and dispatch ---------------------------------------------------------------------
+
+    def _restore(self, event: Validated) -> list[Effect]:
+        self.candidate = event.candidate
+        seen = gmr.Observation(self.elapsed, event.server, event.clients, event.gradient)
+        self.gmr, restorations = gmr.step(self.rules, self.gmr, seen)
+        self.ranking = self._rank()
+        if self.interval_start_D is not None:
+            self.interval_start_D = self.w_D.clone()
+        self.phase = "collecting"
+        records: list[Effect] = [
+            _record(
+                "restoration",
+                window=self.version,
+                time=self.time,
+                client=r.client,
+                cause=r.cause,
+                before=r.before,
+                after=r.after,
+                floor=self.gmr.floor,
+            )
+            for r in restorations
+        ]
+        return records + self._dispatch()
+
+    @property
+    def elapsed(self) -> float:
+        """Share of the budget that has passed: of `time_budget` if given, else of the windows."""
+        if self.config.time_budget is not None:
+            return min(1.0, self.time / self.config.time_budget)
+        return self.version / self.plan.windows
+
+    def _rank(self) -> Ranking:
+        """Masks for every density that is held now or could be held after the next restoration."""
+        wanted = {*self.gmr.densities, *(gmr.next_density(self.rules, d) for d in self.gmr.densities)}
+        change_D = None
+        if self.interval_start_D is not None:
+            change_D = self.w_D - self.interval_start_D
+        score_P = scores(
+            "magnitude" if self.config.score == "weight_change" and self.version == 0 else self.config.score,
+            self.layout,
+            self.w_D,
+            change_D=change_D,
+            cost_of_layer=self.plan.layer_costs,
+            generator=torch_generator(self.plan.seed, "random_score"),
+        )
+        return rank(
+            self.layout,
+            self.w_D,
+            score_P,
+            sorted(wanted),
+            layer_floor=self.config.layer_floor,
+            prune_biases=self.config.prune_biases,
+        )
+
+    def _dispatch(self) -> list[Effect]:
+        """Sub-models for idle clients, as many as may be in flight."""
+        busy = {f.client for f in self.flights.values()}
+        idle = [n for n in range(len(self.counts)) if n not in busy]
+        slots = min(self.plan.in_flight - len(busy), len(idle))
+        if slots < len(idle):
+            chosen = numpy_generator(self.plan.seed, "sampling", self.version).choice(
+                len(idle), size=max(slots, 0), replace=False
+            )
+            idle = sorted(idle[i] for i in chosen)
+        if not idle:
+            return []
+        prunable, parameters = self._norms()
+        payloads: dict[int, Tensor] = {}
+        scale = min(1.0, (self.version + 1) / self.config.warmup_windows) if self.config.warmup_windows else 1.0
+        effects: list[Effect] = []
+        for client in idle:
+            density = self.gmr.densities[client]
+            rung = self.ranking.rung(density)
+            if rung not in payloads:
+                payloads[rung] = self.w_D[self.ranking.support(rung)]
+            sent = Dispatch(
+                self.dispatches,
+                client,
+                self.version,
+                self.counts[client],
+                density,
+                self.ranking,
+                rung,
+                payloads[rung],
+                scale,
+            )
+            self.flights[sent.dispatch] = InFlight(client, self.version, density, self.ranking, rung)
+            self.dispatches += 1
+            self.counts[client] += 1
+            effects += [
+                _record(
+                    "dispatch",
+                    dispatch=sent.dispatch,
+                    client=client,
+                    version=self.version,
+                    density=density,
+                    ranking=self.ranking.digest,
+                    support=self.ranking.ends[rung],
+                    time=self.time,
+                    norm_sq=prunable.total,
+                    masked_norm_sq=prunable.masked[rung],
+                    full_norm_sq=parameters.total,
+                    full_masked_norm_sq=parameters.masked[rung],
+                ),
+                sent,
+            ]
+        return effects
+
+    def _norms(self) -> tuple[Norms, Norms]:
+        """Squared norms of w_D, over prunable coordinates and over all parameters."""
+        rungs = len(self.ranking.densities) + 1
+        by_kind = {True: torch.zeros(rungs, dtype=torch.float64), False: torch.zeros(rungs, dtype=torch.float64)}
+        for entry in self.layout.entries:
+            if entry.kind == "buffer":
+                continue
+            square = self.w_D[entry.slice].to(torch.float64).square()
+            rung = self.ranking.rung_D[entry.slice].to(torch.int64)
+            by_kind[entry.kind == "prunable"] += torch.bincount(rung, weights=square, minlength=rungs).cpu()
+        return _norms(by_kind[True]), _norms(by_kind[True] + by_kind[False])
+
+    # -- models ---------------------------------------------------------------------------------------
+
+    def coverage(self) -> Tensor:
+        """float32 [D]: share of the clients, weighted by their samples, whose sub-model holds a coordinate."""
+        weight_R = [0.0] * len(self.ranking.densities)
+        for density, samples in zip(self.gmr.densities, self.plan.client_samples, strict=True):
+            weight_R[self.ranking.rung(density)] += samples
+        return self.ranking.coverage(weight_R)
+
+    def model(self, which: Literal["global", "scaled"]) -> Tensor:
+        """The global vector [D], or the same scaled per coordinate by its coverage (a new tensor)."""
+        if which == "global" or min(self.gmr.densities) >= 1.0:
+            return self.w_D.clone()
+        return self.w_D * self.coverage().to(self.w_D.dtype)
+
+
+class Norms(NamedTuple):
+    """||v||^2, and ||v - m v||^2 for the mask of each rung [R]."""
+
+    total: float
+    masked: tuple[float, ...]
+
+
+def _norms(by_rung: Tensor) -> Norms:
+    tails = by_rung.flip(0).cumsum(0).flip(0).tolist()  # tails[r]: rungs r and above
+    return Norms(tails[0], tuple(tails[1:]))
+
+
+def _norm_sq(v: Tensor) -> float:
+    return float(v.to(torch.float64).square().sum())
+
+
+def _record(kind: str, **fields: Any) -> Record:
+    return Record({"type": kind, **fields})
+
+
+def gmr_rules(config: FedGMRConfig) -> gmr.GMRRules:
+    """The restoration rules that a configuration describes."""
+    return gmr.GMRRules(
+        trigger=config.trigger,
+        ladder=config.density_ladder,
+        density_step=config.density_step,
+        increment=config.density_increment,
+        floor=config.density_min,
+        patience=config.patience,
+        delta=config.plateau_delta,
+        higher_is_better=config.trigger_metric == "accuracy",
+        time_fractions=config.time_fractions,
+        time_floors=config.time_floors,
+    )

@@ -1,0 +1,389 @@
+"""FedGMR on a virtual clock: the server's state machine, the simulated network and the clients' training.
+
+`Simulation` is the loop between them. It touches no file and no framework: records go to a callable, data
+come from callables, and how a window's clients are trained (here, in other processes, on devices) is an
+`Executor`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.client import (
+    Batch,
+    BatchPlan,
+    LocalTrainer,
+    LocalUpdate,
+    Metrics,
+    Samples,
+    in_batches,
+    split,
+    train_dispatch,
+)
+from fedgmr_plugin.engine.events import (
+    Dispatch,
+    Effect,
+    Evaluate,
+    Finish,
+    Record,
+    UploadArrived,
+    Validate,
+    Validated,
+    WindowClosed,
+)
+from fedgmr_plugin.engine.network import Arrival, VirtualNetwork, Window, clock_rules
+from fedgmr_plugin.engine.probe import Gradient, Probe, probe_set
+from fedgmr_plugin.engine.server import Server
+from fedgmr_plugin.kernels.cost import flight_seconds
+from fedgmr_plugin.kernels.density import next_density, restoring_pays
+from fedgmr_plugin.kernels.layout import ModelLayout
+
+Which = Literal["global", "scaled"]
+
+
+class Executor(Protocol):
+    """Trains the dispatches whose uploads a window takes in; the result is in the order given."""
+
+    def __call__(self, sent: Sequence[Dispatch]) -> Sequence[LocalUpdate]: ...
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The clients' training data, read when needed and split into training and validation.
+
+    Attributes:
+        samples: client to its samples.
+        fraction: share held out for validation.
+        seed: root of the seed tree.
+        count: N.
+    """
+
+    samples: Callable[[int], Samples]
+    fraction: float
+    seed: int
+    count: int
+
+    def train(self, client: int) -> Samples:
+        """The part that the client trains on."""
+        return split(self.samples(client), self.fraction, self.seed, client)[0]
+
+    def validation(self, client: int) -> Samples | None:
+        """The part held out."""
+        return split(self.samples(client), self.fraction, self.seed, client)[1]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How clients train: the trainer, which batches, and the learning rate eta."""
+
+    trainer: LocalTrainer
+    plan: BatchPlan
+    learning_rate: float
+
+
+class Simulation:
+    """One run.
+
+    Args:
+        server: not started yet.
+        network: its clock at 0.
+        model: scratch model for training and evaluation; overwritten.
+        clients: training data.
+        training: trainer, batch plan, learning rate.
+        test_batches: gives the test set, once per evaluation.
+        record: receives every record of the run log but the header, in order.
+        executor: how a window's clients are trained; one after another on `model` by default.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        network: VirtualNetwork,
+        model: nn.Module,
+        clients: Clients,
+        training: Training,
+        test_batches: Callable[[], Iterable[Batch]],
+        record: Callable[[dict[str, Any]], None],
+        executor: Executor | None = None,
+    ) -> None:
+        self.server, self.network, self.model = server, network, model
+        self.clients, self.training = clients, training
+        self.config: FedGMRConfig = server.config
+        self.layout: ModelLayout = server.layout
+        self._test_batches, self._record = test_batches, record
+        self._execute = executor or self.train_in_turn
+        self._integers = [b.clone() for b in model.buffers() if not b.is_floating_point()]
+        self.pending: dict[int, Dispatch] = {}
+        self.bytes_up = self.bytes_down = 0.0
+        self._window_down = 0.0
+        self._probe = self._make_probe()
+
+    def run(self) -> dict[str, Any]:
+        """Run to the end of the budget; returns the `end` record (without wall time)."""
+        end = self._carry_out(self.server.start())
+        while end is None:
+            end = self.step()
+        return end
+
+    def step(self) -> dict[str, Any] | None:
+        """One window: train who arrives, merge, dispatch; returns the `end` record after the last."""
+        server_bytes_down = self.network.channel_megabytes() * 1e6
+        window = self.network.close_window()
+        sent = [self.pending.pop(a.dispatch) for a in window.arrivals]
+        effects: list[Effect] = []
+        up = 0.0
+        scale = sent[-1].learning_rate_scale if sent else 1.0
+        for arrival, update in zip(window.arrivals, self._execute(sent), strict=True):
+            effects += self.server.handle(_upload(arrival, update))
+            up += arrival.megabytes * 1e6
+        self.bytes_up += up
+        totals = {
+            "bytes_up": up,
+            "bytes_down": self._window_down,
+            "server_bytes_down": server_bytes_down,
+            "learning_rate": self.training.learning_rate * scale,
+        }
+        self._window_down = 0.0
+        effects += self._merge(window)
+        for effect in effects:
+            if isinstance(effect, Record) and effect.fields["type"] == "window":
+                effect.fields.update(totals)
+        return self._carry_out(effects)
+
+    def train_in_turn(self, sent: Sequence[Dispatch]) -> list[LocalUpdate]:
+        """The default executor."""
+        return [self.train(dispatch) for dispatch in sent]
+
+    def train(self, sent: Dispatch) -> LocalUpdate:
+        """Train one dispatch on the scratch model."""
+        for buffer, initial in zip(
+            (b for b in self.model.buffers() if not b.is_floating_point()), self._integers, strict=True
+        ):
+            buffer.copy_(initial)
+        return train_dispatch(
+            sent,
+            model=self.model,
+            layout=self.layout,
+            trainer=self.training.trainer,
+            samples=self.clients.train(sent.client),
+            plan=self.training.plan,
+            learning_rate=self.training.learning_rate,
+            form=self.config.update_form,
+        )
+
+    # -- effects --------------------------------------------------------------------------------------
+
+    def _carry_out(self, effects: Sequence[Effect]) -> dict[str, Any] | None:
+        """Carry `effects` out, and those that follow from them."""
+        queue = list(effects)
+        dispatch_record: dict[str, Any] = {}
+        while queue:
+            effect = queue.pop(0)
+            if isinstance(effect, Record) and effect.fields["type"] == "dispatch":
+                dispatch_record = effect.fields
+            elif isinstance(effect, Record):
+                self._record(effect.fields)
+            elif isinstance(effect, Dispatch):
+                share = len(effect.values_S) / self.layout.size
+                megabytes = self.network.dispatch(effect.dispatch, effect.client, effect.density, share)
+                self.pending[effect.dispatch] = effect
+                self._window_down += megabytes * 1e6
+                self.bytes_down += megabytes * 1e6
+                self._record({**dispatch_record, "bytes_down": megabytes * 1e6})
+            elif isinstance(effect, Validate):
+                queue += self.server.handle(self._validate())
+            elif isinstance(effect, Evaluate):
+                self._evaluate()
+            else:
+                return self._end(effect)
+        return None
+
+    def _end(self, effect: Finish) -> dict[str, Any]:
+        return {
+            "type": "end",
+            "windows": self.server.version,
+            "time": self.server.time,
+            "reason": effect.reason,
+            "model_sha256": model_sha256(self.server.w_D),
+            "shipped": self.server.candidate,
+            "rejected": self.server.rejected,
+        }
+
+    # -- measuring ------------------------------------------------------------------------------------
+
+    def measure(self, w_D: Tensor, batches: Iterable[Batch]) -> Metrics:
+        """Metrics of the vector `w_D` on `batches`."""
+        self.layout.scatter(self.model, w_D)
+        return self.training.trainer.evaluate(self.model, batches)
+
+    def _both(self, batches: Callable[[], Iterable[Batch]]) -> dict[Which, Metrics]:
+        """Metrics of w and of the coverage-scaled model."""
+        plain = self.measure(self.server.w_D, batches())
+        if min(self.server.gmr.densities) >= 1.0:
+            return {"global": plain, "scaled": plain}
+        return {"global": plain, "scaled": self.measure(self.server.model("scaled"), batches())}
+
+    def _evaluate(self) -> None:
+        metrics = self._both(self._test_batches)
+        shipped = metrics[self.server.candidate]
+        self._record(
+            {
+                "type": "evaluation",
+                "window": self.server.version,
+                "time": self.server.time,
+                "candidate": self.server.candidate,
+                "accuracy": shipped.accuracy,
+                "loss": shipped.loss,
+                "global": _short(metrics["global"]),
+                "scaled": _short(metrics["scaled"]),
+                "samples": shipped.samples,
+                "bytes_up": self.bytes_up,
+                "bytes_down": self.bytes_down,
+                "metrics": shipped.extra,
+            }
+        )
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        for n in range(self.clients.count):
+            held_out = self.clients.validation(n)
+            if held_out is not None:
+                yield from in_batches(held_out, 512)
+
+    def _validate(self) -> Validated:
+        server, metric = self.server, self.config.trigger_metric
+        if next(self._validation_batches(), None) is None:
+            return Validated(server.candidate, None, (), self._gradient_votes())
+        both = self._both(self._validation_batches)
+        candidate = self._choose(both)
+        clients = [self._client_metrics(n) for n in range(self.clients.count)]
+        self._record(
+            {
+                "type": "validation",
+                "window": server.version,
+                "time": server.time,
+                "global": _short(both["global"]),
+                "scaled": _short(both["scaled"]),
+                "clients": [None if c is None else _short(c) for c in clients],
+                "candidate": candidate,
+            }
+        )
+        return Validated(
+            candidate,
+            getattr(both[candidate], metric),
+            [None if c is None else getattr(c, metric) for c in clients],
+            self._gradient_votes(),
+        )
+
+    def _choose(self, both: dict[Which, Metrics]) -> Which:
+        """The model to ship: fixed by `evaluate`, or the better one on the validation split."""
+        if self.config.evaluate != "validation":
+            return self.server.candidate
+        plain, scaled = (getattr(both[w], self.config.trigger_metric) for w in ("global", "scaled"))
+        if plain is None or scaled is None:
+            return "scaled"
+        better = plain > scaled if self.config.trigger_metric == "accuracy" else plain < scaled
+        return "global" if better else "scaled"
+
+    def _client_metrics(self, client: int) -> Metrics | None:
+        """Metrics of m_n w on the client's own validation samples."""
+        held_out = self.clients.validation(client)
+        if held_out is None:
+            return None
+        mask_D = self.server.ranking.mask(self.server.ranking.rung(self.server.gmr.densities[client]))
+        return self.measure(self.server.w_D * mask_D, in_batches(held_out, 512))
+
+    # -- the theory's probe ---------------------------------------------------------------------------
+
+    def _make_probe(self) -> Probe | None:
+        if not self.config.probe and self.config.trigger != "gradient":
+            return None
+        data = probe_set(
+            [self.clients.train(n) for n in range(self.clients.count)],
+            self.clients.seed,
+            self.config.probe_samples,
+            self.training.plan.batch_size,
+        )
+        return Probe(self.model, self.layout, self.training.trainer, data)  # type: ignore[arg-type]
+
+    def _merge(self, window: Window) -> list[Effect]:
+        """Close the window, with a `probe` record where one is due."""
+        server = self.server
+        closed = WindowClosed(window.start, window.close, window.end)
+        due = server.version % (self.config.probe_interval or self.config.interval) == 0
+        if not (self.config.probe and due and self._probe):
+            return server.handle(closed)
+        t, old_D, parameters = server.version, server.w_D.clone(), self.layout.parameters
+        here, fields = self._probe.before(old_D, self._uncovered()[:parameters])
+        effects = server.handle(closed)
+        rest = self._probe.after(here, (server.w_D - old_D)[:parameters], server.w_D)
+        position = next(
+            i for i, e in enumerate(effects) if isinstance(e, Record) and e.fields["type"] == "window"
+        )
+        effects.insert(position + 1, Record({"type": "probe", "window": t, **fields, **rest}))
+        return effects
+
+    def _uncovered(self) -> Tensor:
+        """bool [D]: coordinates that no update of the coming merge holds."""
+        uncovered_D = torch.ones(self.layout.size, dtype=torch.bool, device=self.server.w_D.device)
+        merged = {a.upload.client: a.flight for a in self.server.staged.values()}
+        if self.config.update_scope == "buffer":
+            merged = {**{n: a.flight for n, a in self.server.buffer.items()}, **merged}
+        for flight in merged.values():
+            uncovered_D[flight.ranking.support(flight.rung)] = False
+        return uncovered_D
+
+    def _gradient_votes(self) -> list[bool]:
+        """For the ``gradient`` trigger: whether restoring each client pays [N]."""
+        if self.config.trigger != "gradient" or self._probe is None:
+            return []
+        server = self.server
+        here: Gradient = self._probe.gradient(server.w_D)
+        rung = server.ranking.rung_D[: self.layout.parameters].to(torch.int64)
+        by_rung = torch.bincount(rung, weights=here.grad_P.to(torch.float64).square())
+        held = by_rung.cumsum(0).tolist()
+        votes = []
+        for n, density in enumerate(server.gmr.densities):
+            after = next_density(server.rules, density)
+            inside = held[min(server.ranking.rung(density), len(held) - 1)]
+            gained = held[min(server.ranking.rung(after), len(held) - 1)] - inside
+            seconds = [
+                flight_seconds(
+                    self.network.model_megabytes, d, self.network.densities[n], **clock_rules(self.config)
+                )
+                for d in (density, after)
+            ]
+            votes.append(density < 1.0 and restoring_pays(inside, gained, *seconds))
+        return votes
+
+
+def model_sha256(w_D: Tensor) -> str:
+    """SHA-256 of the vector's little-endian bytes in layout order."""
+    array = w_D.detach().cpu().contiguous().numpy()
+    return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()
+
+
+def _upload(arrival: Arrival, update: LocalUpdate) -> UploadArrived:
+    stats = update.stats
+    return UploadArrived(
+        dispatch=arrival.dispatch,
+        client=update.client,
+        values_S=update.values_S,
+        samples=stats.samples,
+        time=arrival.time,
+        bytes_up=arrival.megabytes * 1e6,
+        steps=stats.steps,
+        train_loss=stats.train_loss,
+        drift_sq=stats.drift_sq,
+        change_sq=update.change_sq,
+    )
+
+
+def _short(metrics: Metrics) -> dict[str, float | None]:
+    return {"accuracy": metrics.accuracy, "loss": metrics.loss}

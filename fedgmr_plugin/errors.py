@@ -1,0 +1,238 @@
+"""Every error that fedgmr raises on purpose, with a stable code.
+
+    FedGMRError
+    |-- ConfigError        GMR-1xx   a key or value of the YAML is wrong
+    |-- ModelError         GMR-2xx   the model cannot be split into sub-models
+    |-- DataError          GMR-3xx   a client's data cannot be used
+    |-- UpdateRejected     GMR-4xx   an upload was refused; the global model is untouched
+    |-- HostError          GMR-5xx   FedML, Python or the machine is not as needed
+    `-- RunLogError        GMR-6xx   a run log or run directory cannot be read
+
+A message reads ``GMR-104 density_min=1.3 is outside (0, 1]``, then where the value came from,
+then what to do. ``fedgmr explain GMR-104`` prints the catalogue's entry.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class CatalogueEntry(NamedTuple):
+    """What a code means, for ``fedgmr explain`` and ``docs/errors.md``."""
+
+    title: str
+    meaning: str
+    remedy: str
+
+
+CATALOGUE: dict[str, CatalogueEntry] = {
+    "GMR-100": CatalogueEntry(
+        "configuration refused",
+        "One or more keys of the configuration are wrong; every problem found is listed.",
+        "Repair each listed key. `fedgmr schema` prints the allowed keys and ranges.",
+    ),
+    "GMR-101": CatalogueEntry(
+        "unknown key",
+        "`fedgmr_args` has a key that fedgmr does not know. It is refused rather than ignored.",
+        "Use the suggested spelling, or delete the key.",
+    ),
+    "GMR-102": CatalogueEntry(
+        "wrong type",
+        "The value has another type than the key takes (text instead of a number, say).",
+        "Write the value in the type that the message names.",
+    ),
+    "GMR-103": CatalogueEntry(
+        "unknown choice",
+        "The key takes one of a fixed list of words.",
+        "Use one of the words that the message lists.",
+    ),
+    "GMR-104": CatalogueEntry(
+        "value out of range",
+        "A number lies outside its allowed range, or is not finite.",
+        "Choose a value in the range that the message gives.",
+    ),
+    "GMR-105": CatalogueEntry(
+        "density ladder not increasing",
+        "`density_ladder` must be strictly increasing, within (0, 1], and end at 1.",
+        "Write for example `density_ladder: [0.05, 0.1, 0.2, 0.5, 1.0]`.",
+    ),
+    "GMR-106": CatalogueEntry(
+        "options contradict each other",
+        "Two keys cannot be combined (a trigger that needs a validation split without one, say).",
+        "Change one of the keys that the message names.",
+    ),
+    "GMR-107": CatalogueEntry(
+        "missing key",
+        "FedML needs a key that the YAML does not have.",
+        "Add the key to the section that the message names.",
+    ),
+    "GMR-108": CatalogueEntry(
+        "configuration file missing or unreadable",
+        "The YAML file does not exist or is not valid YAML. FedML itself would ignore this silently.",
+        "Check the path given with --cf, and the line that the YAML parser names.",
+    ),
+    "GMR-109": CatalogueEntry(
+        "initial densities do not fit the clients",
+        "`densities` must have one value per client (`client_num_in_total`).",
+        "Give as many densities as clients, or use `heterogeneity`.",
+    ),
+    "GMR-201": CatalogueEntry(
+        "no prunable weights",
+        "No convolution, linear or embedding weight is left to prune, so every sub-model is the model.",
+        "Use a model with hidden layers, shorten `dense_layers`, or choose FedAvg.",
+    ),
+    "GMR-202": CatalogueEntry(
+        "mixed or unsupported parameter types",
+        "Parameters must share one floating-point type (float32 or float64).",
+        "Convert the model, for example `model.float()`.",
+    ),
+    "GMR-203": CatalogueEntry(
+        "parameters shared between layers",
+        "One tensor is registered under several names (tied weights). It is kept once, and kept dense "
+        "where one of its uses must be dense.",
+        "Nothing to do; this is a note.",
+    ),
+    "GMR-204": CatalogueEntry(
+        "lazy or empty parameter",
+        "A parameter has no shape yet (lazy module) or no elements.",
+        "Run one batch through the model before handing it to FedML.",
+    ),
+    "GMR-205": CatalogueEntry(
+        "integer buffers",
+        "Integer buffers (such as num_batches_tracked) are never averaged; the server's value stays.",
+        "Nothing to do; this is a note.",
+    ),
+    "GMR-206": CatalogueEntry(
+        "batch normalisation",
+        "Running statistics are averaged over the arriving clients (replacement form, never deltas).",
+        "Nothing to do; group or layer normalisation is often better on non-IID clients.",
+    ),
+    "GMR-301": CatalogueEntry(
+        "client without training data",
+        "A client has no training sample (or none is left after the validation split).",
+        "Give every client data, lower `client_num_in_total`, or lower `validation_fraction`.",
+    ),
+    "GMR-302": CatalogueEntry(
+        "dataset not understood",
+        "The dataset is not FedML's 8-element list with loaders or batches per client.",
+        "See docs/configuration.md, section data, for the accepted forms.",
+    ),
+    "GMR-401": CatalogueEntry(
+        "unknown or repeated dispatch",
+        "An upload names a dispatch that is not in flight: it was applied, dropped or never made.",
+        "Nothing to do; the upload is counted and ignored.",
+    ),
+    "GMR-402": CatalogueEntry(
+        "wrong shape",
+        "An upload does not have one value for each coordinate of the dispatched sub-model.",
+        "Check the client; the upload is counted and ignored.",
+    ),
+    "GMR-403": CatalogueEntry(
+        "not finite",
+        "An upload holds NaN or infinity.",
+        "Lower the learning rate or clip gradients; the upload is counted and ignored.",
+    ),
+    "GMR-404": CatalogueEntry(
+        "wrong sample count",
+        "An upload claims zero, negative or non-finite samples.",
+        "Check the client; the upload is counted and ignored.",
+    ),
+    "GMR-405": CatalogueEntry(
+        "event out of order",
+        "The engine was given an event that its phase does not allow. This is a bug of the runtime.",
+        "Please report it with the run log.",
+    ),
+    "GMR-406": CatalogueEntry(
+        "wrong client",
+        "An upload names a dispatch that was made to another client.",
+        "Check the client; the upload is counted and ignored.",
+    ),
+    "GMR-501": CatalogueEntry(
+        "unsupported FedML version",
+        "fedgmr wraps FedML's internals and is tested with 0.9.6 only.",
+        "pip install fedml==0.9.6",
+    ),
+    "GMR-502": CatalogueEntry(
+        "runtime not supported",
+        "`federated_optimizer: fedgmr` does not run under this training_type and backend.",
+        'Use `training_type: "simulation"` with `backend: "sp"`.',
+    ),
+    "GMR-503": CatalogueEntry(
+        "defence needs more updates",
+        "FedML's multi-client defences need at least three updates per aggregation.",
+        "Set `min_updates: 3` or more in fedgmr_args, or disable the defence.",
+    ),
+    "GMR-504": CatalogueEntry(
+        "homomorphic encryption not supported",
+        "Encrypted updates cannot be normalised per coordinate by the server.",
+        "Set `enable_fhe: false`.",
+    ),
+    "GMR-505": CatalogueEntry(
+        "FedML cannot be imported",
+        "A dependency of FedML is missing or incompatible.",
+        "Run `fedgmr doctor`; it prints the line that repairs each finding.",
+    ),
+    "GMR-601": CatalogueEntry(
+        "run log not found",
+        "The path is neither a run directory with `run.jsonl` nor a log file.",
+        "Give the directory that the run printed at its end.",
+    ),
+    "GMR-602": CatalogueEntry(
+        "run log damaged",
+        "A line before the last one is not valid JSON, or the header is missing.",
+        "Copy the file again; a torn last line alone is tolerated.",
+    ),
+    "GMR-603": CatalogueEntry(
+        "run log of another schema",
+        "The log was written with a schema version that this release does not read.",
+        "Read it with the release named in its header.",
+    ),
+}
+
+
+class FedGMRError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        code: stable code from `CATALOGUE`, such as ``"GMR-104"``.
+        message: the offending ``name=value`` and what is wrong with it.
+        where: where the value came from (``"fedml_config.yaml: fedgmr_args.density_min"``).
+        hint: what to do next; the catalogue's remedy where it is empty.
+    """
+
+    def __init__(self, code: str, message: str, *, where: str = "", hint: str = "") -> None:
+        self.code = code
+        self.message = message
+        self.where = where
+        self.hint = hint or CATALOGUE[code].remedy
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        first = f"{self.code} {self.message}"
+        if self.where:
+            first += f"\n        in {self.where}"
+        return f"{first}\n        {self.hint} See docs/errors.md#{self.code.lower()}"
+
+
+class ConfigError(FedGMRError):
+    """A key or value of the configuration is wrong (GMR-1xx)."""
+
+
+class ModelError(FedGMRError):
+    """The model cannot be split into sub-models (GMR-2xx)."""
+
+
+class DataError(FedGMRError):
+    """A client's data cannot be used (GMR-3xx)."""
+
+
+class UpdateRejected(FedGMRError):
+    """An upload was refused; the global model is untouched (GMR-4xx)."""
+
+
+class HostError(FedGMRError):
+    """FedML, Python or the machine is not as needed (GMR-5xx)."""
+
+
+class RunLogError(FedGMRError):
+    """A run log or run directory cannot be read (GMR-6xx)."""

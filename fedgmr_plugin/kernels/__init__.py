@@ -1,0 +1,44 @@
+"""Pure maths on flat tensors: layout, masks, densities, staleness, aggregation, cost.
+
+Kernels know no clock, no file, no network and no configuration object; what they need is an argument.
+Axis letters: D coordinates of the global vector, S support of one sub-model, N clients, R rungs.
+"""
+
+from fedgmr_plugin.kernels.aggregate import MaskedUpdate, Merge, holders, merge
+from fedgmr_plugin.kernels.density import (
+    GMRRules,
+    GMRState,
+    Observation,
+    Restoration,
+    next_density,
+    restoring_pays,
+    start,
+    step,
+)
+from fedgmr_plugin.kernels.layout import Entry, Finding, ModelLayout, build_layout, validate
+from fedgmr_plugin.kernels.masks import Ranking, rank, scores
+from fedgmr_plugin.kernels.staleness import staleness_weight
+
+__all__ = [
+    "Entry",
+    "Finding",
+    "GMRRules",
+    "GMRState",
+    "MaskedUpdate",
+    "Merge",
+    "ModelLayout",
+    "Observation",
+    "Ranking",
+    "Restoration",
+    "build_layout",
+    "holders",
+    "merge",
+    "next_density",
+    "rank",
+    "restoring_pays",
+    "scores",
+    "staleness_weight",
+    "start",
+    "step",
+    "validate",
+]

@@ -1,0 +1,232 @@
+"""Nested masks for all densities at once.
+
+Legend: D coordinates, P prunable coordinates (in layout order), R rungs (requested densities, ascending).
+
+A `Ranking` gives every coordinate the first rung whose sub-model holds it. Sub-models of one ranking are
+nested by construction, each is a *prefix* of one coordinate order, and what a larger one adds is a slice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedgmr_plugin.kernels.layout import ModelLayout
+
+Score = Literal["magnitude", "weight_change", "per_cost", "random"]
+_HISTOGRAM_BITS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """A nested family of masks.
+
+    Attributes:
+        densities: requested densities, strictly ascending [R].
+        rung_D: int16 [D], smallest rung whose mask holds the coordinate; R where none does. Coordinates
+            that are never pruned have rung 0.
+    """
+
+    densities: tuple[float, ...]
+    rung_D: Tensor
+
+    @cached_property
+    def order_D(self) -> Tensor:
+        """int64 [D]: coordinates by rung, increasing within one rung."""
+        return torch.argsort(self.rung_D, stable=True)
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Length of the prefix of `order_D` that each rung's sub-model takes [R]."""
+        counts = torch.bincount(self.rung_D.to(torch.int64), minlength=len(self.densities) + 1)
+        return tuple(torch.cumsum(counts, 0)[: len(self.densities)].tolist())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (first 16 hex digits) of densities and rungs: equal digests, equal masks."""
+        payload = self.rung_D.cpu().contiguous().numpy().astype("<i2").tobytes()
+        head = ",".join(repr(d) for d in self.densities).encode()
+        return hashlib.sha256(head + b"|" + payload).hexdigest()[:16]
+
+    def rung(self, density: float) -> int:
+        """Index of `density` among the requested ones.
+
+        Raises:
+            ValueError: if it was not requested.
+        """
+        return self.densities.index(density)
+
+    def support(self, rung: int) -> Tensor:
+        """int64 [S]: coordinates of the rung's sub-model, in the order of its payload."""
+        return self.order_D[: self.ends[rung]]
+
+    def mask(self, rung: int) -> Tensor:
+        """bool [D]: the rung's mask."""
+        return self.rung_D <= rung
+
+    def coverage(self, weight_R: Sequence[float]) -> Tensor:
+        """float32 [D]: share of the clients' weight that holds each coordinate.
+
+        Args:
+            weight_R: total weight of the clients whose sub-model is of that rung [R].
+        """
+        weight = np.asarray(weight_R, dtype=np.float64)
+        at_least = np.concatenate([weight[::-1].cumsum()[::-1], [0.0]]) / weight.sum()
+        table = torch.from_numpy(at_least.astype(np.float32)).to(self.rung_D.device)
+        return table[self.rung_D.to(torch.int64)]
+
+
+def prunable_values(layout: ModelLayout, flat_D: Tensor) -> Tensor:
+    """The prunable coordinates of `flat_D` [D], in layout order [P]."""
+    return torch.cat([flat_D[e.slice] for e in layout.of_kind("prunable")])
+
+
+def scores(
+    score: Score,
+    layout: ModelLayout,
+    w_D: Tensor,
+    *,
+    change_D: Tensor | None = None,
+    cost_of_layer: Sequence[float] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Score of each prunable coordinate [P], non-negative; larger scores are kept (method page, section 3).
+
+    Args:
+        score: ``magnitude`` |w|; ``weight_change`` |w dw|; ``per_cost`` |w| / c_layer; ``random`` uniform.
+        w_D: global vector.
+        change_D: change of w over the last interval, for ``weight_change``.
+        cost_of_layer: cost of one weight of each prunable layer, in layout order, for ``per_cost``.
+        generator: source of ``random``, on the CPU.
+    """
+    w_P = prunable_values(layout, w_D)
+    if score == "magnitude":
+        return w_P.abs()
+    if score == "weight_change":
+        if change_D is None:
+            raise ValueError("weight_change needs change_D")
+        return (w_P * prunable_values(layout, change_D)).abs()
+    if score == "per_cost":
+        if cost_of_layer is None:
+            raise ValueError("per_cost needs cost_of_layer")
+        pieces = [
+            flat.abs() / cost
+            for flat, cost in zip(
+                w_P.split([e.size for e in layout.of_kind("prunable")]), cost_of_layer, strict=True
+            )
+        ]
+        return torch.cat(pieces)
+    if generator is None:
+        raise ValueError("random needs a generator")
+    return torch.rand(w_P.numel(), generator=generator, dtype=torch.float32).to(w_P.device)
+
+
+def rank(
+    layout: ModelLayout,
+    w_D: Tensor,
+    score_P: Tensor,
+    densities: Sequence[float],
+    *,
+    layer_floor: float = 0.0,
+    prune_biases: bool = True,
+) -> Ranking:
+    """Masks of all `densities`, nested, each of exactly ``int(d * D_p)`` prunable coordinates.
+
+    First come, layer by layer, the ``int(layer_floor * size)`` weights of largest |w|; then all others;
+    each group by descending score, ties by coordinate. Scores must be finite and non-negative.
+
+    Args:
+        densities: strictly ascending, in (0, 1].
+        layer_floor: share of each layer that precedes all other weights (method page, section 3).
+        prune_biases: give a bias the first rung that holds any weight of its row; else rung 0.
+    """
+    total = layout.prunable
+    counts = [int(d * total) for d in densities]
+    key_P = _sort_key(score_P)
+    floor_P = _floor(layout, w_D, layer_floor)
+    n_floor = int(floor_P.sum())
+    rung_P = _rungs(key_P.masked_fill(floor_P, -1), [max(k - n_floor, 0) for k in counts])
+    if n_floor:
+        among_floor = _rungs(key_P.masked_fill(~floor_P, -1), [min(k, n_floor) for k in counts])
+        rung_P = torch.where(floor_P, among_floor, rung_P)
+
+    rung_D = torch.zeros(layout.size, dtype=torch.int16, device=w_D.device)
+    start = 0
+    for entry in layout.of_kind("prunable"):
+        rung_D[entry.slice] = rung_P[start : start + entry.size]
+        start += entry.size
+    if prune_biases:
+        for bias in layout.of_kind("bias"):
+            weight = layout.by_name[bias.rows or ""]
+            grid = rung_D[weight.slice].view(weight.shape).movedim(weight.output_axis, 0)
+            rung_D[bias.slice] = grid.reshape(bias.size, -1).amin(dim=1)
+    return Ranking(tuple(densities), rung_D)
+
+
+def _floor(layout: ModelLayout, w_D: Tensor, share: float) -> Tensor:
+    """bool [P]: the ``int(share * size)`` weights of largest |w| of every layer."""
+    pieces = []
+    for entry in layout.of_kind("prunable"):
+        count = int(share * entry.size)
+        magnitude = w_D[entry.slice].abs()
+        if count:
+            pieces.append(_rungs(_sort_key(magnitude), [count]) == 0)
+        else:
+            pieces.append(torch.zeros(entry.size, dtype=torch.bool, device=w_D.device))
+    return torch.cat(pieces)
+
+
+def _sort_key(score: Tensor) -> Tensor:
+    """Integers in the order of the non-negative `score`: the bits of IEEE floats."""
+    score = score.contiguous() + 0.0  # -0.0 becomes 0.0
+    return score.view(torch.int32 if score.dtype == torch.float32 else torch.int64)
+
+
+def _rungs(key: Tensor, counts: Sequence[int]) -> Tensor:
+    """int16: for each element the first r with (its rank by descending key, ties by position) < counts[r].
+
+    `counts` ascend. Only the histogram bins that contain a threshold are sorted. Key -1 ranks last.
+    """
+    bits = 31 if key.dtype == torch.int32 else 63
+    bins = (key >> (bits - _HISTOGRAM_BITS)) + 1  # key -1 falls into bin 0
+    histogram = torch.bincount(bins.to(torch.int64), minlength=2**_HISTOGRAM_BITS + 1)
+    above = histogram.flip(0).cumsum(0).flip(0) - histogram  # elements in higher bins
+    counts_R = torch.tensor(counts, dtype=torch.int64, device=key.device)
+
+    thresholds: dict[int, int] = {}  # k-th largest key -> number of larger keys
+    table = above.tolist()
+    wanted: dict[int, list[int]] = {}
+    descending = above.flip(0)  # ascending in "above": bins from high to low
+    for k in sorted({k for k in counts if 0 < k <= key.numel()}):
+        position = int(torch.searchsorted(descending, k - 1, right=True)) - 1
+        wanted.setdefault(len(table) - 1 - position, []).append(k)
+    for bin_index, ks in wanted.items():
+        members = torch.sort(key[bins == bin_index], descending=True).values
+        for k in ks:
+            value = int(members[k - table[bin_index] - 1])
+            thresholds[value] = table[bin_index] + int((members > value).sum())
+
+    # Elements strictly between thresholds: rung by comparing keys; elements on a threshold: by position.
+    rung = torch.full(key.shape, len(counts), dtype=torch.int16, device=key.device)
+    if not thresholds:
+        return rung
+    cuts = sorted(thresholds)
+    cut_tensor = torch.tensor(cuts, dtype=key.dtype, device=key.device)
+    # An element above exactly the cuts cuts[:i] has rank >= thresholds of cut i and < that of cut i - 1.
+    first_rung = torch.searchsorted(
+        counts_R, torch.tensor([thresholds[c] - 1 for c in cuts], device=key.device), right=True
+    )
+    by_cut = torch.cat([torch.tensor([len(counts)], device=key.device), first_rung]).to(torch.int16)
+    rung = by_cut[torch.bucketize(key, cut_tensor, right=True)]
+    for value, larger in thresholds.items():
+        ties = (key == value).nonzero().squeeze(1)
+        ranks = larger + torch.arange(ties.numel(), device=key.device)
+        rung[ties] = torch.searchsorted(counts_R, ranks, right=True).to(torch.int16)
+    return rung
