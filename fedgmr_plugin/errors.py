@@ -76,6 +76,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "`densities` must have one value per client (`client_num_in_total`).",
         "Give as many densities as clients, or use `heterogeneity`.",
     ),
+    "GMR-110": CatalogueEntry(
+        "run exists already",
+        "`run_name` names a directory that holds a finished or interrupted run; nothing is overwritten.",
+        "Choose another `run_name`, leave it out to number runs, or move the old directory away.",
+    ),
     "GMR-201": CatalogueEntry(
         "no prunable weights",
         "No convolution, linear or embedding weight is left to prune, so every sub-model is the model.",
@@ -116,6 +121,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "dataset not understood",
         "The dataset is not FedML's 8-element list with loaders or batches per client.",
         "See docs/configuration.md, section data, for the accepted forms.",
+    ),
+    "GMR-303": CatalogueEntry(
+        "bandwidth traces not usable",
+        "The .npz file of `bandwidth_traces` is missing or lacks the arrays time_s, mbit_s and offset.",
+        "See docs/configuration.md, section bandwidth traces, for the format.",
     ),
     "GMR-401": CatalogueEntry(
         "unknown or repeated dispatch",
@@ -171,6 +181,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "FedML cannot be imported",
         "A dependency of FedML is missing or incompatible.",
         "Run `fedgmr doctor`; it prints the line that repairs each finding.",
+    ),
+    "GMR-506": CatalogueEntry(
+        "client trainer failed",
+        "The user's ClientTrainer raised, or returned weights that do not fit the model.",
+        "Read the cause above; the trainer also has to run under FedML's own FedAvg.",
     ),
     "GMR-601": CatalogueEntry(
         "run log not found",

@@ -90,10 +90,10 @@ class Admitted:
         return self.upload.client, self.upload.dispatch
 
 
-#: Hook on the updates of a window before they are merged: (w_D, updates) -> updates.
-BeforeMerge = Callable[[Tensor, list[MaskedUpdate]], list[MaskedUpdate]]
-#: Hook on the merged vector.
-AfterMerge = Callable[[Tensor], Tensor]
+#: Hook on the updates of a window before they are merged: (window, w_D, updates) -> updates.
+BeforeMerge = Callable[[int, Tensor, list[MaskedUpdate]], list[MaskedUpdate]]
+#: Hook on the merged vector: (window, w_D) -> w_D.
+AfterMerge = Callable[[int, Tensor], Tensor]
 
 
 class Server:
@@ -259,7 +259,7 @@ class Server:
         pibar: list[float | None] = [None] * len(arrived)
         if updates:
             if self.before_merge is not None:
-                updates = self.before_merge(self.w_D, updates)
+                updates = self.before_merge(self.version, self.w_D, updates)
             old_D = self.w_D
             result = merge(
                 old_D,
@@ -270,7 +270,7 @@ class Server:
                 server_step=self.config.server_step,
                 participation=len(arrived) / len(self.counts) if self.config.mixing else 1.0,
             )
-            self.w_D = result.w_D if self.after_merge is None else self.after_merge(result.w_D)
+            self.w_D = result.w_D if self.after_merge is None else self.after_merge(self.version, result.w_D)
             step_sq = _norm_sq(self.w_D[:parameters] - old_D[:parameters])
             count_P = holders(updates, self.layout.size)[:parameters]
             covered = count_P > 0

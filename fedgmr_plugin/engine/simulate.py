@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -40,6 +40,7 @@ from fedgmr_plugin.engine.events import (
 )
 from fedgmr_plugin.engine.network import Arrival, VirtualNetwork, Window, clock_rules
 from fedgmr_plugin.engine.probe import Gradient, Probe, probe_set
+from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.kernels.cost import flight_seconds
 from fedgmr_plugin.kernels.density import next_density, restoring_pays
@@ -69,14 +70,20 @@ class Clients:
     fraction: float
     seed: int
     count: int
+    _parts: dict[int, tuple[Samples, Samples | None]] = field(default_factory=dict, repr=False)
 
     def train(self, client: int) -> Samples:
         """The part that the client trains on."""
-        return split(self.samples(client), self.fraction, self.seed, client)[0]
+        return self._split(client)[0]
 
     def validation(self, client: int) -> Samples | None:
         """The part held out."""
-        return split(self.samples(client), self.fraction, self.seed, client)[1]
+        return self._split(client)[1]
+
+    def _split(self, client: int) -> tuple[Samples, Samples | None]:
+        if client not in self._parts:
+            self._parts[client] = split(self.samples(client), self.fraction, self.seed, client)
+        return self._parts[client]
 
 
 @dataclass(frozen=True)
@@ -219,9 +226,10 @@ class Simulation:
     # -- measuring ------------------------------------------------------------------------------------
 
     def measure(self, w_D: Tensor, batches: Iterable[Batch]) -> Metrics:
-        """Metrics of the vector `w_D` on `batches`."""
+        """Metrics of the vector `w_D` on `batches`; random transforms and layers see the same draws each time."""
         self.layout.scatter(self.model, w_D)
-        return self.training.trainer.evaluate(self.model, batches)
+        with isolated_rng(derive(self.clients.seed, "measure")):
+            return self.training.trainer.evaluate(self.model, batches)
 
     def _both(self, batches: Callable[[], Iterable[Batch]]) -> dict[Which, Metrics]:
         """Metrics of w and of the coverage-scaled model."""
@@ -304,12 +312,14 @@ class Simulation:
     def _make_probe(self) -> Probe | None:
         if not self.config.probe and self.config.trigger != "gradient":
             return None
-        data = probe_set(
-            [self.clients.train(n) for n in range(self.clients.count)],
-            self.clients.seed,
-            self.config.probe_samples,
-            self.training.plan.batch_size,
-        )
+        seed = self.clients.seed
+        with isolated_rng(derive(seed, "probe_set")):
+            data = probe_set(
+                [self.clients.train(n) for n in range(self.clients.count)],
+                seed,
+                self.config.probe_samples,
+                self.training.plan.batch_size,
+            )
         return Probe(self.model, self.layout, self.training.trainer, data)  # type: ignore[arg-type]
 
     def _merge(self, window: Window) -> list[Effect]:

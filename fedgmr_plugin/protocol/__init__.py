@@ -1,0 +1,7 @@
+"""What crosses a process boundary or a crash: the run log."""
+
+from __future__ import annotations
+
+from fedgmr_plugin.protocol.runlog import LOG_NAME, RunLog, RunLogWriter, read_run
+
+__all__ = ["LOG_NAME", "RunLog", "RunLogWriter", "read_run"]

@@ -1,0 +1,311 @@
+"""Reads and writes ``run.jsonl``, the record of one run (schema: ``docs/run-log.md``)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgmr_plugin.errors import RunLogError
+from fedgmr_plugin.protocol.schema import RECORDS, SCHEMA, TYPES, problems
+
+#: Name of the log inside a run's directory.
+LOG_NAME = "run.jsonl"
+
+Row = tuple[Any, ...]
+
+
+def _plain(value: object) -> object:
+    """NumPy's scalars and arrays as Python's, for the JSON encoder."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot stand in a run log")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every number that is not finite replaced by None, at any depth."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = _plain(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def encode(record: Mapping[str, Any]) -> str:
+    """One line of the log, without its line end: keys in the schema's order, null for NaN and infinity.
+
+    Raises:
+        ValueError: the record does not fit the schema; the message names every key.
+    """
+    found = problems(record)
+    if found:
+        raise ValueError(f"{record.get('type')} record refused: " + "; ".join(found))
+    ordered = {"type": record["type"], **{key: record[key] for key in RECORDS[record["type"]]}}
+    try:
+        return _ENCODER.encode(ordered)
+    except ValueError:
+        return _ENCODER.encode(_finite(ordered))
+
+
+class RunLogWriter:
+    """Writes the records of one run, each flushed as soon as it is written.
+
+    A crash therefore loses at most the line being written. The first record must be the header, and
+    nothing may follow ``end``. Not safe for concurrent threads.
+
+    Args:
+        path: file to create (parents are made), or an existing directory, which gets ``run.jsonl``.
+        overwrite: replace an existing log; without it an existing log is left alone.
+
+    Raises:
+        FileExistsError: the log exists and `overwrite` is false.
+    """
+
+    def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
+        target = Path(path)
+        if target.is_dir():
+            target = target / LOG_NAME
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.path = target
+        self._last = ""
+        # A lone surrogate becomes its JSON escape, so any Python string can be written.
+        self._file = target.open(
+            "w" if overwrite else "x",
+            buffering=1,
+            encoding="utf-8",
+            errors="backslashreplace",
+            newline="\n",
+        )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record.
+
+        Raises:
+            ValueError: the record does not fit the schema, comes before the header or after ``end``,
+                or is a second header. Nothing is written.
+        """
+        kind = record.get("type")
+        if (kind == "header") != (self._last == ""):
+            raise ValueError(f"{kind} record out of place: the header comes first, and once")
+        if self._last == "end":
+            raise ValueError(f"{kind} record after the end of the run")
+        self._file.write(encode(record) + "\n")
+        self._last = str(kind)
+
+    #: A writer is an observer of the engine.
+    record = write
+
+    def close(self) -> None:
+        """Close the file; further writes fail."""
+        self._file.close()
+
+    def __enter__(self) -> RunLogWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RunLog:
+    """The records of one run, as columns or as dictionaries.
+
+    Attributes:
+        path: the file that was read.
+        header: the header record.
+        end: the end record; None if the run did not end by itself (it is running, or was stopped).
+        torn: the last line was incomplete and has been left out.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], rows: dict[str, list[Row]], torn: bool) -> None:
+        self.path = path
+        self.header = header
+        self.torn = torn
+        self._rows = rows
+        ends = self.records("end")
+        self.end: dict[str, Any] | None = ends[0] if ends else None
+
+    @property
+    def name(self) -> str:
+        """The run's name, from the header."""
+        return str(self.header["run_name"])
+
+    def count(self, kind: str) -> int:
+        """Number of records of one type."""
+        return len(self._rows[kind])
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """The records of one type as dictionaries (known keys only), in the order of the file."""
+        keys = tuple(RECORDS[kind])
+        return [dict(zip(keys, row, strict=True)) for row in self._rows[kind]]
+
+    def column(self, kind: str, key: str) -> NDArray[Any]:
+        """One key of all records of a type, in the order of the file.
+
+        Args:
+            kind: record type, such as ``"window"``.
+            key: key of that type; ``"global.accuracy"`` reaches into an object.
+
+        Returns:
+            int64 [records] for ``int``; float64 [records] for numbers, with NaN for null; float64
+            [records, n] for lists of numbers; object [records] for everything else.
+
+        Raises:
+            RunLogError: GMR-602 if a value has another type than the schema says.
+        """
+        outer, _, inner = key.partition(".")
+        word = "number" if inner else RECORDS[kind][outer]
+        place = list(RECORDS[kind]).index(outer)
+        values = [row[place] for row in self._rows[kind]]
+        if inner:
+            values = [value.get(inner) if isinstance(value, Mapping) else value for value in values]
+        test = TYPES[word]
+        for number, value in enumerate(values):
+            if not test(value):
+                self._damaged(f"{kind} record {number}: {key}={value!r} is not of type {word}")
+        if word == "int":
+            return self._array(values, np.int64, kind, key)
+        if word in ("number", "number or null", "int or null", "[number]", "[int]"):
+            column = self._array(values, np.float64, kind, key)
+            if np.isinf(column).any():
+                self._damaged(f"a value of {key} in a {kind} record is not finite")
+            return column
+        column = np.empty(len(values), dtype=object)
+        column[:] = values
+        return column
+
+    def columns(self, kind: str, *keys: str) -> dict[str, NDArray[Any]]:
+        """Several columns of one record type, by key."""
+        return {key: self.column(kind, key) for key in keys}
+
+    def _array(self, values: Sequence[Any], dtype: Any, kind: str, key: str) -> NDArray[Any]:
+        try:
+            return np.array(values, dtype=dtype)
+        except (ValueError, OverflowError) as error:
+            self._damaged(f"{key} of the {kind} records is not an array: {error}")
+
+    def _damaged(self, message: str) -> NoReturn:
+        raise RunLogError("GMR-602", message, where=str(self.path))
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_GETTERS: dict[str, Callable[[Mapping[str, Any]], Row]] = {
+    kind: itemgetter(*keys) for kind, keys in RECORDS.items()
+}
+
+
+def find_log(path: str | Path) -> Path:
+    """The log file that `path` means: the file itself, or ``run.jsonl`` in a run's directory.
+
+    Raises:
+        RunLogError: GMR-601; for a directory of runs the message lists them.
+    """
+    given = Path(path)
+    if given.is_dir():
+        log = given / LOG_NAME
+        if log.is_file():
+            return log
+        runs = sorted(entry.parent.name for entry in given.glob(f"*/{LOG_NAME}"))
+        hint = f"It holds runs, name one of them: {', '.join(runs[:8])}." if runs else ""
+        raise RunLogError("GMR-601", f"no {LOG_NAME} in this directory", where=str(given), hint=hint)
+    if not given.is_file():
+        raise RunLogError("GMR-601", "no such run directory or file", where=str(given))
+    return given
+
+
+def read_run(path: str | Path) -> RunLog:
+    """Read a run directory or a log file.
+
+    Accepts any schema 1.x: record types and keys that this release does not know are left out. A last
+    line without its line end that is not a whole record is left out too, and `RunLog.torn` is set;
+    every other damage is an error, because a silent gap would falsify what is computed from the log.
+
+    Raises:
+        RunLogError: GMR-601 no log there, GMR-602 damaged (with the line), GMR-603 other schema.
+    """
+    file = find_log(path)
+    rows: dict[str, list[Row]] = {kind: [] for kind in RECORDS}
+    header: dict[str, Any] | None = None
+    torn = False
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                try:
+                    record = _parse(line, f"{file}, line {number}")
+                except RunLogError:
+                    if line.endswith(b"\n") or header is None:
+                        raise
+                    torn = True
+                    break
+                if header is None:
+                    header = _checked_header(record, f"{file}, line {number}")
+                _add(rows, record, f"{file}, line {number}")
+    except OSError as error:
+        raise RunLogError("GMR-601", f"cannot be read: {error.strerror}", where=str(file)) from error
+    if header is None:
+        raise RunLogError("GMR-602", "the file is empty: the header is missing", where=str(file))
+    return RunLog(file, header, rows, torn)
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    """The object on one line (GMR-602 if there is none)."""
+    try:
+        record = _DECODER.decode(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunLogError("GMR-602", f"not valid JSON: {error}", where=where) from error
+    if not isinstance(record, dict) or not isinstance(record.get("type"), str):
+        raise RunLogError("GMR-602", "not an object with a `type`", where=where)
+    return record
+
+
+def _checked_header(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The header's known keys, after a look at its schema (GMR-603) and at every key's type (GMR-602)."""
+    if record["type"] != "header":
+        raise RunLogError(
+            "GMR-602", f"the header is missing: the first record is of type {record['type']!r}", where=where
+        )
+    schema = record.get("schema")
+    if not isinstance(schema, str) or not re.fullmatch(r"1\.[0-9]+", schema):
+        message = f"schema={schema!r}, but this release reads 1.x (and writes {SCHEMA})"
+        raise RunLogError("GMR-603", message, where=where)
+    known = {key: value for key, value in record.items() if key in RECORDS["header"]}
+    found = problems({"type": "header", **known})
+    if found:
+        raise RunLogError("GMR-602", "header: " + "; ".join(found), where=where)
+    return known
+
+
+def _add(rows: dict[str, list[Row]], record: dict[str, Any], where: str) -> None:
+    """File `record` under its type; unknown types are left out."""
+    kind = record["type"]
+    if kind not in rows:
+        return
+    if rows["end"] or (kind == "header" and rows["header"]):
+        message = f"a {kind} record where none can be (two runs in one file?)"
+        raise RunLogError("GMR-602", message, where=where)
+    try:
+        rows[kind].append(_GETTERS[kind](record))
+    except KeyError as error:
+        raise RunLogError("GMR-602", f"{kind} record without the key {error}", where=where) from error

@@ -1,0 +1,155 @@
+"""One self-contained HTML page from one or more run logs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from fedgmr_plugin.protocol.runlog import RunLog
+from fedgmr_plugin.report import tables
+from fedgmr_plugin.report.figures import Figures, Named, named
+from fedgmr_plugin.report.style import STYLE
+from fedgmr_plugin.report.summary import TARGET_SHARE, Summary, summarise_all
+from fedgmr_plugin.report.text import escape, name, number, percent, seconds
+
+#: The page may load nothing and run nothing, whatever a log holds.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def render(runs: Sequence[RunLog], title: str, *, target: float | None = None) -> str:
+    """The report of `runs` as one HTML page without references to anything outside it.
+
+    The page depends on the logs alone: the same logs give the same bytes.
+
+    Args:
+        runs: at least one; compared with each other where there are several.
+        title: heading of the page; any text.
+        target: accuracy in [0, 1] whose virtual time is tabled; 95 % of the best last accuracy where None.
+
+    Raises:
+        ValueError: `runs` is empty.
+        RunLogError: GMR-602 if a log holds values of the wrong type.
+    """
+    if not runs:
+        raise ValueError("a report needs at least one run")
+    shown = named(runs)
+    summaries = summarise_all(runs, target)
+    figures = Figures(shown)
+    several = len(shown) > 1
+    sections = [
+        ("Summary", _lede(shown, summaries, target) + _summary(shown, summaries, target)),
+        (figures.metric.capitalize(), _grid([figures.metric_by_time(), figures.metric_by_bytes()])),
+        (
+            "Density",
+            _grid(
+                ([figures.mean_densities()] if several else [])
+                + [figures.densities(place) for place in range(len(shown))]
+                + ([] if several else [figures.mean_densities()])
+            ),
+        ),
+        ("Clients", "".join(tables.client_classes(run) for run in shown)),
+        ("Staleness", _grid([figures.staleness_histogram(), figures.staleness_by_time()])),
+        ("Traffic", _grid([figures.traffic("bytes_up"), figures.traffic("bytes_down")])),
+        ("Restorations", "".join(tables.restorations(run) for run in shown)),
+        ("Configuration", tables.configuration(shown)),
+        ("Versions", tables.versions(shown)),
+        ("Citation", _citation()),
+    ]
+    body = "".join(
+        f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections if content
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body>"
+        f"<header><h1>{name(title)}</h1><p>{_subtitle(shown)}</p></header><main>{body}</main>"
+        "<footer>Made by fedgmr from the run logs alone. Times are virtual seconds of the simulated network; "
+        "1 MB is 10<sup>6</sup> bytes.</footer></body></html>\n"
+    )
+
+
+def _subtitle(runs: Sequence[Named]) -> str:
+    headers = [run.run.header for run in runs]
+    parts = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}"]
+    for key, unit in (
+        ("clients", "clients"),
+        ("windows", "windows planned"),
+        ("model_megabytes", "MB model"),
+    ):
+        values = {header[key] for header in headers}
+        value = values.pop()
+        if not values and value is not None:
+            parts.append(f"{number(value, 1 if key == 'model_megabytes' else 0)} {unit}")
+    methods = sorted({str(header["method"]) for header in headers})
+    return escape(" · ".join([*parts, ", ".join(methods)]))
+
+
+def _lede(runs: Sequence[Named], summaries: Sequence[Summary], target: float | None) -> str:
+    """The result in a sentence or two."""
+    rated = [(s.accuracy, run, s) for run, s in zip(runs, summaries, strict=True) if s.accuracy is not None]
+    if not rated:
+        return '<p class="lede">No evaluation with an accuracy was recorded.</p>'
+    accuracy, run, s = max(rated, key=lambda item: item[0])
+    text = f"After {seconds(s.budget_seconds)} "
+    if len(runs) > 1:
+        text += f"the best run is {name(run.label)} with {percent(accuracy)} on the test set."
+    else:
+        text += f"the shipped model has {percent(accuracy)} on the test set."
+    reached = [
+        (s.seconds_to_target, run) for run, s in zip(runs, summaries, strict=True) if s.seconds_to_target
+    ]
+    if reached and s.target_accuracy is not None:
+        soonest, first = min(reached, key=lambda item: item[0] or 0.0)
+        who = f"{name(first.label)} is the first to reach" if len(runs) > 1 else "It reached"
+        text += f" {who} {percent(s.target_accuracy)}, at {seconds(soonest)}."
+    elif target is not None:
+        text += f" The target of {percent(target)} was not reached."
+    return f'<p class="lede">{text}</p>'
+
+
+def _summary(runs: Sequence[Named], summaries: Sequence[Summary], target: float | None) -> str:
+    """The summary table and what has to be known to read it."""
+    first = summaries[0]
+    notes = []
+    if first.budget_seconds is not None:
+        notes.append(
+            f"Accuracies are the shipped candidate’s on the test set. {seconds(first.budget_seconds)} is "
+            + (
+                "the last time until which every run was evaluated."
+                if len(runs) > 1
+                else "the last evaluation’s time."
+            )
+        )
+    if first.target_accuracy is not None:
+        origin = (
+            "as given"
+            if target is not None
+            else f"{TARGET_SHARE:.0%} of the best last accuracy".replace("%", " %")
+        )
+        notes.append(
+            f"The target is {percent(first.target_accuracy)} ({origin}); its time is that of the first "
+            "evaluation that reaches it."
+        )
+    for run, s in zip(runs, summaries, strict=True):
+        if run.run.torn:
+            notes.append(f"The last line of {name(run.label)} was incomplete and has been left out.")
+        elif not s.finished:
+            notes.append(f"{name(run.label)} has no end record: it is still running, or was stopped.")
+    quiet = "".join(f'<p class="quiet">{note}</p>' for note in notes)
+    caption = "Every run in numbers" if len(runs) > 1 else "The run in numbers"
+    return f"<div>{tables.summary(runs, summaries, caption)}</div>{quiet}"
+
+
+def _grid(figures: Sequence[str]) -> str:
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def _citation() -> str:
+    """BibTeX, if the package can make it."""
+    try:
+        citation = importlib.import_module("fedgmr_plugin.citation")
+    except ImportError:
+        return ""
+    return f"<p>If this run is part of a publication, please cite:</p><pre>{escape(citation.cite())}</pre>"

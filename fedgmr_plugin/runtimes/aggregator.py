@@ -1,0 +1,290 @@
+"""FedML's server-side hooks around our aggregation: a user's ServerAggregator, defences, attacks, central DP.
+
+FedML's server calls ``on_before_aggregation``, ``aggregate``, ``on_after_aggregation``. We keep the first and
+the last and replace the middle by mask-aware aggregation, so whatever FedML does *inside* ``aggregate``
+(median, SLSGD, NbAFL, ...) cannot work here: such settings are refused by `AggregatorBridge.check` instead of
+being ignored. Hooks see dense state dictionaries; the caller densifies before and takes supports after.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedgmr_plugin.engine.client import Batch, Metrics
+from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.errors import ConfigError, HostError
+from fedgmr_plugin.runtimes.trainer import metrics_of, refuse_encryption
+
+State = OrderedDict[str, Tensor]
+Update = tuple[float, State]
+
+#: Defences that act in the hooks that we call, by what they need.
+_ONE_UPDATE = frozenset({"norm_diff_clipping", "crfl"})
+_SEVERAL_UPDATES = frozenset({"krum", "multikrum", "trimmed_mean", "3sigma", "3sigma_geo"})
+#: They remember clients by position in the list, so every client must be in every list.
+_ALL_CLIENTS = frozenset({"foolsgold", "3sigma_foolsgold", "anomaly_detection"})
+_SEVERAL = 3
+
+_log = logging.getLogger(__name__)
+
+
+class AggregatorBridge:
+    """FedML's aggregation hooks for an engine that aggregates by itself.
+
+    Args:
+        aggregator: the user's ServerAggregator; FedML's default one is made where it is None.
+        model: the global model's architecture (for FedML's default aggregator only; not kept otherwise).
+        args: FedML's arguments.
+        device: where ``test`` runs; the CPU when None.
+        train_loaders, test_loaders: FedML's loaders by client, for a user's ``test_all``.
+
+    Attributes:
+        active: whether the hooks do anything: the user overrides one, or FedML's defences, model attacks or
+            central differential privacy are on. If not, `before` and `after` need not be called.
+        user_defined: whether the user gave an aggregator (its ``test`` is then preferred).
+    """
+
+    def __init__(
+        self,
+        aggregator: Any,
+        model: nn.Module,
+        args: Any,
+        device: torch.device | None = None,
+        *,
+        train_loaders: Mapping[Any, Any] | None = None,
+        test_loaders: Mapping[Any, Any] | None = None,
+    ) -> None:
+        self.user_defined = aggregator is not None
+        if aggregator is None:
+            from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
+
+            aggregator = create_server_aggregator(model, args)
+        self.aggregator = aggregator
+        self._args = args
+        self._device = torch.device("cpu") if device is None else device
+        self._loaders = (
+            {} if train_loaders is None else train_loaders,
+            {} if test_loaders is None else test_loaders,
+        )
+        self.active = (
+            self._overrides("on_before_aggregation")
+            or self._overrides("on_after_aggregation")
+            or _defence() is not None
+            or _acts_on_updates()
+            or _privacy() == "cdp"
+        )
+        if self._overrides("aggregate"):
+            _log.warning(
+                "%s.aggregate is not called: fedgmr aggregates sub-models by itself",
+                type(aggregator).__name__,
+            )
+
+    def check(self, min_updates: int, clients: int | None = None) -> None:
+        """Refuse settings of FedML that cannot work with mask-aware asynchronous aggregation.
+
+        Args:
+            min_updates: fewest updates that an aggregation may have.
+            clients: N; ``client_num_in_total`` when None.
+
+        Raises:
+            HostError: GMR-503 if a defence needs more updates, GMR-504 under homomorphic encryption.
+            ConfigError: GMR-106 for a defence or privacy solution that acts inside ``aggregate``.
+        """
+        refuse_encryption(self._args)
+        if clients is None:
+            clients = int(self._args.client_num_in_total)
+        defence = _defence()
+        if defence is not None:
+            needed = self._updates_needed(defence, clients)
+            if min_updates < needed:
+                raise HostError(
+                    "GMR-503",
+                    f"defense_type={defence} needs {needed} updates, min_updates={min_updates}",
+                    where="fedgmr_args.min_updates",
+                    hint=f"Set `min_updates: {needed}` or more, or disable the defence.",
+                )
+        privacy = _privacy()
+        if privacy not in (None, "cdp", "ldp"):
+            raise ConfigError(
+                "GMR-106",
+                f"dp_solution_type={privacy} cannot be combined with federated_optimizer=fedgmr: FedML adds its "
+                "noise in none of the hooks around aggregation",
+                where="dp_solution_type",
+                hint="Use `cdp` (noise on the server) or `ldp` (noise on the clients).",
+            )
+
+    def before(
+        self,
+        updates: Sequence[Update],
+        global_state: Mapping[str, Tensor] | None = None,
+        *,
+        seed: int | None = None,
+    ) -> tuple[list[Update], list[int]]:
+        """Call ``on_before_aggregation``.
+
+        Args:
+            updates: (samples, dense weights) of each update; its tensors may be changed in place.
+            global_state: the server's current weights, which defences compare with.
+            seed: seeds the global generators for the hook and restores them; the caller isolates when None.
+
+        Returns:
+            The updates to aggregate, with their (possibly changed) weights, and for each its position in
+            `updates`. Updates of weight 0 are left out.
+
+        Raises:
+            ConfigError: GMR-106 if a returned update cannot be matched with one that went in.
+        """
+        if global_state is not None:
+            self.aggregator.set_model_params(OrderedDict(global_state))
+        originals = [state for _, state in updates]
+        passed = [(samples, state) for samples, state in updates]
+        kinds = [{name: (value.dtype, value.device) for name, value in state.items()} for state in originals]
+        with _isolated(seed):
+            answer = self.aggregator.on_before_aggregation(passed)
+        kept, claimed = answer if isinstance(answer, tuple) else (answer, None)
+        kept = list(kept)
+        where = _positions([state for _, state in kept], originals, claimed)
+        chosen = [
+            (float(weight), state, n) for (weight, state), n in zip(kept, where, strict=True) if weight > 0
+        ]
+        return [(w, _restored(state, kinds[n])) for w, state, n in chosen], [n for _, _, n in chosen]
+
+    def after(self, state: Mapping[str, Tensor], *, seed: int | None = None) -> State:
+        """Call ``on_after_aggregation`` on the aggregated weights; names and types stay as they were."""
+        kinds = {name: (value.dtype, value.device) for name, value in state.items()}
+        with _isolated(seed):
+            result = self.aggregator.on_after_aggregation(OrderedDict(state))
+        return _restored(result, kinds)
+
+    def test(self, model: nn.Module, batches: Iterable[Batch], *, round_index: int | None = None) -> Metrics:
+        """Measure `model` with the aggregator's ``test_all`` (if overridden) and ``test``, as FedML's server does.
+
+        Args:
+            round_index: put in ``args.round_idx``, which FedML's own aggregators read.
+
+        Returns:
+            What ``test`` returned, as `fedgmr_plugin.runtimes.trainer.metrics_of` reads it.
+        """
+        if round_index is not None:
+            self._args.round_idx = round_index
+        data = batches if isinstance(batches, Sized) else list(batches)
+        if getattr(self.aggregator, "model", None) is not model:
+            state = OrderedDict((name, value.clone()) for name, value in model.state_dict().items())
+            self.aggregator.set_model_params(state)
+        home, mode = next((p.device for p in model.parameters()), torch.device("cpu")), model.training
+        if self._overrides("test_all"):
+            self.aggregator.test_all(*self._loaders, self._device, self._args)
+        metrics = metrics_of(self.aggregator.test(data, self._device, self._args))
+        model.to(home).train(mode)
+        if metrics.samples == 0 and (metrics.accuracy is not None or metrics.loss is not None):
+            metrics = metrics._replace(samples=getattr(data, "samples", None) or sum(len(y) for _, y in data))
+        return metrics
+
+    def _overrides(self, name: str) -> bool:
+        from fedml.core.alg_frame.server_aggregator import ServerAggregator
+
+        return getattr(type(self.aggregator), name, None) is not getattr(ServerAggregator, name)
+
+    def _updates_needed(self, defence: str, clients: int) -> int:
+        if defence in _ONE_UPDATE:
+            return 1
+        if defence in _ALL_CLIENTS:
+            return max(_SEVERAL, clients)
+        if defence in ("krum", "multikrum"):
+            chosen = getattr(self._args, "krum_param_m", 1)
+            byzantine = int(self._args.byzantine_client_num)
+            return max(_SEVERAL, 2 * byzantine + 2 + (chosen if isinstance(chosen, int) else 1))
+        if defence in _SEVERAL_UPDATES:
+            return _SEVERAL
+        raise ConfigError(
+            "GMR-106",
+            f"defense_type={defence} cannot be combined with federated_optimizer=fedgmr: it does not act in "
+            "FedML's hooks around aggregation, or needs FedML's own aggregation between them",
+            where="defense_type",
+            hint="Use one of " + ", ".join(sorted(_ONE_UPDATE | _SEVERAL_UPDATES | _ALL_CLIENTS)) + ".",
+        )
+
+
+def _defence() -> str | None:
+    """FedML's enabled defence, or None."""
+    from fedml.core.security.fedml_defender import FedMLDefender
+
+    defender = FedMLDefender.get_instance()
+    return str(defender.defense_type) if defender.is_defense_enabled() else None
+
+
+def _acts_on_updates() -> bool:
+    """Whether an attack on updates is on (data poisoning happens in the clients' trainers)."""
+    from fedml.core.security.constants import ATTACK_LABEL_FLIPPING
+    from fedml.core.security.fedml_attacker import FedMLAttacker
+
+    attacker = FedMLAttacker.get_instance()
+    return bool(attacker.is_enabled) and attacker.attack_type != ATTACK_LABEL_FLIPPING
+
+
+def _privacy() -> str | None:
+    """FedML's enabled differential-privacy solution, or None."""
+    from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
+
+    privacy = FedMLDifferentialPrivacy.get_instance()
+    return str(privacy.dp_solution_type) if privacy.is_dp_enabled() else None
+
+
+def _isolated(seed: int | None) -> AbstractContextManager[None]:
+    return nullcontext() if seed is None else isolated_rng(seed)
+
+
+def _restored(state: Mapping[str, Any], kinds: Mapping[str, tuple[torch.dtype, torch.device]]) -> State:
+    """`state` with exactly the names of `kinds`, in their order, types and places."""
+    missing = [name for name in kinds if name not in state]
+    if missing:
+        raise ConfigError(
+            "GMR-106",
+            f"a hook of the server aggregator dropped {missing[0]} from a state dictionary",
+            where="server_aggregator",
+            hint="Return every name that went in.",
+        )
+    return OrderedDict(
+        (name, torch.as_tensor(state[name]).to(*reversed(kind))) for name, kind in kinds.items()
+    )
+
+
+def _positions(kept: Sequence[Any], originals: Sequence[Any], claimed: Any) -> list[int]:
+    """Which update each returned state is: the same object, else the same place, the same values, or as claimed.
+
+    FedML's own indices are not used first: after Krum they name every update, not the chosen ones.
+    """
+    by_identity = {id(state): n for n, state in enumerate(originals)}
+    found = [by_identity.get(id(state)) for state in kept]
+    if None in found:
+        if len(kept) == len(originals):
+            found = list(range(len(originals)))
+        elif claimed is not None and len(claimed) == len(kept):
+            found = [int(n) for n in claimed]
+        else:
+            found = [
+                next((n for n, o in enumerate(originals) if _same_values(state, o)), None) for state in kept
+            ]
+    if (
+        None in found
+        or len(set(found)) < len(found)
+        or any(not 0 <= n < len(originals) for n in found if n is not None)
+    ):
+        raise ConfigError(
+            "GMR-106",
+            f"on_before_aggregation returned {len(kept)} of {len(originals)} updates and does not say which",
+            where="server_aggregator",
+            hint="Return the dictionaries that went in, or one index for each update returned.",
+        )
+    return [n for n in found if n is not None]
+
+
+def _same_values(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)

@@ -1,0 +1,70 @@
+"""Live progress on standard error: a bar on a terminal, else one line per evaluation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows a run while it goes on; silent with ``progress: false``.
+
+    Args:
+        header: the run's header record.
+    """
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        self._budget = header["time_budget"]
+        self._silent = not header["config"]["progress"]
+        self._bar = tqdm(
+            total=header["windows"] if self._budget is None else round(self._budget),
+            unit="window" if self._budget is None else "virtual s",
+            desc=header["run_name"],
+            file=sys.stderr,
+            disable=True if self._silent else None,  # None: only on a terminal
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+        self._note: dict[str, str] = {}
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def record(self, fields: dict[str, Any]) -> None:
+        """Take in one record of the run log."""
+        if self._silent:
+            return
+        if fields["type"] == "window":
+            done = (
+                fields["window"] + 1 if self._budget is None else min(round(fields["end"]), self._bar.total)
+            )
+            self._note["density"] = f"{fields['mean_density']:.2f}"
+            self._bar.set_postfix(self._note, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif fields["type"] == "evaluation" and fields["accuracy"] is not None:
+            self._note["accuracy"] = f"{100 * fields['accuracy']:.1f} %"
+            if self._bar.disable:
+                click.echo(_line(fields), err=True)
+
+    def close_with(self, end: dict[str, Any], directory: Path) -> None:
+        """Say how the run ended and where its files are."""
+        if not self._silent:
+            click.echo(f"run: {directory}  ({end['windows']} windows, {end['time']:,.0f} virtual seconds)")
+            click.echo(f"model sha256: {end['model_sha256']}")
+
+
+def _line(fields: dict[str, Any]) -> str:
+    return (
+        f"window {fields['window']:>5}  {fields['time']:>9,.0f} s  accuracy {100 * fields['accuracy']:5.1f} %  "
+        f"up {fields['bytes_up'] / 1e6:,.0f} MB  down {fields['bytes_down'] / 1e6:,.0f} MB"
+    )

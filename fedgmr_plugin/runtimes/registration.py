@@ -1,0 +1,156 @@
+"""`federated_optimizer: fedgmr`, dispatched from FedML's own constructors.
+
+FedML has no registry: six constructors compare `args.federated_optimizer` with strings. `register`
+wraps them; the wrapper takes over if the optimizer is "fedgmr" in any letter case, and otherwise
+calls FedML's constructor with its arguments untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.runtimes import config_file, host
+
+OPTIMIZER = "fedgmr"
+
+#: (constructed object, FedML's arguments, the constructor's further arguments) -> None
+Builder = Callable[..., None]
+
+
+class Dispatch(NamedTuple):
+    """One constructor of FedML that chooses an algorithm by name."""
+
+    module: str
+    name: str
+    build: Builder
+
+
+class _Wrapped(NamedTuple):
+    original: Callable[..., None]
+    wrapper: Callable[..., None]
+
+
+_wrapped: dict[type, _Wrapped] = {}
+
+
+def register() -> None:
+    """Teach FedML the optimizer "fedgmr"; a second call changes nothing.
+
+    The YAML that `--cf` of this process names is checked first, because FedML would ignore its faults.
+
+    Raises:
+        ConfigError: GMR-108 for a missing or broken YAML file.
+        HostError: GMR-501 or GMR-505 if FedML is not usable; GMR-502 if the YAML asks for fedgmr
+            under a runtime that it does not support.
+    """
+    check_command_line(sys.argv[1:])
+    host.prepare()
+    for dispatch in TABLE:
+        try:
+            module = importlib.import_module(dispatch.module)
+        except ModuleNotFoundError:
+            continue  # an optional dependency (MNN) is missing, so FedML cannot dispatch there either
+        wrap(getattr(module, dispatch.name), dispatch.build)
+
+
+def unregister() -> None:
+    """Give FedML its constructors, and its cloud, back; without `register` before, do nothing."""
+    for cls, wrapped in list(_wrapped.items()):
+        if cls.__init__ is wrapped.wrapper:  # type: ignore[misc]
+            cls.__init__ = wrapped.original  # type: ignore[misc]
+        del _wrapped[cls]
+    host.restore()
+
+
+def registered() -> tuple[str, ...]:
+    """Names of the FedML classes that know "fedgmr" now."""
+    return tuple(cls.__name__ for cls in _wrapped)
+
+
+def is_fedgmr(optimizer: object) -> bool:
+    """Whether a value of `federated_optimizer` names this method."""
+    return isinstance(optimizer, str) and optimizer.lower() == OPTIMIZER
+
+
+def wrap(cls: type, build: Builder) -> None:
+    """Let `build(self, args, ...)` construct `cls` where `args.federated_optimizer` is fedgmr.
+
+    A class that is wrapped already stays as it is. If somebody else wraps our wrapper, `unregister`
+    cannot take it out; it then only passes on.
+    """
+    if cls in _wrapped:
+        return
+    original: Callable[..., None] = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(original)
+    def __init__(self: Any, args: Any, *rest: Any, **keywords: Any) -> None:
+        current = _wrapped.get(cls)
+        mine = current is not None and current.wrapper is __init__
+        if mine and is_fedgmr(getattr(args, "federated_optimizer", None)):
+            build(self, args, *rest, **keywords)
+        else:
+            original(self, args, *rest, **keywords)
+
+    _wrapped[cls] = _Wrapped(original, __init__)
+    cls.__init__ = __init__  # type: ignore[misc]
+
+
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Check the YAML that a command line gives to FedML, as far as it can be known beforehand.
+
+    FedML initialises a runtime (broker, MPI, cloud) before it looks at the optimizer, so a runtime
+    that fedgmr cannot serve is refused here already.
+
+    Raises:
+        ConfigError: GMR-108 for a missing or broken file.
+        HostError: GMR-502 for fedgmr under another `training_type` or `backend` than supported.
+    """
+    path = config_file.path_from(arguments)
+    if path is None:
+        return
+    settings = config_file.flatten(config_file.load(path))
+    training_type, backend = settings.get("training_type"), settings.get("backend")
+    supported = training_type in (None, "simulation") and backend in (None, "sp")
+    if is_fedgmr(settings.get("federated_optimizer")) and not supported:
+        raise _unsupported(training_type, backend, where=path)
+
+
+def _single_process(
+    simulator: Any,
+    args: Any,
+    device: Any,
+    dataset: Any,
+    model: Any,
+    client_trainer: Any = None,
+    server_aggregator: Any = None,
+) -> None:
+    from fedgmr_plugin.runtimes import single_process
+
+    simulator.fl_trainer = single_process.build(
+        args, device, dataset, model, client_trainer, server_aggregator
+    )
+
+
+def _refuse(instance: Any, args: Any, *_: Any, **__: Any) -> None:
+    where = f"{type(instance).__module__}.{type(instance).__name__}"
+    raise _unsupported(getattr(args, "training_type", None), getattr(args, "backend", None), where=where)
+
+
+def _unsupported(training_type: object, backend: object, *, where: str) -> HostError:
+    runtime = f"training_type={training_type!r}, backend={backend!r}"
+    return HostError("GMR-502", f"federated_optimizer=fedgmr does not run under {runtime}", where=where)
+
+
+TABLE = (
+    Dispatch("fedml.simulation.simulator", "SimulatorSingleProcess", _single_process),
+    Dispatch("fedml.simulation.simulator", "SimulatorMPI", _refuse),
+    Dispatch("fedml.simulation.simulator", "SimulatorNCCL", _refuse),
+    Dispatch("fedml.cross_silo.fedml_server", "FedMLCrossSiloServer", _refuse),
+    Dispatch("fedml.cross_silo.fedml_client", "FedMLCrossSiloClient", _refuse),
+    Dispatch("fedml.cross_device.mnn_server", "ServerMNN", _refuse),
+)

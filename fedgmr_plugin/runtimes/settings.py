@@ -1,0 +1,145 @@
+"""From FedML's `args` to what a run needs: our options, and FedML's keys with FedML's meaning.
+
+FedML flattens the sections of its YAML into attributes, so the `fedgmr_args` section is read from the file
+again: only there can a misspelt key be seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from fedgmr_plugin.config import FedGMRConfig, parse
+from fedgmr_plugin.errors import ConfigError
+from fedgmr_plugin.runtimes import config_file
+
+SECTION = "fedgmr_args"
+
+
+class FedMLKeys(NamedTuple):
+    """FedML's own keys, checked.
+
+    Attributes:
+        seed: ``random_seed``, root of the seed tree.
+        windows: ``comm_round``.
+        clients: ``client_num_in_total``, N.
+        in_flight: ``client_num_per_round``, clients that train at the same time.
+        epochs: ``epochs``, used with ``local_steps: epochs``.
+        batch_size: ``batch_size``.
+        optimizer: ``client_optimizer``.
+        learning_rate: ``learning_rate``, eta.
+        weight_decay: ``weight_decay``, lambda: the optimizer adds lambda w to the gradient.
+        test_interval: ``frequency_of_the_test``, windows.
+        dataset: ``dataset``; FedML picks a trainer by it.
+    """
+
+    seed: int
+    windows: int
+    clients: int
+    in_flight: int
+    epochs: int
+    batch_size: int
+    optimizer: Literal["sgd", "adam"]
+    learning_rate: float
+    weight_decay: float
+    test_interval: int
+    dataset: str
+
+
+def options(args: Any) -> FedGMRConfig:
+    """The `fedgmr_args` of a run: ``args.fedgmr_args`` if a program set it, else the YAML file's section.
+
+    Raises:
+        ConfigError: GMR-100 to GMR-106, GMR-108.
+    """
+    given = getattr(args, SECTION, None)
+    if isinstance(given, FedGMRConfig):
+        return given
+    if given is not None:
+        return parse(given, where=f"args.{SECTION}")
+    path = getattr(args, "yaml_config_file", "")
+    if not path:
+        return FedGMRConfig()
+    return parse(config_file.load(path).get(SECTION), where=f"{path}: {SECTION}")
+
+
+def fedml_keys(args: Any) -> FedMLKeys:
+    """FedML's keys, each checked.
+
+    Raises:
+        ConfigError: GMR-107 for missing keys (all of them at once), GMR-102 to GMR-104 for a wrong value.
+    """
+    path = getattr(args, "yaml_config_file", "") or "args"
+    names = ("comm_round", "client_num_in_total", "client_num_per_round", "batch_size", "learning_rate")
+    missing = [name for name in names if getattr(args, name, None) is None]
+    if missing:
+        raise ConfigError("GMR-107", f"{', '.join(missing)} missing", where=path)
+
+    def whole(name: str, least: int, default: int | None = None) -> int:
+        value = getattr(args, name, default)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError("GMR-102", f"{name}={value!r} is not a whole number", where=f"{path}: {name}")
+        if value < least:
+            raise ConfigError("GMR-104", f"{name}={value} is below {least}", where=f"{path}: {name}")
+        return value
+
+    def real(name: str, default: float | None, positive: bool) -> float:
+        value = getattr(args, name, default)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            hint = "Write it with a dot, such as 1.0e-3." if isinstance(value, str) else ""
+            raise ConfigError(
+                "GMR-102", f"{name}={value!r} is not a number", where=f"{path}: {name}", hint=hint
+            )
+        if not math.isfinite(value) or value < 0 or (positive and value == 0):
+            wanted = "greater than 0" if positive else "at least 0"
+            raise ConfigError("GMR-104", f"{name}={value} is not {wanted}", where=f"{path}: {name}")
+        return float(value)
+
+    clients = whole("client_num_in_total", 1)
+    in_flight = whole("client_num_per_round", 1)
+    if in_flight > clients:
+        raise ConfigError(
+            "GMR-104",
+            f"client_num_per_round={in_flight} is more than client_num_in_total={clients}",
+            where=f"{path}: client_num_per_round",
+        )
+    optimizer = str(getattr(args, "client_optimizer", "sgd")).lower()
+    if optimizer not in ("sgd", "adam"):
+        raise ConfigError(
+            "GMR-103",
+            f"client_optimizer={optimizer!r} is not sgd or adam",
+            where=f"{path}: client_optimizer",
+        )
+    return FedMLKeys(
+        seed=whole("random_seed", 0, 0),
+        windows=whole("comm_round", 1),
+        clients=clients,
+        in_flight=in_flight,
+        epochs=whole("epochs", 1, 1),
+        batch_size=whole("batch_size", 1),
+        optimizer="adam" if optimizer == "adam" else "sgd",
+        learning_rate=real("learning_rate", None, True),
+        weight_decay=real("weight_decay", 0.0, False),
+        test_interval=whole("frequency_of_the_test", 1, 1),
+        dataset=str(getattr(args, "dataset", "")),
+    )
+
+
+def as_mapping(keys: FedMLKeys) -> Mapping[str, Any]:
+    """FedML's keys under FedML's names, for the run log."""
+    return {
+        "random_seed": keys.seed,
+        "comm_round": keys.windows,
+        "client_num_in_total": keys.clients,
+        "client_num_per_round": keys.in_flight,
+        "epochs": keys.epochs,
+        "batch_size": keys.batch_size,
+        "client_optimizer": keys.optimizer,
+        "learning_rate": keys.learning_rate,
+        "weight_decay": keys.weight_decay,
+        "frequency_of_the_test": keys.test_interval,
+        "dataset": keys.dataset,
+    }

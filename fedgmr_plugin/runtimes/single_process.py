@@ -1,0 +1,362 @@
+"""FedGMR in FedML's single-process simulator.
+
+FedML constructs the runtime with its five objects and calls `train`. Everything of FedML is translated here
+(arguments, data, trainer, aggregator); everything of FedGMR happens in `fedgmr_plugin.engine`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedgmr_plugin.config import FedGMRConfig, effective
+from fedgmr_plugin.engine.client import Batch, BatchPlan, BuiltinTrainer, LocalTrainer, Metrics
+from fedgmr_plugin.engine.network import Links, LogNormalLinks, TraceLinks, VirtualNetwork
+from fedgmr_plugin.engine.seeds import derive, isolated_rng
+from fedgmr_plugin.engine.server import Plan, Server
+from fedgmr_plugin.engine.simulate import Clients, Simulation, Training
+from fedgmr_plugin.errors import ConfigError, DataError
+from fedgmr_plugin.kernels.aggregate import MaskedUpdate
+from fedgmr_plugin.kernels.cost import cost_of_layer, macs_per_weight
+from fedgmr_plugin.kernels.layout import ModelLayout, build_layout, validate
+from fedgmr_plugin.protocol.runlog import RunLogWriter
+from fedgmr_plugin.protocol.schema import SCHEMA
+from fedgmr_plugin.runtimes.aggregator import AggregatorBridge
+from fedgmr_plugin.runtimes.data import FederatedData, read_dataset
+from fedgmr_plugin.runtimes.progress import Progress
+from fedgmr_plugin.runtimes.settings import FedMLKeys, as_mapping, fedml_keys, options
+from fedgmr_plugin.runtimes.traces import load_traces
+from fedgmr_plugin.runtimes.trainer import FedMLTrainer
+
+_log = logging.getLogger(__name__)
+_PACKAGES = ("fedgmr", "fedml", "torch", "torchvision", "numpy")
+#: Data sets for which FedML has trainers of its own that are not plain classification.
+_FEDML_TRAINED = ("stackoverflow_lr", "fed_shakespeare", "stackoverflow_nwp")
+
+
+@dataclass
+class SingleProcess:
+    """One run, constructed and validated; `train` carries it out.
+
+    Attributes:
+        directory: where the run log, the effective configuration and the model are written.
+        end: the run's `end` record after `train`.
+    """
+
+    simulation: Simulation
+    model: nn.Module
+    header: dict[str, Any]
+    directory: Path
+    on_record: Callable[[dict[str, Any]], None]
+    end: dict[str, Any] | None = None
+    _writer: RunLogWriter | None = None
+
+    def train(self) -> None:
+        """Run to the end of the budget; the model given to FedML then holds what is shipped."""
+        started = time.monotonic()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._write_config()
+        server = self.simulation.server
+        with RunLogWriter(self.directory) as writer, Progress(self.header) as progress:
+            self._writer, self._progress = writer, progress
+            writer.write(self.header)
+            end = self.simulation.run()
+            self.end = {**end, "wall_seconds": time.monotonic() - started}
+            writer.write(self.end)
+        shipped = server.model(server.candidate)
+        self.simulation.layout.scatter(self.model, shipped)
+        state = server.layout.state_dict(self.model, shipped)
+        save_file(
+            {k: v.cpu().contiguous() for k, v in state.items()}, str(self.directory / "model.safetensors")
+        )
+        _log.info("model sha256: %s", end["model_sha256"])
+        progress.close_with(self.end, self.directory)
+
+    def record(self, fields: dict[str, Any]) -> None:
+        """Observer of the simulation: the run log, the progress line, FedML's own metrics."""
+        if self._writer is not None:
+            self._writer.write(fields)
+            self._progress.record(fields)
+        self.on_record(fields)
+
+    def _write_config(self) -> None:
+        content = {"fedml": self.header["fedml"], "fedgmr_args": self.header["config"]}
+        text = yaml.safe_dump(content, sort_keys=False)
+        (self.directory / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def build(
+    args: Any,
+    device: Any,
+    dataset: Any,
+    model: nn.Module,
+    client_trainer: Any = None,
+    server_aggregator: Any = None,
+) -> SingleProcess:
+    """A run of FedGMR from what FedML's simulator is constructed with.
+
+    Args:
+        args: FedML's arguments.
+        device: where clients train and models are evaluated.
+        dataset: FedML's 8-element list.
+        model: the global model; overwritten during the run, and holds the shipped model at its end.
+        client_trainer, server_aggregator: a user's own, honoured.
+
+    Raises:
+        ConfigError, ModelError, DataError, HostError: everything wrong with them, before any training.
+    """
+    config, keys = options(args), fedml_keys(args)
+    device = torch.device(device) if device is not None else torch.device("cpu")
+    data = read_dataset(dataset, keys.clients)
+    counts = _training_samples(config, keys, data)
+    densities = config.initial_densities(keys.clients)
+    if config.compute_slowdown is not None and len(config.compute_slowdown) != keys.clients:
+        raise ConfigError(
+            "GMR-109",
+            f"compute_slowdown has {len(config.compute_slowdown)} values for client_num_in_total={keys.clients}",
+            where="fedgmr_args.compute_slowdown",
+        )
+    model.to(device)
+    layout = build_layout(model, config.dense_layers)
+    for finding in validate(model, config.dense_layers):
+        _log.info("%s %s", finding.code, finding.message)
+
+    trainer = _trainer(args, keys, config, device, model, client_trainer, data)
+    bridge = AggregatorBridge(
+        server_aggregator,
+        model,
+        args,
+        device,
+        train_loaders=data.train_loaders,
+        test_loaders=data.test_loaders,
+    )
+    bridge.check(config.min_updates, keys.clients)
+    hooks = _Hooks(bridge, layout, model, config, keys.seed) if bridge.active else None
+
+    clients = Clients(data.clients.__getitem__, config.validation_fraction, keys.seed, keys.clients)
+    costs = None
+    if config.score == "per_cost":
+        with isolated_rng(derive(keys.seed, "costs")):
+            example = next(iter(data.test))[0][:2].to(device)
+            costs = tuple(cost_of_layer(layout, macs_per_weight(model, layout, example)))
+    plan = Plan(keys.seed, keys.windows, keys.in_flight, keys.test_interval, counts, costs)
+    server = Server(
+        config,
+        plan,
+        layout,
+        layout.gather(model),
+        before_merge=hooks.before if hooks else None,
+        after_merge=hooks.after if hooks else None,
+    )
+    megabytes = config.model_megabytes or layout.size * layout.dtype.itemsize / 1e6
+    steps = config.local_steps if isinstance(config.local_steps, int) else None
+    batch_plan = BatchPlan(keys.batch_size, steps, keys.epochs, config.shuffle, keys.seed)
+    evaluated = _AggregatorTests(trainer, bridge) if bridge.user_defined else trainer
+    directory = run_directory(config)
+    run: SingleProcess
+    simulation = Simulation(
+        server,
+        VirtualNetwork(config, densities, megabytes, _links(config, densities, keys.seed)),
+        model,
+        clients,
+        Training(evaluated, batch_plan, keys.learning_rate),
+        lambda: data.test,
+        lambda fields: run.record(fields),
+    )
+    header = {
+        "type": "header",
+        "schema": SCHEMA,
+        "method": "fedgmr",
+        "run_name": directory.name,
+        "seed": keys.seed,
+        "config": effective(config),
+        "fedml": as_mapping(keys),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "clients": keys.clients,
+        "client_samples": list(counts),
+        "densities": list(densities),
+        "layout": {
+            "size": layout.size,
+            "prunable": layout.prunable,
+            "dtype": str(layout.dtype).removeprefix("torch."),
+            "layers": [
+                {"name": e.name, "kind": e.kind, "size": e.size, "shape": list(e.shape)}
+                for e in layout.entries
+            ],
+        },
+        "model_megabytes": megabytes,
+        "eta": keys.learning_rate,
+        "local_steps": steps,
+        "windows": keys.windows,
+        "time_budget": config.time_budget,
+    }
+    run = SingleProcess(simulation, model, header, directory, _fedml_metrics(args))
+    return run
+
+
+def run_directory(config: FedGMRConfig) -> Path:
+    """The directory of a new run: `run_name` in `output_dir`, or the next free number.
+
+    Raises:
+        ConfigError: GMR-110 if the named run exists already.
+    """
+    parent = Path(config.output_dir)
+    if config.run_name is not None:
+        directory = parent / config.run_name
+        if (directory / "run.jsonl").exists():
+            raise ConfigError("GMR-110", f"run_name={config.run_name}: {directory} has a run already")
+        return directory
+    taken = [int(p.name[4:]) for p in parent.glob("run-*") if p.name[4:].isdigit()]
+    return parent / f"run-{max(taken, default=0) + 1:03d}"
+
+
+def _training_samples(config: FedGMRConfig, keys: FedMLKeys, data: FederatedData) -> tuple[int, ...]:
+    """Training samples of each client, after the validation split."""
+    counts = []
+    for n in range(keys.clients):
+        size = len(data.clients[n])
+        counts.append(size - int(config.validation_fraction * size))
+        if counts[-1] < 1:
+            raise DataError("GMR-301", f"client {data.ids[n]} has no training sample left of {size}")
+    return tuple(counts)
+
+
+def _trainer(
+    args: Any,
+    keys: FedMLKeys,
+    config: FedGMRConfig,
+    device: torch.device,
+    model: nn.Module,
+    client_trainer: Any,
+    data: FederatedData,
+) -> LocalTrainer:
+    """The user's trainer, FedML's for its language tasks, or the built-in one."""
+    if client_trainer is None and keys.dataset in _FEDML_TRAINED:
+        from fedml.ml.trainer.trainer_creator import create_model_trainer
+
+        client_trainer = create_model_trainer(model, args)
+    if client_trainer is not None:
+        if config.probe or config.trigger == "gradient":
+            key = "probe=true" if config.probe else "trigger=gradient"
+            raise ConfigError(
+                "GMR-106",
+                f"{key} needs the built-in trainer: a ClientTrainer does not give its loss",
+                where="fedgmr_args",
+            )
+        return FedMLTrainer(client_trainer, args, device, data=data)
+    return BuiltinTrainer(
+        device=device,
+        loss=config.loss,
+        optimizer=keys.optimizer,
+        momentum=config.client_momentum,
+        weight_decay=keys.weight_decay,
+        gradient_clip=config.gradient_clip,
+    )
+
+
+def _links(config: FedGMRConfig, densities: tuple[float, ...], seed: int) -> Links:
+    if config.bandwidth_traces is None:
+        return LogNormalLinks(config, densities, seed)
+    return TraceLinks(config, densities, seed, load_traces(config.bandwidth_traces, config.trace_family))
+
+
+@dataclass(frozen=True)
+class _AggregatorTests:
+    """Trains with `trainer`, measures with the user's ServerAggregator."""
+
+    trainer: LocalTrainer
+    bridge: AggregatorBridge
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trainer, name)
+
+    def train(self, *args: Any, **keywords: Any) -> Any:
+        return self.trainer.train(*args, **keywords)
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+        metrics = self.bridge.test(model, batches)
+        if metrics.accuracy is None and metrics.loss is None:
+            return self.trainer.evaluate(model, batches)
+        return metrics
+
+
+@dataclass(frozen=True)
+class _Hooks:
+    """FedML's hooks around a merge: sub-models are made dense for them, and cut to their supports again."""
+
+    bridge: AggregatorBridge
+    layout: ModelLayout
+    model: nn.Module
+    config: FedGMRConfig
+    seed: int
+
+    def before(self, window: int, w_D: Tensor, updates: list[MaskedUpdate]) -> list[MaskedUpdate]:
+        """Dense weights of an update: the server's, with the update's own on its support."""
+        is_delta = self.config.update_form == "delta"
+
+        def base_S(index_S: Tensor) -> Tensor:
+            return (
+                w_D[index_S] * (index_S < self.layout.parameters)
+                if is_delta
+                else torch.zeros_like(w_D[index_S])
+            )
+
+        dense = []
+        for update in updates:
+            own_D = w_D.clone()
+            own_D[update.index_S] = update.values_S + base_S(update.index_S)
+            dense.append((update.weight, self.layout.state_dict(self.model, own_D)))
+        seed = derive(self.seed, "before_merge", window)
+        kept, positions = self.bridge.before(dense, self.layout.state_dict(self.model, w_D), seed=seed)
+        result = []
+        for (weight, state), n in zip(kept, positions, strict=True):
+            index_S = updates[n].index_S
+            own_D = self.layout.from_state_dict(state, w_D)
+            result.append(MaskedUpdate(index_S, own_D[index_S] - base_S(index_S), weight))
+        return result
+
+    def after(self, window: int, w_D: Tensor) -> Tensor:
+        """The merged weights after ``on_after_aggregation``."""
+        seed = derive(self.seed, "after_merge", window)
+        state = self.bridge.after(self.layout.state_dict(self.model, w_D), seed=seed)
+        return self.layout.from_state_dict(state, w_D)
+
+
+def _fedml_metrics(args: Any) -> Callable[[dict[str, Any]], None]:
+    """Evaluations go where FedML's own algorithms send theirs: its tracking, and wandb if enabled."""
+
+    def report(fields: dict[str, Any]) -> None:
+        if fields["type"] != "evaluation":
+            return
+        from fedml import mlops
+
+        metrics = {"Test/Acc": fields["accuracy"], "Test/Loss": fields["loss"]}
+        for name, value in metrics.items():
+            mlops.log({name: value, "round": fields["window"]})
+        if getattr(args, "enable_wandb", False):
+            import wandb
+
+            wandb.log({**metrics, "round": fields["window"]})
+
+    return report
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

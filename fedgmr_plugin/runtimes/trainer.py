@@ -1,0 +1,474 @@
+"""A user's FedML ClientTrainer as the engine's `LocalTrainer`: sub-models without telling it about masks.
+
+The trainer runs its own loop with its own optimizer on the model it was built with. We only watch:
+
+- a hook on every masked parameter zeroes the masked part of its gradient as soon as it is accumulated, so
+  clipping by norm sees the masked gradient;
+- a hook after every optimizer step projects the parameters back, x <- m * x, so that momentum, weight decay,
+  Adam's moments or noise of earlier steps never leave a masked coordinate moved (method page, section 4);
+- the same hook counts steps and measures drift, ||x_k - x_0||^2.
+
+All hooks are gone when the call returns or raises. At density 1 no gradient and no parameter is touched, so
+the result is bitwise that of the trainer alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from fedgmr_plugin.engine.client import Batch, LocalStats, Metrics
+from fedgmr_plugin.errors import FedGMRError, HostError
+from fedgmr_plugin.runtimes.data import FederatedData
+
+_log = logging.getLogger(__name__)
+_ABSENT = object()
+
+
+class FedMLTrainer:
+    """Runs a FedML `ClientTrainer` (a user's, or one of FedML's own) for the engine.
+
+    A training call does, in FedML's order: ``set_id``, ``update_dataset``, ``on_before_local_training``,
+    ``train``, ``on_after_local_training``, ``get_model_params``; a trainer that lacks one of the hooks is
+    taken as it is. Meanwhile ``args.learning_rate`` is the learning rate asked for and ``args.epochs`` is 1,
+    both on FedML's `args` and on ``trainer.args``; both are restored. FedML's tag-prediction trainer reads
+    ``args.lr`` and ``args.wd``: where these are absent, or equal to ``learning_rate``, they follow.
+
+    Args:
+        trainer: an object with FedML's ClientTrainer interface.
+        args: FedML's arguments.
+        device: where it trains; the CPU when None.
+        keep_epochs: leave ``args.epochs`` alone, for callers that give one epoch of batches only.
+        data: the data set that the clients come from; ``set_id`` then gets FedML's client id, and
+            ``update_dataset`` the client's test data and number of samples. Without it they get the
+            engine's client number, None, and the number of batches times ``args.batch_size``.
+
+    Raises:
+        HostError: GMR-504 if homomorphic encryption is enabled.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        args: Any,
+        device: torch.device | None = None,
+        *,
+        keep_epochs: bool = False,
+        data: FederatedData | None = None,
+    ) -> None:
+        refuse_encryption(args)
+        self.trainer = trainer
+        self._args = args
+        self._device = torch.device("cpu") if device is None else device
+        self._keep_epochs = keep_epochs
+        self._data = data
+        self._warned = False
+
+    def train(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        masks: dict[str, Tensor] | None,
+        *,
+        learning_rate: float,
+        client: int,
+    ) -> LocalStats:
+        """Train `model` in place with the user's loop; see `fedgmr_plugin.engine.client.LocalTrainer`.
+
+        `LocalStats.train_loss` is None (FedML's trainers do not return it). If the trainer takes no step
+        with a torch optimizer, ``steps`` is the number of batches and ``drift_sq`` is None.
+
+        Raises:
+            HostError: GMR-506 if the trainer raises (its exception is the cause) or returns other weights
+                than the model has.
+        """
+        home = _device_of(model)
+        with self._blamed("set_model_params", client):
+            working = self._working_model(model)
+        passes = int(self._args.epochs) if self._keep_epochs else 1
+        values = self._overrides(learning_rate)
+        counted = _Counted(batches)
+        with (
+            _temporarily([self._args, getattr(self.trainer, "args", None)], values),
+            _Watch(working, masks) as watch,
+        ):
+            with self._blamed("train", client):
+                result = self._run(counted, client)
+        model.to(home)
+        _read_back(model, result, client)
+        if masks:
+            _project(dict(model.named_parameters(remove_duplicate=False)), masks)
+            if not watch.steps and not self._warned:
+                self._warned = True
+                _log.warning(
+                    "%s takes no step with a torch optimizer on its model: masked weights are set to zero only "
+                    "after its training, not after every step",
+                    type(self.trainer).__name__,
+                )
+        return LocalStats(
+            steps=watch.steps or passes * counted.read,
+            samples=passes * counted.samples,
+            train_loss=None,
+            drift_sq=watch.drift_sq,
+        )
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+        """Measure `model` with the trainer's ``test``; all metrics None where it returns nothing.
+
+        Raises:
+            HostError: GMR-506 if ``test`` raises (its exception is the cause).
+        """
+        home, mode = _device_of(model), model.training
+        data = batches if isinstance(batches, Sized) else list(batches)
+        with self._blamed("test", None):
+            self._working_model(model)
+            result = self.trainer.test(data, self._device, self._args)
+        model.to(home).train(mode)
+        return metrics_of(result)
+
+    @contextmanager
+    def _blamed(self, what: str, client: int | None) -> Iterator[None]:
+        """Turn an exception of the user's code into one that names it, and the client."""
+        try:
+            yield
+        except FedGMRError:
+            raise
+        except Exception as error:
+            who = "" if client is None else f"client={client}: "
+            raise HostError(
+                "GMR-506",
+                f"{who}{type(self.trainer).__name__}.{what} raised {type(error).__name__}: {error}",
+                where="client_trainer",
+                hint="The exception above has the trainer's own traceback.",
+            ) from error
+
+    def _working_model(self, model: nn.Module) -> nn.Module:
+        """The module that the trainer will train, holding the weights of `model`."""
+        own = getattr(self.trainer, "model", None)
+        if own is model:
+            return model
+        if not isinstance(own, nn.Module):
+            self.trainer.model = model
+            return model
+        self.trainer.set_model_params({name: value.clone() for name, value in model.state_dict().items()})
+        return own
+
+    def _overrides(self, learning_rate: float) -> dict[str, Any]:
+        values: dict[str, Any] = {"learning_rate": learning_rate}
+        if not self._keep_epochs:
+            values["epochs"] = 1
+        configured = getattr(self._args, "learning_rate", _ABSENT)
+        if getattr(self._args, "lr", configured) == configured:
+            values["lr"] = learning_rate
+        if not hasattr(self._args, "wd"):
+            values["wd"] = getattr(self._args, "weight_decay", 0.0)
+        return values
+
+    def _run(self, batches: Sequence[Batch], client: int) -> Mapping[str, Any]:
+        trainer, device, args = self.trainer, self._device, self._args
+        name, test, count = self._client(client, batches)
+        if hasattr(trainer, "set_id"):
+            trainer.set_id(name)
+        data: Any = batches
+        if hasattr(trainer, "update_dataset"):
+            trainer.update_dataset(batches, test, count)
+            data = self._perhaps_poisoned(batches)
+        if hasattr(trainer, "on_before_local_training"):
+            trainer.on_before_local_training(data, device, args)
+        trainer.train(data, device, args)
+        if hasattr(trainer, "on_after_local_training"):
+            trainer.on_after_local_training(data, device, args)
+        result: Mapping[str, Any] = trainer.get_model_params()
+        return result
+
+    def _client(self, client: int, batches: Sequence[Batch]) -> tuple[Any, Any, int]:
+        """FedML's id, test data and number of training samples of a client."""
+        if self._data is None:
+            return client, None, len(batches) * int(getattr(self._args, "batch_size", 1))
+        name = self._data.ids[client]
+        return name, self._data.test_loaders.get(name), len(self._data.clients[client])
+
+    def _perhaps_poisoned(self, batches: Sequence[Batch]) -> Any:
+        """FedML's data-poisoning attacks swap the dataset in ``update_dataset``; train on what they left."""
+        from fedml.core.security.fedml_attacker import FedMLAttacker
+
+        if not FedMLAttacker.get_instance().is_enabled:
+            return batches
+        return getattr(self.trainer, "local_train_dataset", batches)
+
+
+def refuse_encryption(args: Any) -> None:
+    """Raise GMR-504 if FedML's homomorphic encryption is asked for or already on."""
+    from fedml.core.fhe.fhe_agg import FedMLFHE
+
+    if getattr(args, "enable_fhe", False) or FedMLFHE.get_instance().is_fhe_enabled():
+        raise HostError("GMR-504", "enable_fhe=true", where="args.enable_fhe")
+
+
+# -- metrics -------------------------------------------------------------------------------------------
+
+
+def metrics_of(result: Any, samples: int = 0) -> Metrics:
+    """What FedML's ``test`` methods return, as `Metrics`.
+
+    Understood are FedML's sums ``{test_correct, test_total, test_loss, test_precision, test_recall}``, means
+    ``{test_acc, test_loss}`` without a total, and tuples ``(accuracy, loss, ...)``. Anything else, and any
+    number that is not finite, is unknown (None).
+
+    Args:
+        samples: number of samples, where `result` does not say it.
+    """
+    if isinstance(result, Mapping):
+        numbers = {key: value for key in result if (value := _number(result[key])) is not None}
+        total = numbers.pop("test_total", None)
+        if not total:
+            accuracy = numbers.pop("test_acc", None)
+            return Metrics(accuracy, numbers.pop("test_loss", None), samples, _plain(numbers))
+        correct, loss = numbers.pop("test_correct", None), numbers.pop("test_loss", None)
+        for key in ("test_precision", "test_recall"):
+            if key in numbers:
+                numbers[key] /= total
+        return Metrics(
+            None if correct is None else correct / total,
+            None if loss is None else loss / total,
+            int(total),
+            _plain(numbers),
+        )
+    if isinstance(result, (tuple, list)) and result:
+        return Metrics(_number(result[0]), _number(result[1]) if len(result) > 1 else None, samples, {})
+    return Metrics(None, None, 0, {})
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _plain(numbers: Mapping[Any, float]) -> dict[str, float]:
+    return {str(key): value for key, value in numbers.items()}
+
+
+# -- watching somebody else's loop -----------------------------------------------------------------------
+
+
+class _Watch:
+    """Masks gradients, projects parameters and counts steps while a foreign loop trains `model`.
+
+    A trainer may deep-copy the model and train the copy, or replace its parameters. An optimizer that holds
+    none of the model's parameters, but as many of the same shapes *and values* before its first step, is
+    taken to train such a copy and is treated alike.
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None) -> None:
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self._masked = {id(named[name]): ~mask for name, mask in (masks or {}).items()}
+        self._parameters = list(model.parameters())
+        self._start = {id(p): p.detach().clone() for p in self._parameters}
+        #: parameter of a copy -> parameter of the model that it was copied from
+        self._original: dict[int, Tensor] = {}
+        self._copies: list[Tensor] = []
+        self._handles: list[Any] = []
+        self._steps_of: dict[int, int] = {}
+        self._drift_sum = 0.0
+
+    def __enter__(self) -> _Watch:
+        for p in self._parameters:
+            if id(p) in self._masked and p.requires_grad:
+                self._handles.append(
+                    p.register_post_accumulate_grad_hook(partial(_mask_gradient, self._mask))
+                )
+        self._handles.append(register_optimizer_step_pre_hook(self._before_step))
+        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def steps(self) -> int:
+        """K: steps of the parameter that was stepped most often (optimizers may share out the parameters)."""
+        return max(self._steps_of.values(), default=0)
+
+    @property
+    def drift_sq(self) -> float | None:
+        """Mean over k = 0..K-1 of ||x_k - x_0||^2; None if no step was seen."""
+        return self._drift_sum / self.steps if self.steps else None
+
+    def _key(self, p: Tensor) -> int:
+        """Identity of the model's parameter that `p` is, or is a copy of."""
+        return id(self._original.get(id(p), p))
+
+    def _mask(self, p: Tensor) -> Tensor | None:
+        """Where `p` (of the model or of a copy) is masked, on its device; None if nowhere."""
+        key = self._key(p)
+        if key not in self._masked:
+            return None
+        if self._masked[key].device != p.device:
+            self._masked[key] = self._masked[key].to(p.device)
+        return self._masked[key]
+
+    def _owned(self, optimizer: Optimizer) -> list[Tensor]:
+        return [
+            p
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if id(p) in self._start or id(p) in self._original
+        ]
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self._steps_of and not self._owned(optimizer):
+            self._adopt_copy(optimizer)
+        steps = self.steps
+        if steps and any(self._steps_of.get(self._key(p)) == steps for p in self._owned(optimizer)):
+            self._drift_sum += self._drift()  # x_k, about to make step k + 1; x_0 adds 0
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for p in self._owned(optimizer):
+            masked = self._mask(p)
+            if masked is not None:
+                p.masked_fill_(masked, 0)
+            self._steps_of[self._key(p)] = self._steps_of.get(self._key(p), 0) + 1
+
+    def _adopt_copy(self, optimizer: Optimizer) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        originals = [p for p in self._parameters if p.requires_grad]
+        if len(params) != len(originals) or not all(
+            a.shape == b.shape and torch.equal(a.detach().cpu(), self._start[id(b)].cpu())
+            for a, b in zip(params, originals, strict=True)
+        ):
+            return
+        self._copies = params
+        self._original = {id(a): b for a, b in zip(params, originals, strict=True)}
+        for p in params:
+            if self._mask(p) is not None:
+                _mask_gradient(self._mask, p)
+                self._handles.append(
+                    p.register_post_accumulate_grad_hook(partial(_mask_gradient, self._mask))
+                )
+
+    def _drift(self) -> float:
+        """||x - x_0||^2 over all parameters."""
+        total = 0.0
+        for p in self._copies or self._parameters:
+            start = self._start[self._key(p)]
+            if start.device != p.device:
+                start = self._start[self._key(p)] = start.to(p.device)
+            total += float(torch.linalg.vector_norm(p.detach() - start)) ** 2
+        return total
+
+
+def _mask_gradient(mask_of: Any, p: Tensor) -> None:
+    """Zero the masked part of ``p.grad``, dense or sparse (embedding rows)."""
+    masked = mask_of(p)
+    if p.grad is None or masked is None:
+        return
+    if not p.grad.is_sparse:
+        p.grad.masked_fill_(masked, 0)
+        return
+    grad = p.grad.coalesce()
+    rows = masked[tuple(grad.indices())]
+    p.grad = torch.sparse_coo_tensor(
+        grad.indices(), grad.values().masked_fill(rows, 0), grad.shape, is_coalesced=True
+    )
+
+
+class _Counted(Sequence[Batch]):
+    """The engine's batches, remembering which ones the trainer has read."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+        self._sizes: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        position = range(len(self))[position]
+        batch = self._batches[position]
+        self._sizes[position] = len(batch[1])
+        return batch
+
+    @property
+    def read(self) -> int:
+        """Batches read, each counted once."""
+        return len(self._sizes)
+
+    @property
+    def samples(self) -> int:
+        """Samples in them."""
+        return sum(self._sizes.values())
+
+
+@contextmanager
+def _temporarily(objects: Sequence[Any], values: Mapping[str, Any]) -> Iterator[None]:
+    """Set attributes of `objects` (None is skipped); restore them on exit, absence included."""
+    distinct = list({id(o): o for o in objects if o is not None}.values())
+    before = [(o, name, getattr(o, name, _ABSENT)) for o in distinct for name in values]
+    for o in distinct:
+        for name, value in values.items():
+            setattr(o, name, value)
+    try:
+        yield
+    finally:
+        for o, name, value in before:
+            if value is _ABSENT:
+                delattr(o, name)
+            else:
+                setattr(o, name, value)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@torch.no_grad()
+def _read_back(model: nn.Module, result: Mapping[str, Any], client: int) -> None:
+    """Copy the trainer's weights into `model` by name; buffers that it leaves out stay as they are."""
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, target in model.state_dict().items():
+        if name not in result:
+            if name in parameters:
+                raise _wrong_weights(client, f"get_model_params lacks {name}")
+            continue
+        value = torch.as_tensor(result[name])
+        if value.shape != target.shape:
+            raise _wrong_weights(client, f"get_model_params has {name} of shape {tuple(value.shape)}")
+        if value.device != target.device or value.data_ptr() != target.data_ptr():
+            target.copy_(value)
+
+
+def _wrong_weights(client: int, problem: str) -> HostError:
+    return HostError(
+        "GMR-506",
+        f"client={client}: {problem}",
+        where="client_trainer",
+        hint="Return the whole state dictionary of the model that the trainer was built with.",
+    )
+
+
+@torch.no_grad()
+def _project(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        parameter = parameters[name]
+        parameter.masked_fill_(~mask.to(parameter.device), 0)

@@ -1,0 +1,406 @@
+"""`federated_optimizer: fedgmr` reaches the builder; every other optimizer stays FedML's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgmr_plugin import __main__ as entry
+from fedgmr_plugin.cli.run import run
+from fedgmr_plugin.errors import ConfigError, HostError
+from fedgmr_plugin.runtimes import config_file, host, registration
+
+FEDAVG = """
+import hashlib, json, socket, sys
+
+lookups = []
+def refuse(host, *rest, **keywords):
+    lookups.append(str(host))
+    raise OSError("no network")
+socket.getaddrinfo = refuse
+
+import fedgmr_plugin
+from fedgmr_plugin.runtimes import host, registration
+if "--registered" in sys.argv:
+    fedgmr_plugin.register()
+elif not host.torchvision_usable():
+    host.define_torchvision_schemas()
+
+import fedml, torch
+
+def loader(seed, count=24):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 6, generator=generator)
+    y = torch.randint(0, 3, (count,), generator=generator)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8, shuffle=True)
+
+args = fedml.init()
+train = {n: loader(n) for n in range(3)}
+test = {n: loader(10 + n) for n in range(3)}
+counts = {n: 24 for n in range(3)}
+dataset = [72, 72, loader(20), loader(21), counts, train, test, 3]
+layers = torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)
+model = torch.nn.Sequential(*layers)
+before = [p.clone() for p in model.parameters()]
+fedml.FedMLRunner(args, torch.device("cpu"), dataset, model).run()
+assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest()
+with open(sys.argv[-1], "w") as file:
+    json.dump({"digest": digest, "lookups": lookups, "registered": registration.registered()}, file)
+"""
+
+YAML = """
+common_args: {training_type: simulation, random_seed: 7}
+data_args: {dataset: synthetic}
+model_args: {model: mlp}
+train_args:
+  federated_optimizer: FedAvg
+  client_num_in_total: 3
+  client_num_per_round: 2
+  comm_round: 3
+  epochs: 2
+  batch_size: 8
+  client_optimizer: sgd
+  learning_rate: 0.1
+  weight_decay: 0.0
+validation_args: {frequency_of_the_test: 1}
+device_args: {using_gpu: false}
+comm_args: {backend: sp}
+tracking_args: {enable_wandb: false, using_mlops: false}
+"""
+
+
+def start(folder: Path, repository: Path, *arguments: str) -> subprocess.Popen[str]:
+    (folder / "main.py").write_text(f"import sys; sys.path.insert(0, {str(repository)!r})\n{FEDAVG}")
+    (folder / "fedml_config.yaml").write_text(YAML)
+    command = [sys.executable, "main.py", "--cf", "fedml_config.yaml", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_fedavg_of_fedml_is_bit_identical_and_needs_no_network(tmp_path: Path, repository: Path) -> None:
+    processes = [
+        start(tmp_path, repository, "plain.json"),
+        start(tmp_path, repository, "--registered", "registered.json"),
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    plain = json.loads((tmp_path / "plain.json").read_text())
+    registered = json.loads((tmp_path / "registered.json").read_text())
+    assert "SimulatorSingleProcess" in registered["registered"] and plain["registered"] == []
+    assert registered["digest"] == plain["digest"]
+    assert plain["lookups"] != [], "FedML no longer contacts its cloud; the workaround can go"
+    assert registered["lookups"] == []
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    registration.register()
+    yield
+    registration.unregister()
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Arguments with which `single_process.build` was called."""
+    calls: list[tuple[Any, ...]] = []
+
+    def build(*arguments: Any) -> SimpleNamespace:
+        calls.append(arguments)
+        return SimpleNamespace(train=lambda: calls.append(("trained",)))
+
+    from fedgmr_plugin import runtimes
+
+    module = types.ModuleType("fedgmr_plugin.runtimes.single_process")
+    module.build = build  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(runtimes, "single_process", module, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["fedgmr", "FedGMR", "FEDGMR", "fEdGmR"])
+def test_any_letter_case_reaches_the_builder(registered: None, built: list[Any], name: str) -> None:
+    from fedml.simulation import SimulatorSingleProcess
+
+    args = SimpleNamespace(federated_optimizer=name)
+    SimulatorSingleProcess(args, "cpu", ["data"], "model", "trainer", "aggregator").run()
+    assert built == [(args, "cpu", ["data"], "model", "trainer", "aggregator"), ("trained",)]
+    built.clear()
+    SimulatorSingleProcess(args=args, device="cpu", dataset=["data"], model="model").run()
+    assert built[0] == (args, "cpu", ["data"], "model", None, None)
+
+
+@given(st.one_of(st.text(max_size=8), st.none(), st.integers(), st.binary(max_size=8), st.just(["fedgmr"])))
+def test_nothing_else_is_fedgmr(value: object) -> None:
+    assert registration.is_fedgmr(value) == (isinstance(value, str) and value.casefold() == "fedgmr")
+
+
+REFUSED = {
+    "SimulatorMPI": ("fedml.simulation.simulator", "simulation", "MPI"),
+    "SimulatorNCCL": ("fedml.simulation.simulator", "simulation", "NCCL"),
+    "FedMLCrossSiloServer": ("fedml.cross_silo.fedml_server", "cross_silo", "GRPC"),
+    "FedMLCrossSiloClient": ("fedml.cross_silo.fedml_client", "cross_silo", "MQTT_S3"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_runtimes_say_what_works(registered: None, name: str) -> None:
+    module, training_type, backend = REFUSED[name]
+    args = SimpleNamespace(federated_optimizer="FedGMR", training_type=training_type, backend=backend)
+    with pytest.raises(HostError) as caught:
+        getattr(sys.modules[module], name)(args, "cpu", [], "model")
+    message = str(caught.value)
+    assert message.startswith("GMR-502 ") and repr(training_type) in message and repr(backend) in message
+    assert 'training_type: "simulation"' in message and 'backend: "sp"' in message and name in message
+
+
+def test_the_table_covers_every_constructor_of_fedml_that_dispatches_by_name(registered: None) -> None:
+    import fedml
+
+    found = {
+        path.relative_to(Path(fedml.__file__).parent.parent).with_suffix("").as_posix().replace("/", ".")
+        for folder in ("simulation", "cross_silo", "cross_device")
+        for path in (Path(fedml.__file__).parent / folder).glob("*.py")
+        if "args.federated_optimizer ==" in path.read_text(encoding="utf-8")
+    }
+    assert {dispatch.module for dispatch in registration.TABLE} == found
+    assert set(REFUSED) | {"SimulatorSingleProcess"} <= set(registration.registered())
+
+
+def test_registering_is_idempotent_and_reversible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    host.prepare()
+    from fedml.simulation import SimulatorSingleProcess as cls
+
+    original = cls.__init__
+    registration.register()
+    wrapper = cls.__init__
+    assert wrapper is not original and wrapper.__wrapped__ is original
+    names = registration.registered()
+    registration.register()
+    assert cls.__init__ is wrapper and registration.registered() == names
+    registration.unregister()
+    assert cls.__init__ is original and registration.registered() == () and host.workarounds() == ()
+    registration.unregister()
+    assert cls.__init__ is original
+
+
+class Recorder:
+    """Stands in for a FedML class: it keeps what its constructor was given."""
+
+    def __init__(self, args: Any, *rest: Any, **keywords: Any) -> None:
+        self.given = (args, rest, keywords)
+
+
+@pytest.fixture
+def recorder() -> Iterator[type[Recorder]]:
+    fresh = type("Fresh", (Recorder,), {"__init__": lambda self, *a, **k: Recorder.__init__(self, *a, **k)})
+    yield fresh
+    registration.unregister()
+
+
+def test_other_optimizers_get_their_arguments_untouched(recorder: type[Recorder]) -> None:
+    registration.wrap(recorder, lambda *_, **__: pytest.fail("not for this builder"))
+    for args in (SimpleNamespace(federated_optimizer="FedAvg"), SimpleNamespace(), None):
+        assert recorder(args, 1, b=2).given == (args, (1,), {"b": 2})
+        assert recorder(args=args, b=2).given == (args, (), {"b": 2})
+
+
+def test_a_wrapper_that_others_wrapped_passes_on_after_unregister(recorder: type[Recorder]) -> None:
+    built: list[Any] = []
+    args = SimpleNamespace(federated_optimizer="fedgmr")
+    registration.wrap(recorder, lambda self, *rest: built.append(rest))
+    ours = recorder.__init__  # type: ignore[misc]
+    theirs = lambda self, *a, **k: ours(self, *a, **k)  # noqa: E731
+    recorder.__init__ = theirs  # type: ignore[misc]
+    recorder(args, 1)
+    assert built == [(args, 1)]
+    registration.unregister()
+    assert recorder.__init__ is theirs  # type: ignore[misc]
+    assert recorder(args, 1).given == (args, (1,), {}) and len(built) == 1
+    registration.wrap(recorder, lambda self, *rest: built.append(("again", *rest)))
+    recorder(args, 1)
+    assert built[1:] == [("again", args, 1)]
+
+
+def test_another_fedml_is_refused_and_nothing_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    monkeypatch.setattr(host, "installed_fedml", lambda: "0.9.7")
+    with pytest.raises(HostError, match="GMR-501"):
+        registration.register()
+    assert registration.registered() == ()
+
+
+# -- the YAML file ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "path"),
+    [
+        ("", None),
+        ("--rank 0 --role server", None),
+        ("--cf a.yaml", "a.yaml"),
+        ("--cf=a.yaml --rank 1", "a.yaml"),
+        ("--rank 1 --yaml_config_file a.yaml", "a.yaml"),
+        ("--yaml a.yaml", "a.yaml"),  # argparse, which FedML uses, accepts abbreviations
+        ("--cf a.yaml --cf b.yaml", "b.yaml"),
+        ("--cov --cf=", None),
+    ],
+)
+def test_the_path_is_read_from_the_command_line_as_fedml_reads_it(line: str, path: str | None) -> None:
+    assert config_file.path_from(line.split()) == path
+
+
+def test_cf_without_a_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match="GMR-108"):
+        config_file.path_from(["--cf"])
+
+
+def test_sections_are_read_and_flattened(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("a: {x: 1, y: 2}\nb: {y: 3}\n")
+    assert config_file.load(str(path)) == {"a": {"x": 1, "y": 2}, "b": {"y": 3}}
+    assert config_file.flatten(config_file.load(str(path))) == {"x": 1, "y": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (b"# only a comment\n", "is empty"),
+        (b"- a\n- b\n", "is a list, not sections"),
+        (b"just text\n", "is a str, not sections"),
+        (b"a: {x: 1}\nrounds: 3\n", "has 'rounds' at its top level"),
+        (b"a:\n", "has 'a' at its top level"),
+        (b"a: {x: 1\nb: ]\n", "is not valid YAML: .*line 2"),
+        (b"a:\n\tx: 1\n", "is not valid YAML: .*line 2"),
+        (b"a: !!python/object/apply:os.system [exit]\n", "is not valid YAML"),
+        (b"a: {x: \xff}\n", "is not UTF-8"),
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
+    path = tmp_path / "fedml_config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"GMR-108 --cf .*{problem}"):
+        config_file.load(str(path))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="GMR-108 .*cannot be read"):
+            config_file.load(str(path))
+
+
+def test_register_checks_the_file_before_it_touches_fedml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "prepare", lambda: pytest.fail("too late"))
+    monkeypatch.setattr(sys, "argv", ["main.py", "--cf", "no-such-file.yaml"])
+    with pytest.raises(ConfigError, match="GMR-108"):
+        registration.register()
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ("training_type: simulation, backend: sp", False),
+        ("training_type: simulation", False),
+        ("model: mlp", False),
+        ("training_type: simulation, backend: MPI", True),
+        ("training_type: simulation, backend: NCCL", True),
+        ("training_type: cross_silo", True),
+        ("training_type: cross_device, backend: MQTT_S3_MNN", True),
+    ],
+)
+def test_an_unsupported_runtime_is_refused_before_fedml_starts_it(
+    tmp_path: Path, settings: str, refused: bool
+) -> None:
+    path = tmp_path / "c.yaml"
+    for optimizer, expected in (("FedGMR", refused), ("FedAvg", False)):
+        path.write_text(f"all: {{federated_optimizer: {optimizer}, {settings}}}\n")
+        if expected:
+            with pytest.raises(HostError, match="GMR-502"):
+                registration.check_command_line(["--cf", str(path)])
+        else:
+            registration.check_command_line(["--cf", str(path)])
+
+
+# -- `fedgmr run` ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`run` without FedML: registering is only noted. argv and sys.path are put back."""
+    order: list[str] = []
+    monkeypatch.setattr(registration, "register", lambda: order.append("registered"))
+    monkeypatch.setattr(sys, "argv", ["fedgmr"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return order
+
+
+def test_run_gives_the_script_its_arguments_name_and_folder(tmp_path: Path, quiet: list[str]) -> None:
+    (tmp_path / "neighbour_of_main.py").write_text("VALUE = 41\n")
+    (tmp_path / "main.py").write_text(
+        "import sys, neighbour_of_main as n\n"
+        "if __name__ == '__main__':\n    print(sys.argv[1:], n.VALUE + 1, sys.argv[0] == __file__)\n"
+    )
+    result = CliRunner().invoke(
+        run, [str(tmp_path / "main.py"), "--cf", "x.yaml", "--help", "-v", "--", "last"]
+    )
+    assert result.exit_code == 0, result.output
+    assert result.output == "['--cf', 'x.yaml', '--help', '-v', '--', 'last'] 42 True\n"
+    assert quiet == ["registered"]
+
+
+def test_run_shows_an_error_of_ours_without_traceback(tmp_path: Path, quiet: list[str]) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        "from fedgmr_plugin.errors import HostError as E\nraise E('GMR-502', 'wrong place', where='here')\n"
+    )
+    result = CliRunner().invoke(run, [str(script)])
+    assert result.exit_code == 2 and result.output.startswith("GMR-502 wrong place\n        in here\n")
+    assert "Traceback" not in result.output
+
+
+def test_run_leaves_the_script_its_own_exit(tmp_path: Path, quiet: list[str]) -> None:
+    script = tmp_path / "main.py"
+    script.write_text("raise SystemExit(5)\n")
+    assert CliRunner().invoke(run, [str(script)]).exit_code == 5
+    script.write_text("raise ZeroDivisionError\n")
+    assert isinstance(CliRunner().invoke(run, [str(script)]).exception, ZeroDivisionError)
+
+
+def test_run_refuses_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedgmr"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert CliRunner().invoke(run, [str(tmp_path / "main.py")]).exit_code == 2
+    (tmp_path / "main.py").write_text("raise AssertionError('the script must not start')\n")
+    result = CliRunner().invoke(run, [str(tmp_path / "main.py"), "--cf", str(tmp_path / "no.yaml")])
+    assert result.exit_code == 2 and result.output.startswith("GMR-108 --cf ")
+
+
+def test_module_form_runs_a_script_or_the_command_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "main.py"
+    assert (
+        not entry.is_script([])
+        and not entry.is_script([str(script)])
+        and not entry.is_script([str(tmp_path)])
+    )
+    script.write_text("import sys; print(sys.argv[1:])\n")
+    assert entry.is_script([str(script), "--cf"]) and not entry.is_script(["run", str(script)])
+    monkeypatch.setattr(sys, "argv", ["fedgmr_plugin", str(script), "--cf", "c.yaml"])
+    with pytest.raises(SystemExit) as caught:
+        entry.main()
+    assert caught.value.code == 0 and capsys.readouterr().out == "['--cf', 'c.yaml']\n"

@@ -1,0 +1,150 @@
+"""Reads a run log (JSONL, schema 1.x) into numpy columns.
+
+Reading fails with `LogError` on anything that is not the documented format. One thing is forgiven: a
+last line without its newline that does not parse, as a run leaves behind when it is cut while
+writing; it sets `RunLog.torn`. What is inconsistent but well-formed is the checker's business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from theory.columns import Builder, Table
+from theory.errors import LogError
+from theory.schema import RECORDS, TERM_ARRIVAL, Key
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """One run.
+
+    Attributes:
+        path: file that was read.
+        header: the header record, as parsed.
+        tables: record type -> `Table`; also ``term_arrivals``, the objects inside ``terms`` records.
+        torn: the last line was cut.
+        ended: the log has its ``end`` record.
+    """
+
+    path: str
+    header: dict[str, Any]
+    tables: dict[str, Table]
+    torn: bool
+    ended: bool
+
+    def __getitem__(self, kind: str) -> Table:
+        return self.tables[kind]
+
+    @property
+    def clients(self) -> int:
+        """N."""
+        return int(self.header["clients"])
+
+    def config(self, key: str) -> Any:
+        """The effective option `key`, or None where the log does not say."""
+        config = self.header.get("config")
+        return config.get(key) if isinstance(config, dict) else None
+
+    def layout(self, key: str) -> Any:
+        """``size``, ``prunable``, ``dtype`` or ``layers`` of the header's layout, or None."""
+        layout = self.header.get("layout")
+        return layout.get(key) if isinstance(layout, dict) else None
+
+    def number(self, key: str) -> float | None:
+        """The header's `key` if it is a number, else None."""
+        value = self.header.get(key)
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def read_log(path: str | Path) -> RunLog:
+    """Reads a log file, or ``run.jsonl`` in a run's directory.
+
+    Raises:
+        LogError: GMR-601 no such file; GMR-602 damaged; GMR-603 another schema.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "run.jsonl"
+    if not file.is_file():
+        raise LogError("GMR-601", f"no run log at {str(path)!r}", path=str(file))
+    with file.open("rb") as stream:
+        return parse(stream, name=str(file))
+
+
+def parse(lines: Iterable[bytes], *, name: str = "<memory>") -> RunLog:
+    """Parses the lines of a log, each with its newline; see `read_log`."""
+    builders = {kind: Builder(keys, name, kind) for kind, keys in RECORDS.items()}
+    nested = Builder({**TERM_ARRIVAL, "window": Key(required=True)}, name, "terms.arrivals")
+    header: dict[str, Any] | None = None
+    torn = ended = False
+    for number, record in _records(lines, name):
+        if record is None:
+            torn = True
+            break
+        kind = record.get("type")
+        if header is None:
+            header = _checked_header(record, name)
+            continue
+        if not isinstance(kind, str) or kind == "header" or ended:
+            raise LogError("GMR-602", f"type={kind!r} has no place here", path=name, line=number)
+        if kind in builders:
+            builders[kind].add(record, number)
+        if kind == "terms":
+            _add_objects(nested, record, number, name)
+        ended = kind == "end"
+    if header is None:
+        raise LogError("GMR-602", "the log has no header", path=name)
+    tables = {kind: builder.table() for kind, builder in builders.items()}
+    return RunLog(name, header, {**tables, "term_arrivals": nested.table()}, torn, ended)
+
+
+def _records(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yields (line number, record); record None stands for a torn last line."""
+    decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+    torn = 0
+    for number, line in enumerate(lines, start=1):
+        if torn:
+            raise LogError("GMR-602", "not valid JSON", path=name, line=torn)
+        try:
+            record = decode(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            if line.endswith(b"\n"):
+                raise LogError("GMR-602", f"not valid JSON ({error})", path=name, line=number) from error
+            torn = number
+            continue
+        if not isinstance(record, dict):
+            raise LogError("GMR-602", "not a JSON object", path=name, line=number)
+        yield number, record
+    if torn:
+        yield torn, None
+
+
+def _refuse_constant(token: str) -> float:
+    raise ValueError(f"{token} is not JSON")
+
+
+def _checked_header(record: dict[str, Any], name: str) -> dict[str, Any]:
+    kind = record.get("type")
+    if kind != "header":
+        raise LogError("GMR-602", f"the first record is {kind!r}, not a header", path=name, line=1)
+    schema = record.get("schema")
+    if not isinstance(schema, str) or schema.split(".")[0] != "1":
+        raise LogError("GMR-603", f"schema={schema!r}, this release reads 1.x", path=name, line=1)
+    clients = record.get("clients")
+    if type(clients) is not int or clients < 1:
+        raise LogError("GMR-602", f"clients={clients!r} is not a positive integer", path=name, line=1)
+    return record
+
+
+def _add_objects(nested: Builder, record: dict[str, Any], line: int, name: str) -> None:
+    entries = record.get("arrivals")
+    if entries is None:
+        return
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise LogError("GMR-602", "terms: arrivals is not a list of objects", path=name, line=line)
+    for entry in entries:
+        nested.add({**entry, "window": record.get("window")}, line)
