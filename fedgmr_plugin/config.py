@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -403,7 +404,7 @@ def _unknown(key: object, where: str) -> ConfigError:
 
 def _refusal(key: str, item: int | None, value: Any, where: str) -> ConfigError:
     """Why one value (or one element of a list) is refused, in terms of what the key allows."""
-    schema = FedGMRConfig.model_json_schema()["properties"][key]
+    schema = _properties()[key]
     if item is not None:
         schema = next(form["items"] for form in _forms(schema) if form.get("type") == "array")
         value, key = value[item], f"{key}[{item}]"
@@ -429,6 +430,13 @@ def _refusal(key: str, item: int | None, value: Any, where: str) -> ConfigError:
         code, text = "GMR-102", f"is {_kind(value)}; it must be {allowed}"
         hint = _rewrite(value, types)
     return ConfigError(code, f"{key}={_shown(value)} {text}", where=f"{where}.{key}", hint=hint)
+
+
+@cache
+def _properties() -> dict[str, dict[str, Any]]:
+    """JSON schema of each key; not to be changed."""
+    properties: dict[str, dict[str, Any]] = FedGMRConfig.model_json_schema()["properties"]
+    return properties
 
 
 def _forms(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -66,7 +66,7 @@ DEFECTS: list[tuple[str, Facts, str, str, str]] = [
     ("numpy", with_versions(numpy="2.0.0"), "fail", "NumPy 1", f'{PIP} "numpy<2"'),
     ("numpy", with_versions(numpy=None), "fail", "not installed", f'{PIP} "numpy<2"'),
     ("chardet", with_versions(chardet="6.0.0"), "warn", "requests", f'{PIP} "chardet<6"'),
-    ("pydantic", with_versions(pydantic="1.10.22"), "fail", "pydantic 2", f'{PIP} "pydantic>=2.9,<3"'),
+    ("pydantic", with_versions(pydantic="1.10.22"), "fail", "pydantic 2", f'{PIP} "pydantic>=2.10,<3"'),
     ("torch", with_versions(torch="2.14.1"), "fail", "built for torch==2.13.0", f'{PIP} "torch==2.13.0"'),
     ("torch", with_versions(torch=None), "fail", "torch is not installed", f'{PIP} "torch"'),
     ("torch", with_versions(torchvision=None), "fail", "torchvision is not", f'{PIP} "torchvision"'),
@@ -86,8 +86,8 @@ DEFECTS: list[tuple[str, Facts, str, str, str]] = [
         "No module named 'wandb'",
         '/env/bin/python -m pip install --force-reinstall "fedml==0.9.6"',
     ),
-    ("mpi4py", without("mpi4py"), "ok", "optional", f'{PIP} "fedgmr[mpi]"'),
-    ("MNN", without("MNN"), "ok", "optional", f'{PIP} "fedgmr[device]"'),
+    ("mpi4py", without("mpi4py"), "ok", "optional", f'{PIP} "mpi4py>=4,<5"'),
+    ("MNN", without("MNN"), "ok", "optional", f'{PIP} "MNN>=3,<4"'),
     ("mosquitto", replace(HEALTHY, which=lambda name: None), "ok", "optional", "apt-get install mosquitto"),
 ]
 

@@ -39,8 +39,10 @@ def tensors(n: int, offset: int = 0) -> TensorDataset:
     return TensorDataset(x, torch.arange(offset, offset + n))
 
 
-def eight(by_client: dict[Any, Any], tests: Any = None, test_global: Any = "default", **changes: Any) -> list[Any]:
-    counts = {client: 1 for client in by_client}
+def eight(
+    by_client: dict[Any, Any], tests: Any = None, test_global: Any = "default", **changes: Any
+) -> list[Any]:
+    counts = dict.fromkeys(by_client, 1)
     if test_global == "default":
         test_global = DataLoader(tensors(7), batch_size=3)
     parts = {"counts": counts, "loaders": by_client, "tests": tests, **changes}
@@ -53,7 +55,7 @@ def everything(samples: Any) -> tuple[Tensor, Tensor]:
 
 def global_state() -> tuple[Any, ...]:
     """Global random states, comparable."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state().tolist()
 
 
@@ -75,7 +77,7 @@ class Noisy(Plain):
     """A random transform, from all three global generators."""
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        noise = torch.rand(()) + random.random() + np.random.rand()
+        noise = torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
         return torch.full((2,), float(i)) + noise, i
 
 
@@ -101,7 +103,10 @@ def same(n: int) -> list[tuple[str, Any]]:
     return [
         ("loader", DataLoader(data, batch_size=4, shuffle=True)),
         ("loader that drops", DataLoader(data, batch_size=4, drop_last=True)),
-        ("collating loader", DataLoader(data, batch_size=4, collate_fn=lambda items: torch.utils.data.default_collate(items))),
+        (
+            "collating loader",
+            DataLoader(data, batch_size=4, collate_fn=lambda items: torch.utils.data.default_collate(items)),
+        ),
         ("subset", Subset(TensorDataset(torch.cat([x + 99, x]), torch.cat([y + 99, y])), range(n, 2 * n))),
         ("dataset", data),
         ("batches", [(x[:2], y[:2]), (x[2:], y[2:])]),

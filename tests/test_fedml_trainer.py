@@ -68,14 +68,19 @@ def network(seed: int = 0) -> nn.Sequential:
 def some_batches(count: int = 3, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(4, 3, generator=generator), torch.randint(2, (4,), generator=generator)) for _ in range(count)
+        (torch.randn(4, 3, generator=generator), torch.randint(2, (4,), generator=generator))
+        for _ in range(count)
     ]
 
 
 def some_masks(model: nn.Module, seed: int = 2, share: float = 0.5) -> dict[str, Tensor]:
     """Masks on the weights; the model is made to hold m * w."""
     generator = torch.Generator().manual_seed(seed)
-    masks = {n: torch.rand(p.shape, generator=generator) < share for n, p in model.named_parameters() if p.ndim == 2}
+    masks = {
+        n: torch.rand(p.shape, generator=generator) < share
+        for n, p in model.named_parameters()
+        if p.ndim == 2
+    }
     with torch.no_grad():
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
@@ -85,7 +90,9 @@ def some_masks(model: nn.Module, seed: int = 2, share: float = 0.5) -> dict[str,
 class UserTrainer(ClientTrainer):
     """An ordinary FedML trainer: its own loop, its own optimizer."""
 
-    def __init__(self, model: nn.Module, args: Any, optimizer: Optimizer, *, keep: bool = False, clip: float = 0.0):
+    def __init__(
+        self, model: nn.Module, args: Any, optimizer: Optimizer, *, keep: bool = False, clip: float = 0.0
+    ):
         super().__init__(model, args)
         self._make, self._keep, self._clip = optimizer, keep, clip
         self._optimizer: torch.optim.Optimizer | None = None
@@ -131,7 +138,9 @@ def oracle(
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         if i % every:
             continue
-        drift += sum(float((p.detach() - s).square().sum()) for p, s in zip(model.parameters(), start, strict=True))
+        drift += sum(
+            float((p.detach() - s).square().sum()) for p, s in zip(model.parameters(), start, strict=True)
+        )
         steps += 1
         optimizer.step()
         optimizer.zero_grad()
@@ -299,7 +308,9 @@ def test_other_optimizers_are_left_alone() -> None:
     model = network()
     masks = some_masks(model)
     trainer = Foreign(model, arguments(), OPTIMIZERS["sgd"])
-    stats = FedMLTrainer(trainer, arguments()).train(model, some_batches(), masks, learning_rate=RATE, client=0)
+    stats = FedMLTrainer(trainer, arguments()).train(
+        model, some_batches(), masks, learning_rate=RATE, client=0
+    )
     assert stats.steps == 3
     assert all(p.all() for p in trainer.teacher.parameters())
 
@@ -406,7 +417,10 @@ class Recording(UserTrainer):
 
 
 def eight(**changes: Any) -> list[Any]:
-    data = {40: TensorDataset(torch.zeros(5, 3), torch.zeros(5)), 7: TensorDataset(torch.zeros(2, 3), torch.zeros(2))}
+    data = {
+        40: TensorDataset(torch.zeros(5, 3), torch.zeros(5)),
+        7: TensorDataset(torch.zeros(2, 3), torch.zeros(2)),
+    }
     tests = {7: "test of 7"}
     return [7, 1, None, [(torch.zeros(1, 3), torch.zeros(1))], {40: 5, 7: 2}, data, tests, 2]
 
@@ -488,7 +502,9 @@ def test_exceptions_name_the_client_and_leave_nothing_behind() -> None:
     args = arguments()
     model = network()
     trainer = FedMLTrainer(Failing(model, args, OPTIMIZERS["sgd"]), args)
-    with pytest.raises(HostError, match=r"GMR-506 client=6: Failing.train raised ValueError: no such luck") as caught:
+    with pytest.raises(
+        HostError, match=r"GMR-506 client=6: Failing.train raised ValueError: no such luck"
+    ) as caught:
         trainer.train(model, some_batches(), some_masks(model), learning_rate=RATE, client=6)
     assert isinstance(caught.value.__cause__, ValueError)
     assert vars(args) == vars(arguments())
@@ -606,7 +622,12 @@ def test_a_users_own_lr_is_not_touched() -> None:
 
 def test_local_differential_privacy_noise_is_projected() -> None:
     args = arguments(
-        enable_dp=True, dp_solution_type="ldp", mechanism_type="gaussian", epsilon=0.9, delta=1e-2, sensitivity=0.1
+        enable_dp=True,
+        dp_solution_type="ldp",
+        mechanism_type="gaussian",
+        epsilon=0.9,
+        delta=1e-2,
+        sensitivity=0.1,
     )
     model, quiet = network(), network()
     masks = some_masks(model)
@@ -679,7 +700,10 @@ def test_a_loader_is_passed_on() -> None:
         (None, Metrics(None, None, 0, {})),
         (True, Metrics(None, None, 0, {})),
         ({}, Metrics(None, None, 9, {})),
-        ({"test_correct": torch.tensor(3), "test_total": np.int64(4), "test_loss": 2}, Metrics(0.75, 0.5, 4, {})),
+        (
+            {"test_correct": torch.tensor(3), "test_total": np.int64(4), "test_loss": 2},
+            Metrics(0.75, 0.5, 4, {}),
+        ),
         ({"test_correct": 3, "test_total": 0, "test_loss": 0}, Metrics(None, 0.0, 9, {"test_correct": 3.0})),
         ({"test_total": 4, "test_loss": float("nan"), "auc": 0.5}, Metrics(None, None, 4, {"auc": 0.5})),
         (

@@ -136,6 +136,19 @@ def test_a_library_that_loads_is_left_alone(monkeypatch: pytest.MonkeyPatch, cle
     assert len(loaded) <= 1  # none where another test has imported torchvision already
 
 
+def test_missing_torch_and_torchvision_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "torchvision" else find_spec(name)
+        )
+        with pytest.raises(HostError, match="GMR-505 torchvision"):
+            host.torchvision_usable()
+    monkeypatch.setitem(sys.modules, "torch", None)  # makes `import torch` fail
+    with pytest.raises(HostError, match="GMR-505 import torch failed"):
+        host.torchvision_usable()
+
+
 def run(**attributes: Any) -> SimpleNamespace:
     return SimpleNamespace(**attributes)
 

@@ -404,3 +404,12 @@ def test_module_form_runs_a_script_or_the_command_group(
     with pytest.raises(SystemExit) as caught:
         entry.main()
     assert caught.value.code == 0 and capsys.readouterr().out == "['--cf', 'c.yaml']\n"
+
+
+def test_module_form_without_a_script_is_the_command_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedgmr_plugin", "doctor", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        entry.main()
+    assert caught.value.code == 0 and "python -m fedgmr_plugin doctor" in capsys.readouterr().out

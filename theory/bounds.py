@@ -97,83 +97,115 @@ _ALL: tuple[Bound, ...] = (
         ("ALG", "DELTA"),
     ),
     Bound(
-        "mask", "9", "mask error from the mask distance",
+        "mask_merge", "9", "mask error from the clients' own",
+        s.M_sq, ArrivalSum(s.pibar * s.M_n_sq), ("ALG",),
+    ),
+    Bound(
+        "mask_lipschitz", "10", "a client's mask error from its mask distance",
+        s.M_n_sq, s.L**2 * s.mask_sq, ("A1",),
+    ),
+    Bound(
+        "mask", "11", "mask error from the mask distance",
         s.M_sq, s.L**2 * ArrivalSum(s.pibar * s.mask_sq),
         ("ALG", "A1"), ("ours", "zhou2023"),
     ),
     Bound(
-        "topk", "10", "top-k contraction",
+        "topk", "12", "top-k contraction",
         s.masked_sq, s.q * s.prunable_sq,
         ("TOPK",), ("stich2018",),
     ),
     Bound(
-        "floored_topk", "11", "top-k contraction under a per-layer floor",
+        "floored_topk", "13", "top-k contraction under a per-layer floor",
         s.masked_sq, (1 - s.phi_floor) * (s.D_p - s.k) / (s.D_p - s.k_floor) * s.prunable_sq,
         ("TOPK",),
     ),
     Bound(
-        "aged_topk", "12", "top-k contraction under an aged ranking",
+        "aged_topk", "14", "top-k contraction under an aged ranking",
         s.masked_sq, 2 * s.q * s.ranked_sq + 2 * s.age * s.aged_path_sq,
         ("TOPK",),
     ),
     Bound(
-        "density_gap", "13", "mask error from the average density gap",
+        "density_gap", "15", "mask error from the average density gap",
         s.M_sq, s.L**2 * ArrivalSum(s.pibar * (s.q * s.prunable_sq + s.bias_sq)),
         ("ALG", "A1", "TOPK"), ("ours", "stich2018"),
     ),
     Bound(
-        "staleness", "14", "staleness error from the distance since dispatch",
+        "staleness_merge", "16", "staleness error from the clients' own",
+        s.S_sq, ArrivalSum(s.pibar * s.S_n_sq), ("ALG",),
+    ),
+    Bound(
+        "staleness_lipschitz", "17", "a client's staleness error from the distance since dispatch",
+        s.S_n_sq, s.L**2 * s.stale_sq, ("A1",),
+    ),
+    Bound(
+        "staleness", "18", "staleness error from the distance since dispatch",
         s.S_sq, s.L**2 * ArrivalSum(s.pibar * s.stale_sq),
         ("ALG", "A1"),
     ),
     Bound(
-        "path", "15", "distance since dispatch from the steps between",
+        "path", "19", "distance since dispatch from the steps between",
         s.stale_sq, s.tau * s.path_sq, (), ("nguyen2022",),
     ),
     Bound(
-        "drift", "16", "drift error from the local paths",
+        "drift_merge", "20", "drift error from the clients' own",
+        s.D_sq, ArrivalSum(s.pibar * s.D_n_sq), ("ALG",),
+    ),
+    Bound(
+        "drift_lipschitz", "21", "a client's drift error from its local path",
+        s.D_n_sq, s.L**2 * s.drift_sq, ("A1",),
+    ),
+    Bound(
+        "drift", "22", "drift error from the local paths",
         s.D_sq, s.L**2 * ArrivalSum(s.pibar * s.drift_sq),
         ("ALG", "A1"),
     ),
     Bound(
-        "heterogeneity", "17", "heterogeneity on covered coordinates",
+        "heterogeneity", "23", "heterogeneity on covered coordinates",
         s.H_sq, ArrivalSum(s.pibar * s.gap_sq),
         ("ALG",),
     ),
     Bound(
-        "uncovered", "18", "uncovered coordinates",
+        "uncovered", "24", "uncovered coordinates",
         s.U_sq, s.grad_uncovered_sq, ("ALG",), relation="==",
     ),
     Bound(
-        "residual", "19", "replacement residual from the distance since dispatch",
+        "residual", "25", "replacement residual from the distance since dispatch",
         s.rho_sq, ArrivalSum(s.pibar * s.stale_sq),
         ("ALG", "REPL"),
     ),
     Bound(
-        "coverage", "20", "largest share from the fewest holders",
+        "coverage", "26", "largest share from the fewest holders",
         s.pibar * s.Gamma, s.kappa, ("ALG",), ("ours", "zhou2023"),
     ),
     Bound(
-        "nested_coverage", "21", "nested masks: shares sum to a logarithm",
+        "nested_coverage", "27", "nested masks: shares sum to a logarithm",
         ArrivalSum(s.pibar), 1 + log(s.weight_sum / s.weight_dense),
         ("ALG", "NEST"),
     ),
     Bound(
-        "rank_gap", "22", "nested masks: density gap by rank, which restoration can only lower",
+        "rank_gap", "28", "nested masks: density gap by rank, which restoration can only lower",
         ArrivalSum(s.pibar * s.q), s.kappa * ArrivalSum(s.q / s.rank),
         ("ALG", "NEST"),
     ),
     Bound(
-        "drift_a_priori", "23", "local path of K steps",
+        "average_restored", "29", "restoration lowers the average density gap",
+        ArrivalSum(s.q) / s.A, ArrivalSum(s.q_0) / s.A, (),
+    ),
+    Bound(
+        "rank_restored", "30", "restoration lowers the density gap by rank",
+        ArrivalSum(s.q / s.rank), ArrivalSum(s.q_0 / s.rank_0), (),
+    ),
+    Bound(
+        "drift_a_priori", "31", "local path of K steps",
         s.drift_sq, (s.K - 1) * (2 * s.K - 1) / Integer(6) * s.eta**2 * s.G_sq,
         ("ALG", "A3"), expectation=True,
     ),
     Bound(
-        "change_a_priori", "24", "local update of K steps",
+        "change_a_priori", "32", "local update of K steps",
         s.change_sq, s.eta**2 * s.K**2 * s.G_sq, ("ALG", "A3"), expectation=True,
     ),
     Bound(
-        "corollary", "25", "a-priori corollary, uniform weights",
+        "corollary", "33", "a-priori corollary, uniform weights",
         WindowMean(s.grad_sq),
         _START
         + 2 * s.L * s.gamma * s.sigma_sq / s.K * WindowMean(s.A / s.Gamma**2)
@@ -186,7 +218,7 @@ _ALL: tuple[Bound, ...] = (
         ("ours", "zhou2023", "nguyen2022", "stich2018"), expectation=True,
     ),
     Bound(
-        "corollary_weighted", "26", "a-priori corollary, any weights",
+        "corollary_weighted", "34", "a-priori corollary, any weights",
         WindowMean(s.grad_sq),
         _START
         + 2 * s.L * s.gamma * s.sigma_sq / s.K * WindowMean(ArrivalSum(s.pibar**2))
@@ -199,7 +231,7 @@ _ALL: tuple[Bound, ...] = (
         ("ours", "zhou2023", "nguyen2022", "stich2018"), expectation=True,
     ),
     Bound(
-        "corollary_nested", "27", "a-priori corollary, uniform weights and nested masks",
+        "corollary_nested", "35", "a-priori corollary, uniform weights and nested masks",
         WindowMean(s.grad_sq),
         _START
         + 2 * s.L * s.gamma * s.sigma_sq / s.K * pi**2 / 6
@@ -212,15 +244,15 @@ _ALL: tuple[Bound, ...] = (
         ("ours", "stich2018"), expectation=True,
     ),
     Bound(
-        "stalled_step", "28", "a masked step gains little when the masked gradient is small",
+        "stalled_step", "36", "a masked step gains little when the masked gradient is small",
         s.decrease, Rational(3, 2) * s.eta * s.masked_grad_sq, ("A1", "A4"), ("nesterov2018",),
     ),
     Bound(
-        "restored_step", "29", "a step on the restored mask gains at least this",
+        "restored_step", "37", "a step on the restored mask gains at least this",
         s.eta / 2 * s.restored_grad_sq, s.decrease, ("A1", "A4"), ("nesterov2018",),
     ),
     Bound(
-        "restore_when", "30", "restoring is faster per second from this gradient on",
+        "restore_when", "38", "restoring is faster per second from this gradient on",
         3 * s.masked_grad_sq * s.seconds_restored / s.seconds, s.restored_grad_sq, ("A1", "A4"),
     ),
 )  # fmt: skip

@@ -143,6 +143,21 @@ drift_sq = _define(
 gap_sq = _define(
     "gap_sq", r"\|\nabla F_n(w_t) - \nabla F(w_t)\|^2", "gradient dissimilarity", _G2, "arrival", "probe.client_gap_sq"
 )
+M_n_sq = _define(
+    "M_n_sq", r"\|m_n a_n^M\|^2", "client n's own mask error, grad F_n(m w_s) - grad F_n(w_s)", _G2, "arrival",
+    "terms.arrivals.M_sq",
+)  # fmt: skip
+S_n_sq = _define(
+    "S_n_sq", r"\|m_n a_n^S\|^2", "client n's own staleness error, grad F_n(w_s) - grad F_n(w_t)", _G2, "arrival",
+    "terms.arrivals.S_sq",
+)  # fmt: skip
+D_n_sq = _define(
+    "D_n_sq", r"\|m_n a_n^D\|^2", "client n's own drift error, mean_k grad F_n(x_k) - grad F_n(x_0)", _G2, "arrival",
+    "terms.arrivals.D_sq",
+)  # fmt: skip
+rank_0 = _define(
+    "rank_0", r"r_n^0", "rank of the initial density in A_t", "1", "arrival", "header.densities", sign="positive"
+)
 change_sq = _define("change_sq", r"\|m_n(x_n^K - x_n^0)\|^2", "squared update", _W2, "arrival", "arrival.change_sq")
 bias_sq = _define(
     "bias_sq", r"\beta_n^2", "squared norm of the dropped biases of w_s", _W2, "arrival",
@@ -151,6 +166,7 @@ bias_sq = _define(
 
 # -- dispatch (also gathered to the arrival that answers it) ----------------------------------------
 q = _define("q", "q_n", "pruned share 1 - k_n/D_p, k_n = floor(d_n D_p)", "1", "dispatch", "dispatch.density")
+q_0 = _define("q_0", "q_n^0", "pruned share at the initial density", "1", "dispatch", "header.densities")
 k = _define("k", "k_n", "kept prunable coordinates", "1", "dispatch", "dispatch.density")
 d = _define("d", "d_n", "density", "1", "dispatch", "dispatch.density", sign="positive")
 prunable_sq = _define(

@@ -171,8 +171,8 @@ def fedml_import(facts: Facts) -> Finding:
 def optional(facts: Facts) -> list[Finding]:
     """What only some runtimes of FedML need; never worse than ok."""
     parts = (
-        ("mpi4py", facts.has_module("mpi4py"), "FedML's MPI simulator", facts.pip("fedgmr[mpi]")),
-        ("MNN", facts.has_module("MNN"), "cross-device servers", facts.pip("fedgmr[device]")),
+        ("mpi4py", facts.has_module("mpi4py"), "FedML's MPI simulator", facts.pip("mpi4py>=4,<5")),
+        ("MNN", facts.has_module("MNN"), "cross-device servers", facts.pip("MNN>=3,<4")),
         (
             "mosquitto",
             facts.which("mosquitto") is not None,
@@ -198,7 +198,7 @@ def examine(facts: Facts) -> list[Finding]:
         ),
         package(facts, "numpy", "2", "FedML needs NumPy 1", status="fail"),
         package(facts, "chardet", "6", "requests 2.31, which FedML pins, warns about it", status="warn"),
-        package(facts, "pydantic", "3", "fedgmr is tested with pydantic 2", status="fail", least="2.9"),
+        package(facts, "pydantic", "3", "fedgmr is tested with pydantic 2", status="fail", least="2.10"),
         torch_pair(facts),
         fedml(facts),
         home(facts),

@@ -176,17 +176,18 @@ class Server:
             self.rejected += 1
             if refusal.code in ("GMR-402", "GMR-403", "GMR-404"):  # answered, though badly: the slot is free
                 self.flights.pop(upload.dispatch, None)
-            return [
-                _record(
-                    "rejected",
-                    window=self.version,
-                    dispatch=upload.dispatch,
-                    client=upload.client,
-                    code=refusal.code,
-                    message=refusal.message,
-                )
-            ]
+            return [self._rejected(upload, refusal.code, refusal.message)]
         return []
+
+    def _rejected(self, upload: UploadArrived, code: str, message: str) -> Record:
+        return _record(
+            "rejected",
+            window=self.version,
+            dispatch=upload.dispatch,
+            client=upload.client,
+            code=code,
+            message=message,
+        )
 
     def _admit(self, upload: UploadArrived) -> InFlight:
         """The dispatch that `upload` answers, if it may be merged."""
@@ -200,6 +201,8 @@ class Server:
         wanted = (flight.ranking.ends[flight.rung],)
         if tuple(upload.values_S.shape) != wanted:
             raise UpdateRejected("GMR-402", f"shape={tuple(upload.values_S.shape)} instead of {wanted}")
+        if upload.values_S.dtype != self.layout.dtype:
+            raise UpdateRejected("GMR-402", f"dtype={upload.values_S.dtype} instead of {self.layout.dtype}")
         if not (math.isfinite(upload.samples) and upload.samples > 0):
             raise UpdateRejected("GMR-404", f"samples={upload.samples} is not a positive number")
         if not bool(torch.isfinite(upload.values_S).all()):
@@ -253,56 +256,62 @@ class Server:
 
     def _merge(self, updates: list[MaskedUpdate], arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
         """Merge `updates`; returns the records of `arrived` and of the window."""
-        parameters = self.layout.parameters
-        weights = [u.weight for u in updates]
-        step_sq, gamma_min, uncovered, coverage = 0.0, 0, parameters, 0.0
-        pibar: list[float | None] = [None] * len(arrived)
+        weights = {a.upload.dispatch: u.weight for a, u in zip(arrived, updates, strict=False)}
+        if self.config.update_scope == "buffer":
+            by_client = dict(zip(sorted(self.buffer), updates, strict=False))
+            weights = {a.upload.dispatch: by_client[a.upload.client].weight for a in arrived}
+        if updates and self.before_merge is not None:
+            updates = self.before_merge(self.version, self.w_D, updates)
+        merged = _Merged(self.layout.parameters)
         if updates:
-            if self.before_merge is not None:
-                updates = self.before_merge(self.version, self.w_D, updates)
             old_D = self.w_D
             result = merge(
                 old_D,
                 updates,
                 rule=self.config.aggregation,
                 form=self.config.update_form,
-                parameters=parameters,
+                parameters=self.layout.parameters,
                 server_step=self.config.server_step,
                 participation=len(arrived) / len(self.counts) if self.config.mixing else 1.0,
             )
-            self.w_D = result.w_D if self.after_merge is None else self.after_merge(self.version, result.w_D)
-            step_sq = _norm_sq(self.w_D[:parameters] - old_D[:parameters])
-            count_P = holders(updates, self.layout.size)[:parameters]
-            covered = count_P > 0
-            uncovered = parameters - int(covered.sum())
-            gamma_min = int(count_P[covered].min()) if uncovered < parameters else 0
-            coverage = float(count_P.sum(dtype=torch.int64)) / (parameters * len(updates))
-            if self.config.update_scope == "arrivals" and len(updates) == len(arrived):
-                pibar = [u.weight / float(result.weight_D[u.index_S].min()) for u in updates]
-        if self.config.update_scope == "buffer":
-            by_client = dict(zip(sorted(self.buffer), weights, strict=True)) if arrived else {}
-            weights = [by_client[a.upload.client] for a in arrived]
+            new_D = result.w_D if self.after_merge is None else self.after_merge(self.version, result.w_D)
+            if not bool(torch.isfinite(new_D).all()):
+                return self._refuse_window(arrived, event)
+            self.w_D = new_D
+            shares = self.config.update_scope == "arrivals" and len(updates) == len(arrived)
+            merged = _merged(old_D, new_D, updates, self.layout.parameters, result.weight_D if shares else None)
+        pibar = merged.pibar or (None,) * len(arrived)
         records: list[Effect] = [
-            self._arrival(a, weight, share) for a, weight, share in zip(arrived, weights, pibar, strict=True)
+            self._arrival(a, weights[a.upload.dispatch], share) for a, share in zip(arrived, pibar, strict=True)
         ]
-        records.append(
-            _record(
-                "window",
-                window=self.version,
-                start=event.start,
-                close=event.close,
-                end=event.end,
-                arrivals=len(arrived),
-                gamma_min=gamma_min,
-                uncovered=uncovered,
-                coverage=coverage,
-                step_sq=step_sq,
-                in_flight=len(self.flights),
-                mean_density=sum(self.gmr.densities) / len(self.gmr.densities),
-                density_floor=self.gmr.floor,
-            )
+        return [*records, self._window(len(arrived), merged, event)]
+
+    def _refuse_window(self, arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
+        """Finite uploads added up to something that is not: none of them is merged."""
+        self.rejected += len(arrived)
+        for a in arrived:
+            self.buffer.pop(a.upload.client, None)
+        refused: list[Effect] = [
+            self._rejected(a.upload, "GMR-403", "the merged model would hold NaN or infinity") for a in arrived
+        ]
+        return [*refused, self._window(0, _Merged(self.layout.parameters), event)]
+
+    def _window(self, arrivals: int, merged: _Merged, event: WindowClosed) -> Record:
+        return _record(
+            "window",
+            window=self.version,
+            start=event.start,
+            close=event.close,
+            end=event.end,
+            arrivals=arrivals,
+            gamma_min=merged.gamma_min,
+            uncovered=merged.uncovered,
+            coverage=merged.coverage,
+            step_sq=merged.step_sq,
+            in_flight=len(self.flights),
+            mean_density=sum(self.gmr.densities) / len(self.gmr.densities),
+            density_floor=self.gmr.floor,
         )
-        return records
 
     def _arrival(self, admitted: Admitted, weight: float, pibar: float | None) -> Record:
         flight, upload = admitted.flight, admitted.upload
@@ -357,6 +366,11 @@ class Server:
             return min(1.0, self.time / self.config.time_budget)
         return self.version / self.plan.windows
 
+    @property
+    def learning_rate_scale(self) -> float:
+        """Factor on the learning rate of what is dispatched now: rises linearly over the warm-up."""
+        return min(1.0, (self.version + 1) / self.config.warmup_windows) if self.config.warmup_windows else 1.0
+
     def _rank(self) -> Ranking:
         """Masks for every density that is held now or could be held after the next restoration."""
         wanted = {*self.gmr.densities, *(gmr.next_density(self.rules, d) for d in self.gmr.densities)}
@@ -394,7 +408,7 @@ class Server:
             return []
         prunable, parameters = self._norms()
         payloads: dict[int, Tensor] = {}
-        scale = min(1.0, (self.version + 1) / self.config.warmup_windows) if self.config.warmup_windows else 1.0
+        scale = self.learning_rate_scale
         effects: list[Effect] = []
         for client in idle:
             density = self.gmr.densities[client]
@@ -460,6 +474,31 @@ class Server:
         if which == "global" or min(self.gmr.densities) >= 1.0:
             return self.w_D.clone()
         return self.w_D * self.coverage().to(self.w_D.dtype)
+
+
+class _Merged(NamedTuple):
+    """What the run log says of one merge; see its `window` and `arrival` records."""
+
+    uncovered: int
+    gamma_min: int = 0
+    coverage: float = 0.0
+    step_sq: float = 0.0
+    pibar: tuple[float, ...] = ()
+
+
+def _merged(
+    old_D: Tensor, new_D: Tensor, updates: list[MaskedUpdate], parameters: int, weight_D: Tensor | None
+) -> _Merged:
+    """Measure a merge; `weight_D`, where given, makes the largest shares pibar meaningful."""
+    count_P = holders(updates, len(old_D))[:parameters]
+    covered = count_P > 0
+    return _Merged(
+        uncovered=parameters - int(covered.sum()),
+        gamma_min=int(count_P[covered].min()) if bool(covered.any()) else 0,
+        coverage=float(count_P.sum(dtype=torch.int64)) / (parameters * len(updates)),
+        step_sq=_norm_sq(new_D[:parameters] - old_D[:parameters]),
+        pibar=() if weight_D is None else tuple(u.weight / float(weight_D[u.index_S].min()) for u in updates),
+    )
 
 
 class Norms(NamedTuple):

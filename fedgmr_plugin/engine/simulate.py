@@ -146,7 +146,6 @@ class Simulation:
         sent = [self.pending.pop(a.dispatch) for a in window.arrivals]
         effects: list[Effect] = []
         up = 0.0
-        scale = sent[-1].learning_rate_scale if sent else 1.0
         for arrival, update in zip(window.arrivals, self._execute(sent), strict=True):
             effects += self.server.handle(_upload(arrival, update))
             up += arrival.megabytes * 1e6
@@ -155,7 +154,7 @@ class Simulation:
             "bytes_up": up,
             "bytes_down": self._window_down,
             "server_bytes_down": server_bytes_down,
-            "learning_rate": self.training.learning_rate * scale,
+            "learning_rate": self.training.learning_rate * self.server.learning_rate_scale,
         }
         self._window_down = 0.0
         effects += self._merge(window)
@@ -266,7 +265,7 @@ class Simulation:
 
     def _validate(self) -> Validated:
         server, metric = self.server, self.config.trigger_metric
-        if next(self._validation_batches(), None) is None:
+        if all(self.clients.validation(n) is None for n in range(self.clients.count)):
             return Validated(server.candidate, None, (), self._gradient_votes())
         both = self._both(self._validation_batches)
         candidate = self._choose(both)

@@ -86,12 +86,11 @@ def merge(
     total = sum(update.weight for update in updates)
 
     old_D = w_D.to(torch.float64)
-    mean_D = torch.where(held_D, sum_D / weight_D, old_D)  # per-coordinate mean of the holders' values
-    merged_D = mean_D.clone()
+    merged_D = torch.where(held_D, sum_D / weight_D, old_D)  # mean over the holders
     head = slice(0, parameters)
     if rule == "mask_aware":
         if form == "delta":
-            merged_D[head] = torch.where(held_D[head], old_D[head] + sum_D[head] / weight_D[head], old_D[head])
+            merged_D[head] += old_D[head]
     elif rule == "global_average":
         change = sum_D[head] if form == "delta" else sum_D[head] - weight_D[head] * old_D[head]
         merged_D[head] = old_D[head] + change / total
@@ -101,6 +100,8 @@ def merge(
         merged_D[head] = old_D[head] + server_step * (merged_D[head] - old_D[head])
     if participation != 1.0:
         merged_D = participation * merged_D + (1.0 - participation) * old_D
+    if rule != "plain_average":
+        merged_D = torch.where(held_D, merged_D, old_D)
     return Merge(merged_D.to(w_D.dtype), weight_D)
 
 

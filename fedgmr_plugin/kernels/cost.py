@@ -5,7 +5,8 @@ Units: MB are 10^6 bytes, rates MB/s, times seconds. See the method page, sectio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +58,19 @@ def flight_seconds(
 def macs_per_weight(model: nn.Module, layout: ModelLayout, example: Tensor) -> list[float]:
     """Multiply-accumulates per weight and sample of each prunable layer, in layout order.
 
-    A linear weight is used once per position, a convolution's weight once per output pixel. Layers that
-    a forward pass of `example` does not reach, or that are not modules of their own, count 1.
+    A linear weight is used once per position, a convolution's weight once per output pixel, a transposed
+    convolution's once per input pixel; a module that runs twice counts twice. Layers that a forward pass of
+    `example` does not reach, or that are not modules of their own, count 1.
     """
     uses: dict[str, float] = {}
     handles = []
 
-    def count(name: str, weight: Tensor, axis: int):  # type: ignore[no-untyped-def]
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                uses[name] = output.numel() / max(len(example), 1) / weight.shape[axis]
+    def count(name: str, weight: Tensor, axis: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, inputs: Any, output: Any) -> None:
+            pixels = inputs[0] if axis == 1 else output
+            units = weight.shape[0]  # input units of a transposed convolution, else output units
+            if isinstance(pixels, Tensor):
+                uses[name] = uses.get(name, 0.0) + pixels.numel() / max(len(example), 1) / units
 
         return hook
 

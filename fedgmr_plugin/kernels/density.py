@@ -7,6 +7,7 @@ section 6). Densities never decrease. Axis: N clients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -171,8 +172,10 @@ def _look(
     """One detector's check: (new detector, whether it fires)."""
     if metric is None or check <= detector.sleeps_until:
         return detector, False
+    if not math.isfinite(metric):
+        metric = -math.inf if rules.higher_is_better else math.inf  # the worst: never an improvement
     gain = None if detector.best is None else (metric - detector.best) * (1 if rules.higher_is_better else -1)
-    if gain is None or gain > rules.delta:
+    if math.isfinite(metric) and (gain is None or gain > rules.delta):
         return detector._replace(best=metric, bad_checks=0), False
     bad = detector.bad_checks + 1
     return detector._replace(bad_checks=0 if bad >= patience else bad), bad >= patience

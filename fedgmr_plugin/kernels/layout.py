@@ -128,9 +128,10 @@ class ModelLayout:
     def from_state_dict(self, state: dict[str, Tensor], like_D: Tensor) -> Tensor:
         """The vector [D] of a ``state_dict``; tensors that it lacks are taken from `like_D`."""
         flat = like_D.clone()
-        for name, view in self.views(flat).items():
+        views = self.views(flat)
+        for name, entry in (*self.aliases, *((name, name) for name in views)):
             if name in state:
-                view.copy_(state[name])
+                views[entry].copy_(state[name])
         return flat
 
 
@@ -174,24 +175,26 @@ def build_layout(model: nn.Module, dense_layers: Sequence[str] = ()) -> ModelLay
 
 
 def _layout(model: nn.Module, dense_layers: Sequence[str]) -> ModelLayout:
-    owners = _weights(model)
     names: dict[int, str] = {}
     aliases: list[tuple[str, str]] = []
+    kept_dense: set[int] = set()  # tensors that the user names, under any of their names
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in dense_layers):
+            kept_dense.add(id(tensor))
         if id(tensor) in names:
             aliases.append((name, names[id(tensor)]))
         else:
             names[id(tensor)] = name
 
-    prunable = {
-        id(owner.weight): owner
+    # A parametrised weight (weight norm, say) is computed anew at each use: it is no tensor of the model's state.
+    owners = [owner for owner in _weights(model) if id(owner.weight) in names]
+    kept_dense |= {id(owner.weight) for owner in owners if owner.dense}  # a tied weight is dense if one use is
+    prunable = {id(owner.weight): owner for owner in owners if id(owner.weight) not in kept_dense}
+    rows = {
+        id(owner.bias): names[id(owner.weight)]
         for owner in owners
-        if not owner.dense and not any(fnmatch.fnmatch(owner.name, p) for p in dense_layers)
+        if id(owner.weight) in prunable and owner.bias is not None and id(owner.bias) not in kept_dense
     }
-    for owner in owners:  # a tied weight is dense if one of its uses is
-        if owner.dense:
-            prunable.pop(id(owner.weight), None)
-    rows = {id(o.bias): names[id(o.weight)] for o in prunable.values() if o.bias is not None}
 
     entries: list[Entry] = []
     offset = 0
@@ -257,7 +260,8 @@ def validate(model: nn.Module, dense_layers: Sequence[str] = ()) -> list[Finding
     """All findings about `model`, errors first; an empty list means that nothing is remarkable."""
     errors: list[Finding] = []
     notes: list[Finding] = []
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [n for n, p in tensors if nn.parameter.is_lazy(p)]
     empty = [n for n, p in model.named_parameters() if n not in lazy and p.numel() == 0]
     if lazy or empty:
         return [Finding("GMR-204", "error", f"parameters without elements: {', '.join(lazy + empty)}")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 Staleness = Literal["constant", "polynomial", "hinge"]
@@ -21,5 +22,5 @@ def staleness_weight(
     if kind == "constant":
         return 1.0
     if kind == "polynomial":
-        return float((1.0 + tau) ** -exponent)
+        return max(float((1.0 + tau) ** -exponent), sys.float_info.min)
     return 1.0 if tau <= delay else 1.0 / (slope * (tau - delay) + 1.0)

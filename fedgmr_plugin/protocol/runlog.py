@@ -153,9 +153,18 @@ class RunLog:
         return len(self._rows[kind])
 
     def records(self, kind: str) -> list[dict[str, Any]]:
-        """The records of one type as dictionaries (known keys only), in the order of the file."""
+        """The records of one type as dictionaries (known keys only), in the order of the file.
+
+        Raises:
+            RunLogError: GMR-602 if a value has another type than the schema says.
+        """
         keys = tuple(RECORDS[kind])
-        return [dict(zip(keys, row, strict=True)) for row in self._rows[kind]]
+        found = [dict(zip(keys, row, strict=True)) for row in self._rows[kind]]
+        for number, record in enumerate(found):
+            wrong = problems({"type": kind, **record})
+            if wrong:
+                self._damaged(f"{kind} record {number}: {'; '.join(wrong)}")
+        return found
 
     def column(self, kind: str, key: str) -> NDArray[Any]:
         """One key of all records of a type, in the order of the file.
@@ -172,15 +181,13 @@ class RunLog:
             RunLogError: GMR-602 if a value has another type than the schema says.
         """
         outer, _, inner = key.partition(".")
-        word = "number" if inner else RECORDS[kind][outer]
+        word = RECORDS[kind][outer]
         place = list(RECORDS[kind]).index(outer)
-        values = [row[place] for row in self._rows[kind]]
+        values = self._checked([row[place] for row in self._rows[kind]], word, kind, outer)
         if inner:
-            values = [value.get(inner) if isinstance(value, Mapping) else value for value in values]
-        test = TYPES[word]
-        for number, value in enumerate(values):
-            if not test(value):
-                self._damaged(f"{kind} record {number}: {key}={value!r} is not of type {word}")
+            word = "number"
+            inside = [None if value is None else value.get(inner) for value in values]
+            values = self._checked(inside, word, kind, key)
         if word == "int":
             return self._array(values, np.int64, kind, key)
         if word in ("number", "number or null", "int or null", "[number]", "[int]"):
@@ -188,13 +195,22 @@ class RunLog:
             if np.isinf(column).any():
                 self._damaged(f"a value of {key} in a {kind} record is not finite")
             return column
-        column = np.empty(len(values), dtype=object)
-        column[:] = values
-        return column
+        objects = np.empty(len(values), dtype=object)
+        for number, value in enumerate(values):
+            objects[number] = value
+        return objects
 
     def columns(self, kind: str, *keys: str) -> dict[str, NDArray[Any]]:
         """Several columns of one record type, by key."""
         return {key: self.column(kind, key) for key in keys}
+
+    def _checked(self, values: list[Any], word: str, kind: str, key: str) -> list[Any]:
+        """`values`, each of the type that the word says."""
+        test = TYPES[word]
+        for number, value in enumerate(values):
+            if not test(value):
+                self._damaged(f"{kind} record {number}: {key}={value!r} is not of type {word}")
+        return values
 
     def _array(self, values: Sequence[Any], dtype: Any, kind: str, key: str) -> NDArray[Any]:
         try:

@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from fedgmr_plugin.protocol.runlog import RunLog
 from fedgmr_plugin.report.summary import evaluations
-from fedgmr_plugin.report.svg import BINS, DASHES, Axis, Series, as_percent, bin_means, chart, swatch
+from fedgmr_plugin.report.svg import (
+    BINS,
+    DASHES,
+    Axis,
+    Series,
+    as_percent,
+    bin_means,
+    chart,
+    nice_ticks,
+    swatch,
+)
 from fedgmr_plugin.report.text import escape, name, number, percent, seconds, shorten
 from fedgmr_plugin.report.tracks import classes, density_steps, staleness_by_window
 
@@ -177,13 +187,7 @@ class Figures:
                 self._series(run, place, value, width=2.4, notes=self._evaluation_notes(run, value))
             )
             if both and len(self.runs) <= BOTH_CANDIDATES:
-                for which, label, dash in (
-                    ("global", "w", "1.5 3"),
-                    ("scaled", "w scaled by coverage", "5 3"),
-                ):
-                    value = run.run.column("evaluation", f"{which}.{self.metric}")
-                    label = label if len(self.runs) == 1 else ""
-                    thin.append(Series(label, place, value, run.colour, dash=dash, width=1.2, faint=True))
+                thin += self._candidates(run, place)
         return shipped + thin
 
     def _evaluation_notes(self, run: Named, values: Array) -> list[str]:
@@ -192,6 +196,31 @@ class Figures:
         return [
             f"{run.label}, window {window}, {seconds(time)}: {shown(float(value))} ({candidate})"
             for window, time, candidate, value in zip(*rows.values(), values, strict=True)
+        ]
+
+    def _candidates(self, run: Named, place: Array) -> list[Series]:
+        """Both candidates of a run: thin and in its colour, or in colours of their own if it is alone."""
+        alone = len(self.runs) == 1
+        w, scaled = (run.run.column("evaluation", f"{which}.{self.metric}") for which in ("global", "scaled"))
+        return [
+            Series(
+                "w" if alone else "",
+                place,
+                w,
+                1 if alone else run.colour,
+                dash="1.5 3",
+                width=1.4,
+                faint=True,
+            ),
+            Series(
+                "w scaled by coverage" if alone else "",
+                place,
+                scaled,
+                2 if alone else run.colour,
+                dash="5 3",
+                width=1.4,
+                faint=True,
+            ),
         ]
 
     def _series(
@@ -221,7 +250,14 @@ class Figures:
         return self.metric.capitalize()
 
     def _y(self) -> Axis:
-        return Axis("accuracy (%)", write=as_percent) if self.metric == "accuracy" else Axis("loss")
+        """One axis for all figures of the metric: it spans the shipped model and both candidates."""
+        keys = (self.metric, f"global.{self.metric}", f"scaled.{self.metric}")
+        values = np.concatenate([run.run.column("evaluation", key) for run in self.runs for key in keys])
+        values = values[np.isfinite(values)]
+        ticks = nice_ticks(float(values.min()), float(values.max())) if len(values) else [0.0, 1.0]
+        if self.metric == "loss":
+            return Axis("loss", ticks[0], ticks[-1])
+        return Axis("accuracy (%)", max(ticks[0], 0.0), ticks[-1], as_percent)
 
     def _binned(self) -> str:
         long = any(run.run.count("window") > BINS for run in self.runs)
@@ -253,7 +289,8 @@ def _legend(series: Sequence[Series]) -> str:
     if len(shown) < 2:
         return ""
     items = "".join(
-        f"<li>{swatch(s.colour, s.dash, s.width, kind=s.kind, faint=s.faint)}{name(shorten(s.label, 40))}</li>"
+        f"<li>{swatch(s.colour, s.dash, s.width, kind=s.kind, faint=s.faint)}"
+        f"{name(shorten(s.label, 40))}</li>"
         for s in shown
     )
     return f'<ul class="legend">{items}</ul>'

@@ -102,7 +102,7 @@ def _lede(runs: Sequence[Named], summaries: Sequence[Summary], target: float | N
     ]
     if reached and s.target_accuracy is not None:
         soonest, first = min(reached, key=lambda item: item[0] or 0.0)
-        who = f"{name(first.label)} is the first to reach" if len(runs) > 1 else "It reached"
+        who = f"{name(first.label)} is the first to reach" if len(runs) > 1 else "It first reached"
         text += f" {who} {percent(s.target_accuracy)}, at {seconds(soonest)}."
     elif target is not None:
         text += f" The target of {percent(target)} was not reached."
@@ -123,11 +123,9 @@ def _summary(runs: Sequence[Named], summaries: Sequence[Summary], target: float 
             )
         )
     if first.target_accuracy is not None:
-        origin = (
-            "as given"
-            if target is not None
-            else f"{TARGET_SHARE:.0%} of the best last accuracy".replace("%", " %")
-        )
+        share = f"{TARGET_SHARE:.0%}".replace("%", " %")
+        whose = "the best last accuracy" if len(runs) > 1 else "the last accuracy"
+        origin = "as given" if target is not None else f"{share} of {whose}"
         notes.append(
             f"The target is {percent(first.target_accuracy)} ({origin}); its time is that of the first "
             "evaluation that reaches it."

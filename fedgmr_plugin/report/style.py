@@ -22,13 +22,16 @@ STYLE = """
 html { -webkit-text-size-adjust: 100%; }
 body {
   margin: 0; background: var(--paper); color: var(--ink);
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", "Liberation Sans",
-    Arial, sans-serif;
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans",
+    "Liberation Sans", Arial, sans-serif;
 }
 main, header, footer { max-width: 1180px; margin: 0 auto; padding: 0 28px; }
 header { padding-top: 44px; }
 h1 { font-size: 28px; line-height: 1.2; font-weight: 650; letter-spacing: -0.01em; margin: 0 0 6px; }
-h2 { font-size: 19px; font-weight: 650; margin: 52px 0 14px; padding-top: 18px; border-top: 1px solid var(--rule); }
+h2 {
+  font-size: 19px; font-weight: 650; margin: 52px 0 14px; padding-top: 18px;
+  border-top: 1px solid var(--rule);
+}
 h3 { font-size: 15px; font-weight: 650; margin: 0; }
 h1, h2, h3, th, td, .legend, summary { overflow-wrap: anywhere; }
 p { margin: 0 0 12px; max-width: 78ch; }
@@ -36,39 +39,67 @@ header p, figcaption p, .quiet, caption { color: var(--muted); }
 header p { font-size: 16px; margin: 0; }
 .quiet { font-size: 13.5px; margin: 0 0 4px; max-width: 100ch; }
 .lede { font-size: 17px; margin: 0 0 22px; max-width: 84ch; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 470px), 1fr)); gap: 34px 44px; }
+.grid {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 470px), 1fr)); gap: 34px 44px;
+}
 figure { margin: 0; min-width: 0; break-inside: avoid; display: flex; flex-direction: column; }
 figcaption p { font-size: 13.5px; line-height: 1.45; margin: 2px 0 8px; max-width: 64ch; }
 .plot { overflow-x: auto; margin-top: auto; }
-.chart { display: block; width: 100%; min-width: 430px; max-width: 700px; height: auto; }
+.chart { display: block; width: 100%; min-width: 430px; max-width: 620px; height: auto; }
 .chart text { font-size: 12.5px; fill: var(--muted); font-variant-numeric: tabular-nums; }
 .chart .label { fill: var(--ink); }
-.chart .end { font-weight: 500; paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
-.chart .grid { stroke: var(--grid); }
+.chart .end {
+  font-weight: 500; paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round;
+}
+.chart .rule { stroke: var(--grid); }
 .chart .base, .chart .tick { stroke: var(--muted); }
 .chart .mark { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 1 3; opacity: 0.75; }
 .chart .leader { fill: none; stroke: var(--rule); }
 .chart .note { fill: transparent; }
 .l { fill: none; stroke-linejoin: round; }
-.empty { padding: 40px 0; color: var(--muted); border: 1px dashed var(--rule); text-align: center; max-width: none; }
-.legend { list-style: none; margin: 0 0 6px; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 20px; font-size: 13.5px; }
+.empty {
+  padding: 40px 0; color: var(--muted); border: 1px dashed var(--rule); text-align: center;
+  max-width: none;
+}
+.legend {
+  list-style: none; margin: 0 0 6px; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 20px;
+  font-size: 13.5px;
+}
 .legend li { display: flex; align-items: center; gap: 8px; }
 .swatch { flex: none; vertical-align: -1px; }
 th .swatch { margin-right: 10px; }
 .table { overflow-x: auto; margin: 0 0 18px; }
-table { border-collapse: collapse; min-width: 100%; font-size: 14px; font-variant-numeric: tabular-nums lining-nums; }
+table {
+  border-collapse: collapse; min-width: 100%; font-size: 14px;
+  font-variant-numeric: tabular-nums lining-nums;
+}
+table.narrow { min-width: min(100%, 420px); }
 caption { text-align: left; font-size: 13.5px; padding: 0 0 8px; }
-th, td { padding: 7px 14px; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--rule); }
+th, td {
+  padding: 7px 14px; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--rule);
+}
 th:first-child, td:first-child { padding-left: 2px; }
 th:last-child, td:last-child { padding-right: 2px; }
-thead th { font-weight: 600; vertical-align: bottom; line-height: 1.3; border-bottom-color: var(--muted); overflow-wrap: normal; }
+thead th {
+  font-weight: 600; vertical-align: bottom; line-height: 1.3; border-bottom-color: var(--muted);
+  overflow-wrap: normal;
+}
 tbody th { font-weight: 500; min-width: 11em; }
 thead small { display: block; font-size: 12px; font-weight: 400; color: var(--muted); }
 .n { text-align: right; white-space: nowrap; min-width: 0; }
 tbody th.n { min-width: 4em; }
-code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; font-size: 12.5px; }
-pre { background: var(--soft); padding: 16px 18px; overflow-x: auto; border-radius: 6px; line-height: 1.5; margin: 0; }
-.badge { font-size: 12px; color: var(--muted); border: 1px solid var(--rule); border-radius: 9px; padding: 1px 8px; white-space: nowrap; }
+code, pre {
+  font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
+  font-size: 12.5px;
+}
+pre {
+  background: var(--soft); padding: 16px 18px; overflow-x: auto; border-radius: 6px; line-height: 1.5;
+  margin: 0;
+}
+.badge {
+  font-size: 12px; color: var(--muted); border: 1px solid var(--rule); border-radius: 9px;
+  padding: 1px 8px; white-space: nowrap;
+}
 details { margin: 0 0 12px; }
 summary { cursor: pointer; padding: 4px 0; color: var(--accent); }
 details .table { margin-top: 8px; }
@@ -84,7 +115,8 @@ footer { margin-top: 56px; padding-top: 16px; padding-bottom: 40px; color: var(-
 }
 @media print {
   :root {
-    --paper: #ffffff; --ink: #000000; --muted: #444444; --rule: #bbbbbb; --grid: #e4e4e4; --soft: #ffffff; --accent: #000000;
+    --paper: #ffffff; --ink: #000000; --muted: #444444; --rule: #bbbbbb; --grid: #e4e4e4;
+    --soft: #ffffff; --accent: #000000;
     --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #cc79a7; --s4: #e69f00; --s5: #56b4e9; --s6: #3c4650;
     --t0: #00659e; --t1: #b04e00; --t2: #007a59; --t3: #a24f7d; --t4: #8f6300; --t5: #1f77ab; --t6: #3c4650;
   }

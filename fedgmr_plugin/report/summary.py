@@ -69,7 +69,7 @@ def evaluations(run: RunLog, key: str = "accuracy") -> tuple[Array, Array]:
 
 def common_budget(runs: Sequence[RunLog]) -> float | None:
     """The largest virtual time until which every run was evaluated; None if one never was."""
-    last = [time[np.isfinite(value)] for time, value in map(evaluations, runs)]
+    last = [time[np.isfinite(value) & np.isfinite(time)] for time, value in map(evaluations, runs)]
     if not last or any(len(time) == 0 for time in last):
         return None
     return float(min(time[-1] for time in last))
@@ -97,7 +97,8 @@ def summarise(run: RunLog, target: float | None = None, *, budget: float | None 
     budget = common_budget([run]) if budget is None else budget
     time, accuracy = evaluations(run)
     until = accuracy if budget is None else accuracy[time <= budget]
-    reached = np.flatnonzero(accuracy >= target) if target is not None else np.array([], dtype=int)
+    goal = math.inf if target is None else target
+    reached = np.flatnonzero((accuracy >= goal) & np.isfinite(time))
     ends = run.column("window", "end")
     return Summary(
         name=run.name,

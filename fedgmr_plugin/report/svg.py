@@ -23,6 +23,8 @@ TOP, BOTTOM, LEFT, RIGHT = 30, 42, 52, 16
 #: Longest label at the end of a line, in characters, and the room for one character.
 LABEL_LENGTH, LABEL_STEP = 16, 7.6
 COLOURS = 7
+#: Below this a number counts as zero on an axis.
+TINY = 1e-100
 #: Points of a line that shows means over many windows.
 BINS = 120
 DASHES = ("", "9 3", "3 2.5", "10 3 2.5 3", "6 2 2 2 2 2", "14 4", "1.5 2.5")
@@ -73,13 +75,18 @@ class Axis(NamedTuple):
     ticks: Sequence[tuple[float, str]] = ()
 
 
+def _same(low: float, high: float) -> bool:
+    """Whether two limits are too close for an axis between them."""
+    return not high - low > max(1e-9 * max(abs(low), abs(high)), TINY)
+
+
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` multiples of 1, 2, 2.5 or 5 times a power of ten that cover [low, high].
 
     The first is at most `low`, the last at least `high`.
     """
-    if not high > low:
-        pad = abs(low) / 2 or 0.5
+    if _same(low, high):
+        pad = abs(low) / 2 if abs(low) > TINY else 0.5
         low, high = low - pad, high + pad
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -211,8 +218,8 @@ def _limits(series: Sequence[Series], axis: Axis, which: Literal["x", "y"]) -> t
     high = high if axis.high is None else axis.high
     if not (math.isfinite(low) and math.isfinite(high)):
         low, high = 0.0, 1.0
-    if high <= low:
-        pad = abs(low) * 0.1 or 1.0
+    if _same(low, high):
+        pad = abs(low) * 0.1 if abs(low) > TINY else 1.0
         low, high = (low, low + pad) if axis.low is not None else (low - pad, low + pad)
     if which == "y":
         ticks = nice_ticks(low, high)
@@ -226,7 +233,7 @@ def _axes(box: _Box, x: Axis, y: Axis) -> str:
     bottom, end = HEIGHT - BOTTOM, WIDTH - box.right
     parts = ['<g class="axes">']
     for at, text in _ticks(y, box.y_low, box.y_high, 5):
-        parts.append(f'<line class="grid" x1="{LEFT}" y1="{box.y(at):.1f}" x2="{end}" y2="{box.y(at):.1f}"/>')
+        parts.append(f'<line class="rule" x1="{LEFT}" y1="{box.y(at):.1f}" x2="{end}" y2="{box.y(at):.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{box.y(at) + 4:.1f}" text-anchor="end">{text}</text>')
     for at, text in _ticks(x, box.x_low, box.x_high, 5 if box.right > RIGHT else 6):
         parts.append(
@@ -254,7 +261,7 @@ def _pen(dash: str, width: float, faint: bool) -> str:
     text = f' stroke-width="{width:g}"'
     if dash:
         text += f' stroke-dasharray="{dash}"'
-    return text + (' opacity="0.55"' if faint else "")
+    return text + (' opacity="0.7"' if faint else "")
 
 
 def _curve(box: _Box, s: Series) -> str:
@@ -281,7 +288,8 @@ def _curve(box: _Box, s: Series) -> str:
     finite = np.flatnonzero(np.isfinite(s.y))
     if s.kind == "line" and (len(finite) == 1 or (len(finite) <= 12 and not s.faint)):
         drawn += "".join(
-            f'<circle class="p s{s.colour % COLOURS}" cx="{box.x(s.x[i]):.1f}" cy="{box.y(s.y[i]):.1f}" r="3"/>'
+            f'<circle class="p s{s.colour % COLOURS}" '
+            f'cx="{box.x(s.x[i]):.1f}" cy="{box.y(s.y[i]):.1f}" r="3"/>'
             for i in finite
         )
     return drawn

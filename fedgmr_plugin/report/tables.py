@@ -17,7 +17,7 @@ from fedgmr_plugin.report.text import NONE, escape, megabytes, name, number, per
 from fedgmr_plugin.report.tracks import class_figures, classes
 
 #: Restorations up to which their table is open when the page is.
-OPEN_ROWS = 24
+OPEN_ROWS = 40
 #: Header keys that are compared beside the configurations.
 FACTS = ("seed", "clients", "densities", "model_megabytes", "eta", "local_steps", "windows", "time_budget")
 #: Configuration keys that differ between runs without meaning anything.
@@ -33,6 +33,7 @@ def table(
         text: columns that hold text, aligned left; all others are numbers, aligned right.
     """
     kinds = ["" if place in text else ' class="n"' for place in range(len(head))]
+    narrow = ' class="narrow"' if len(text) == len(head) else ""
     top = "".join(f'<th scope="col"{kind}>{cell}</th>' for kind, cell in zip(kinds, head, strict=True))
     body = "".join(
         f'<tr><th scope="row"{kinds[0]}>{row[0]}</th>'
@@ -41,7 +42,7 @@ def table(
         for row in rows
     )
     return (
-        f'<div class="table" tabindex="0"><table><caption>{caption}</caption>'
+        f'<div class="table" tabindex="0"><table{narrow}><caption>{caption}</caption>'
         f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -190,7 +191,16 @@ def versions(runs: Sequence[Named]) -> str:
     head = ["Package", *(["Version"] if same else [name(run.label) for run in runs])]
     packages = list(dict.fromkeys(package for one in columns for package in one))
     rows = [[escape(p), *(escape(one.get(p, NONE)) for one in columns)] for p in packages]
-    return table("Versions", head, rows, text=tuple(range(len(head)))) if rows else "<p>None recorded.</p>"
+    return (
+        table(
+            "Packages that the run used" if len(runs) == 1 else "Packages that the runs used",
+            head,
+            rows,
+            text=tuple(range(len(head))),
+        )
+        if rows
+        else "<p>None recorded.</p>"
+    )
 
 
 def _options(run: RunLog) -> dict[str, Any]:

@@ -27,10 +27,17 @@ Update = tuple[float, State]
 
 #: Defences that act in the hooks that we call, by what they need.
 _ONE_UPDATE = frozenset({"norm_diff_clipping", "crfl"})
-_SEVERAL_UPDATES = frozenset({"krum", "multikrum", "trimmed_mean", "3sigma", "3sigma_geo"})
+_SEVERAL_UPDATES = frozenset({"krum", "multikrum", "trimmed_mean", "3sigma"})
 #: They remember clients by position in the list, so every client must be in every list.
 _ALL_CLIENTS = frozenset({"foolsgold", "3sigma_foolsgold", "anomaly_detection"})
 _SEVERAL = 3
+#: Why other defences are refused, where it is not that they act inside ``aggregate``.
+_REASONS = {
+    "cclip": "it hands differences, not weights, to FedML's own aggregation",
+    "weak_dp": "FedML 0.9.6 never calls it",
+    "robust_learning_rate": "FedML 0.9.6 never calls it",
+    "3sigma_geo": "FedML 0.9.6 fails in it",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -114,15 +121,15 @@ class AggregatorBridge:
         if privacy not in (None, "cdp", "ldp"):
             raise ConfigError(
                 "GMR-106",
-                f"dp_solution_type={privacy} cannot be combined with federated_optimizer=fedgmr: FedML adds its "
-                "noise in none of the hooks around aggregation",
+                f"dp_solution_type={privacy} cannot be combined with federated_optimizer=fedgmr: FedML adds "
+                "its noise in none of the hooks around aggregation",
                 where="dp_solution_type",
                 hint="Use `cdp` (noise on the server) or `ldp` (noise on the clients).",
             )
 
     def before(
         self,
-        updates: Sequence[Update],
+        updates: Sequence[tuple[float, Mapping[str, Tensor]]],
         global_state: Mapping[str, Tensor] | None = None,
         *,
         seed: int | None = None,
@@ -143,9 +150,9 @@ class AggregatorBridge:
         """
         if global_state is not None:
             self.aggregator.set_model_params(OrderedDict(global_state))
-        originals = [state for _, state in updates]
-        passed = [(samples, state) for samples, state in updates]
-        kinds = [{name: (value.dtype, value.device) for name, value in state.items()} for state in originals]
+        originals = [_for_hooks(state) for _, state in updates]
+        passed = [(samples, state) for (samples, _), state in zip(updates, originals, strict=True)]
+        before = [OrderedDict(state) for _, state in updates]
         with _isolated(seed):
             answer = self.aggregator.on_before_aggregation(passed)
         kept, claimed = answer if isinstance(answer, tuple) else (answer, None)
@@ -154,17 +161,16 @@ class AggregatorBridge:
         chosen = [
             (float(weight), state, n) for (weight, state), n in zip(kept, where, strict=True) if weight > 0
         ]
-        return [(w, _restored(state, kinds[n])) for w, state, n in chosen], [n for _, _, n in chosen]
+        return [(w, _restored(state, before[n])) for w, state, n in chosen], [n for _, _, n in chosen]
 
     def after(self, state: Mapping[str, Tensor], *, seed: int | None = None) -> State:
         """Call ``on_after_aggregation`` on the aggregated weights; names and types stay as they were."""
-        kinds = {name: (value.dtype, value.device) for name, value in state.items()}
         with _isolated(seed):
-            result = self.aggregator.on_after_aggregation(OrderedDict(state))
-        return _restored(result, kinds)
+            result = self.aggregator.on_after_aggregation(_for_hooks(state))
+        return _restored(result, state)
 
     def test(self, model: nn.Module, batches: Iterable[Batch], *, round_index: int | None = None) -> Metrics:
-        """Measure `model` with the aggregator's ``test_all`` (if overridden) and ``test``, as FedML's server does.
+        """Measure `model` as FedML's server does: with ``test_all`` if overridden, then with ``test``.
 
         Args:
             round_index: put in ``args.round_idx``, which FedML's own aggregators read.
@@ -203,10 +209,10 @@ class AggregatorBridge:
             return max(_SEVERAL, 2 * byzantine + 2 + (chosen if isinstance(chosen, int) else 1))
         if defence in _SEVERAL_UPDATES:
             return _SEVERAL
+        reason = _REASONS.get(defence, "it acts inside FedML's own aggregation, which fedgmr replaces")
         raise ConfigError(
             "GMR-106",
-            f"defense_type={defence} cannot be combined with federated_optimizer=fedgmr: it does not act in "
-            "FedML's hooks around aggregation, or needs FedML's own aggregation between them",
+            f"defense_type={defence} cannot be combined with federated_optimizer=fedgmr: {reason}",
             where="defense_type",
             hint="Use one of " + ", ".join(sorted(_ONE_UPDATE | _SEVERAL_UPDATES | _ALL_CLIENTS)) + ".",
         )
@@ -241,25 +247,38 @@ def _isolated(seed: int | None) -> AbstractContextManager[None]:
     return nullcontext() if seed is None else isolated_rng(seed)
 
 
-def _restored(state: Mapping[str, Any], kinds: Mapping[str, tuple[torch.dtype, torch.device]]) -> State:
-    """`state` with exactly the names of `kinds`, in their order, types and places."""
-    missing = [name for name in kinds if name not in state]
-    if missing:
-        raise ConfigError(
-            "GMR-106",
-            f"a hook of the server aggregator dropped {missing[0]} from a state dictionary",
-            where="server_aggregator",
-            hint="Return every name that went in.",
-        )
-    return OrderedDict(
-        (name, torch.as_tensor(state[name]).to(*reversed(kind))) for name, kind in kinds.items()
-    )
+def _for_hooks(state: Mapping[str, Tensor]) -> State:
+    """What a hook gets: a dictionary of its own, without integer buffers under central privacy.
+
+    FedML's clipping and noise fail on integers, and integers are never aggregated.
+    """
+    floats_only = _privacy() == "cdp"
+    return OrderedDict((name, v) for name, v in state.items() if v.is_floating_point() or not floats_only)
+
+
+def _restored(state: Mapping[str, Any], original: Mapping[str, Tensor]) -> State:
+    """`state` with the names, order, types and places of `original`, whose integer buffers stay."""
+    result: State = OrderedDict()
+    for name, before in original.items():
+        if not before.is_floating_point():
+            result[name] = before
+        elif name in state:
+            result[name] = torch.as_tensor(state[name]).to(before.device, before.dtype)
+        else:
+            raise ConfigError(
+                "GMR-106",
+                f"a hook of the server aggregator dropped {name} from a state dictionary",
+                where="server_aggregator",
+                hint="Return every name that went in.",
+            )
+    return result
 
 
 def _positions(kept: Sequence[Any], originals: Sequence[Any], claimed: Any) -> list[int]:
-    """Which update each returned state is: the same object, else the same place, the same values, or as claimed.
+    """Which update each returned state is.
 
-    FedML's own indices are not used first: after Krum they name every update, not the chosen ones.
+    Found by the same object; else by place if none is missing, by the indices returned, by the same values.
+    Indices do not come first: those of FedML's Krum name every update, not the chosen ones.
     """
     by_identity = {id(state): n for n, state in enumerate(originals)}
     found = [by_identity.get(id(state)) for state in kept]

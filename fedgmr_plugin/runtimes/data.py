@@ -152,7 +152,8 @@ def _of_dataset(dataset: Any, collate: Any, where: str, rows: np.ndarray | None)
     if not isinstance(dataset, Sized):
         raise DataError("GMR-302", f"the dataset of {where} has no length", where=where)
     if collate is default_collate:
-        base, base_rows = dataset, rows
+        base: Any = dataset
+        base_rows = rows
         while type(base) is Subset:
             inner = np.asarray(base.indices, dtype=np.int64)
             base, base_rows = base.dataset, inner if base_rows is None else inner[base_rows]

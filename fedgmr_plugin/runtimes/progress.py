@@ -59,8 +59,15 @@ class Progress:
     def close_with(self, end: dict[str, Any], directory: Path) -> None:
         """Say how the run ended and where its files are."""
         if not self._silent:
-            click.echo(f"run: {directory}  ({end['windows']} windows, {end['time']:,.0f} virtual seconds)")
-            click.echo(f"model sha256: {end['model_sha256']}")
+            say(f"run: {directory}  ({end['windows']} windows, {end['time']:,.0f} virtual seconds)")
+            say(f"model sha256: {end['model_sha256']}")
+
+
+def say(text: str) -> None:
+    """Print to standard output, also where FedML has replaced ``sys.stdout.write`` by its logger."""
+    stream = sys.stdout
+    type(stream).write(stream, text + "\n")
+    stream.flush()
 
 
 def _line(fields: dict[str, Any]) -> str:

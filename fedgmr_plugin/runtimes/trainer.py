@@ -114,8 +114,8 @@ class FedMLTrainer:
             if not watch.steps and not self._warned:
                 self._warned = True
                 _log.warning(
-                    "%s takes no step with a torch optimizer on its model: masked weights are set to zero only "
-                    "after its training, not after every step",
+                    "%s takes no step with a torch optimizer on its model: masked weights are set to zero "
+                    "only after its training, not after every step",
                     type(self.trainer).__name__,
                 )
         return LocalStats(
@@ -385,10 +385,8 @@ def _mask_gradient(mask_of: Any, p: Tensor) -> None:
         p.grad.masked_fill_(masked, 0)
         return
     grad = p.grad.coalesce()
-    rows = masked[tuple(grad.indices())]
-    p.grad = torch.sparse_coo_tensor(
-        grad.indices(), grad.values().masked_fill(rows, 0), grad.shape, is_coalesced=True
-    )
+    grad.values().masked_fill_(masked[tuple(grad.indices())], 0)  # a view of the gradient's own values
+    p.grad = grad
 
 
 class _Counted(Sequence[Batch]):

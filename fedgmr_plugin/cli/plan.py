@@ -1,0 +1,81 @@
+"""`fedgmr plan --cf fedml_config.yaml`: what a run will cost, before it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedgmr_plugin.cli.run import run_script
+from fedgmr_plugin.errors import HostError
+
+
+@click.command()
+@click.argument("script", required=False, type=click.Path(exists=True, dir_okay=False))
+@click.option("--cf", "path", required=True, type=click.Path(dir_okay=False), help="FedML's YAML file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(script: str | None, path: str, as_json: bool) -> None:
+    """Sizes, seconds and windows of each client at each density, without training.
+
+    SCRIPT is the program that builds the model and hands it to FedML; it runs up to the point where training
+    would begin. By default `main.py` beside the YAML file; without one, the YAML's own model and data set.
+    """
+    answer = _plan(script, path)
+    click.echo(json.dumps(answer.as_dict(), indent=2) if as_json else _table(answer))
+
+
+def _plan(script: str | None, path: str) -> Any:
+    from fedgmr_plugin.runtimes import planning, registration
+
+    beside = Path(path).resolve().parent / "main.py"
+    script = script or (str(beside) if beside.is_file() else None)
+    arguments = ["--cf", path]
+    silenced = io.StringIO()  # FedML replaces the write method of whatever sys.stdout is
+    with planning.instead_of_training(), contextlib.redirect_stdout(silenced):
+        try:
+            if script is not None:
+                run_script(script, arguments)
+            else:
+                sys.argv = ["fedgmr", *arguments]
+                registration.register()
+                planning.fedml_simulation()
+        except planning.Planned as planned:
+            return planned.plan
+    raise HostError(
+        "GMR-502",
+        f"{script or 'FedML'} ended without starting fedgmr in FedML's single-process simulator",
+        where=os.path.abspath(path),
+        hint='Set `federated_optimizer: "fedgmr"`, `training_type: "simulation"` and `backend: "sp"`.',
+    )
+
+
+def _table(plan: Any) -> str:
+    lines = [
+        f"model      {plan.coordinates:,} coordinates, {plan.prunable:,} prunable, {plan.model_megabytes:.2f} MB",
+        f"window     {plan.window_seconds:.2f} s        mean density at the start {plan.mean_density:.3f}",
+        "",
+        f"{'layer':<40} {'kind':<9} {'size':>12}",
+        *(f"{layer['name']:<40} {layer['kind']:<9} {layer['size']:>12,}" for layer in plan.layers),
+        "",
+        f"{'density':>8} {'coordinates':>12} {'share':>8} {'MB':>9}",
+        *(f"{s.density:>8g} {s.coordinates:>12,} {s.share:>8.3f} {s.megabytes:>9.3f}" for s in plan.sub_models),
+        "",
+        "one flight (download, training, upload): seconds, and windows in brackets",
+    ]
+    densities = [s.density for s in plan.sub_models]
+    lines.append(f"{'clients':<22}" + "".join(f"{'d = ' + format(d, 'g'):>18}" for d in densities))
+    for group in plan.classes:
+        name = f"{len(group.clients)} of class {group.initial_density:g}"
+        cells = [
+            f"{group.seconds[d]:.2f} ({group.windows[d]:.2f})" if d in group.seconds else "" for d in densities
+        ]
+        lines.append(f"{name:<22}" + "".join(f"{cell:>18}" for cell in cells))
+    for finding in plan.findings:
+        lines += ["", f"{finding['code']} {finding['message']}"]
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""Are the ``terms`` records consistent: does the identity close, and do they agree with the rest?
+
+The Gram matrix of the seven terms makes the identity (equation 1) checkable from scalars: with
+c = (1, 1, 1, 1, 1, 1, -1/gamma), ``||e||^2 = c' Gram c``, and the probe gives ``||e||^2`` independently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from theory.bounds import IDENTITY
+from theory.consistency import place_of
+from theory.consistency_values import differ
+from theory.frame import Bools, Floats, Frame, Ints, gather, rows_of
+from theory.intervals import Interval
+from theory.judge import Place, law
+from theory.numeric import evaluate
+from theory.schema import TERMS
+from theory.verdict import Finding, undetermined
+
+#: Terms whose errors add up in the residual of the identity.
+_ADDED = 8.0
+
+
+def term_laws(frame: Frame) -> Iterator[Finding]:
+    """All laws of the terms records."""
+    if len(frame.log["terms"]) == 0:
+        yield undetermined("terms_identity", "log", "the decomposition closes", "no terms records", equation="1")
+        return
+    yield identity(frame)
+    yield gram(frame)
+    yield against_probe(frame)
+    yield against_window(frame)
+    yield against_arrivals(frame)
+
+
+def window_of(frame: Frame) -> Ints:
+    """Window row of each terms record."""
+    return rows_of(frame.window_number, frame.log["terms"]["window"])
+
+
+def error_norm(frame: Frame) -> Floats:
+    """How far each term's vector may be off, in norm, ``[terms]`` (see `theory.precision`)."""
+    table, p = frame.log["terms"], frame.precision
+    model = gather(frame.model_sq, window_of(frame))
+    stored = np.where(np.isnan(model), 0.0, np.sqrt(np.maximum(model, 0)) / table["gamma"])
+    size = np.where(np.isnan(table["scale_sq"]), table["e_sq"], table["scale_sq"])
+    return np.asarray(p.slack * p.roundoff * (np.sqrt(np.maximum(size, 0)) + stored))
+
+
+def term_sq(frame: Frame, key: str) -> Interval:
+    """A squared norm of the terms records with its error, ``[terms]``."""
+    value, error = frame.log["terms"][key], error_norm(frame)
+    if key == "rho_sq":
+        error = error * frame.log["terms"]["gamma"]
+    radius = 2 * np.sqrt(np.maximum(value, 0)) * error + error**2
+    exact = value == 0
+    return Interval(
+        np.where(exact, 0.0, np.maximum(value - radius, 0.0)), np.where(exact, 0.0, value + radius * (1 + 1e-9))
+    )
+
+
+def identity(frame: Frame) -> Finding:
+    """The residual of equation 1 is rounding."""
+    table = frame.log["terms"]
+    limit = (_ADDED * error_norm(frame)) ** 2
+    known = ~np.isnan(table["residual_sq"])
+    return law(
+        "terms_identity", "the decomposition closes", table["residual_sq"] > limit, place_of(frame, "terms"),
+        applies=known, lhs=table["residual_sq"], rhs=limit, reason="residual_sq is not logged",
+    )  # fmt: skip
+
+
+def gram(frame: Frame) -> Finding:
+    """The Gram matrix has the squares on its diagonal, is consistent, and sums to e and b."""
+    title, table = "the terms' inner products fit together", frame.log["terms"]
+    if table["gram"].shape[1] != len(TERMS) ** 2:
+        return undetermined("terms_gram", "log", title, "gram is not logged")
+    products = table["gram"].reshape(-1, len(TERMS), len(TERMS))
+    error = error_norm(frame)
+    squares = np.stack([table[f"{name}_sq"] for name in TERMS], axis=1)
+    scale = np.sqrt(np.maximum(squares, 0)).max(axis=1)
+    slack = _ADDED * (2 * scale * error + error**2) + 1e-9 * scale**2
+    diagonal = np.abs(np.einsum("tii->ti", products) - squares).max(axis=1) > slack
+    skew = np.abs(products - products.transpose(0, 2, 1)).max(axis=(1, 2)) > slack
+    size = np.sqrt(np.maximum(squares, 0))
+    cauchy = (np.abs(products) > size[:, :, None] * size[:, None, :] + slack[:, None, None]).any(axis=(1, 2))
+    off = np.delete(products[:, TERMS.index("U"), :], TERMS.index("U"), axis=1)
+    split = np.abs(off).max(axis=1) > slack
+    c = np.ones((len(table), len(TERMS)))
+    c[:, TERMS.index("rho")] = -1 / table["gamma"]
+    e = np.einsum("ti,tij,tj->t", c, products, c)
+    c[:, TERMS.index("z")] = 0
+    b = np.einsum("ti,tij,tj->t", c, products, c)
+    weight = (np.abs(c) * size).sum(axis=1) + size[:, 0]
+    sum_slack = _ADDED * (2 * weight * error + error**2) + 1e-9 * weight**2
+    sums = (np.abs(e - table["e_sq"]) > sum_slack) | (np.abs(b - table["b_sq"]) > sum_slack)
+    bad = diagonal | skew | cauchy | split | sums
+    return law(
+        "terms_gram", title, bad, place_of(frame, "terms"), applies=~np.isnan(e), lhs=table["e_sq"], rhs=e,
+        detail="||e||^2 against its Gram form",
+    )  # fmt: skip
+
+
+def against_probe(frame: Frame) -> Finding:
+    """``||e||^2`` and ``||U||^2`` are what the probe of the same window gives."""
+    title, table, probe = "the terms agree with the probe", frame.log["terms"], frame.log["probe"]
+    rows = rows_of(probe["window"], table["window"])
+    grad, step = gather(probe["grad_sq"], rows), gather(probe["step_sq"], rows)
+    expected = evaluate(
+        IDENTITY, grad_sq=grad, step_sq=step, gamma=table["gamma"],
+        grad_dot_step=gather(probe["grad_dot_step"], rows),
+    )  # fmt: skip
+    error = _ADDED * error_norm(frame)
+    reach = np.sqrt(np.maximum(table["e_sq"], 0)) + np.sqrt(grad) + np.sqrt(step) / table["gamma"]
+    slack = 2 * reach * error + error**2 + frame.precision.size * 2.0**-52 * reach**2
+    uncovered = gather(probe["grad_uncovered_sq"], rows)
+    bad = (np.abs(expected - table["e_sq"]) > slack) | (np.abs(uncovered - table["U_sq"]) > slack)
+    return law(
+        "terms_probe", title, bad, place_of(frame, "terms"), applies=~np.isnan(expected) & ~np.isnan(table["e_sq"]),
+        lhs=table["e_sq"], rhs=expected, detail="||e||^2 against the probe", reason="no probe of the same window",
+    )  # fmt: skip
+
+
+def against_window(frame: Frame) -> Finding:
+    """gamma of a terms record is eta K of its window."""
+    table = frame.log["terms"]
+    gamma = gather(frame.gamma, window_of(frame))
+    bad = np.abs(gamma - table["gamma"]) > 1e-9 * np.abs(gamma)
+    return law(
+        "terms_gamma", "gamma is eta times K", bad, place_of(frame, "terms"), applies=~np.isnan(gamma),
+        lhs=table["gamma"], rhs=gamma, reason="eta or K is not logged",
+    )  # fmt: skip
+
+
+def against_arrivals(frame: Frame) -> Finding:
+    """The arrivals inside a terms record are those of the window, with the same numbers."""
+    title, table = "the terms name the arrivals of their window", frame.log["term_arrivals"]
+    arrival, p = frame.log["arrival"], frame.precision
+    rows = arrival_of(frame)
+    bad: Bools = rows < 0
+    bad |= gather(arrival["window"], rows) != table["window"]
+    bad |= gather(arrival["client"], rows) != table["client"]
+    sent = gather(frame.sent("full_masked_norm_sq"), rows)
+    for own, other in ((table["mask_sq"], sent), (table["drift_sq"], gather(arrival["drift_sq"], rows))):
+        bad |= differ(p.reduction(own), p.reduction(other))
+    pibar = gather(arrival["pibar"], rows)
+    bad |= np.abs(table["pibar"] - pibar) > 1e-6 * pibar
+    terms = frame.log["terms"]
+    counted = np.bincount(rows_of(terms["window"], table["window"]), minlength=len(terms)) if len(table) else 0
+    short = counted != gather(frame.log["window"]["arrivals"], window_of(frame))
+    if not bad.any() and np.any(short & (window_of(frame) >= 0)):
+        return law("terms_arrivals", title, short, place_of(frame, "terms"), detail="number of arrivals")
+    place = Place(table.line, table["window"], table["client"], table["dispatch"])
+    return law("terms_arrivals", title, bad, place, reason="terms records list no arrivals")
+
+
+def arrival_of(frame: Frame) -> Ints:
+    """Arrival row of each entry of `term_arrivals`."""
+    return rows_of(frame.log["arrival"]["dispatch"], frame.log["term_arrivals"]["dispatch"])

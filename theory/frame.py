@@ -1,0 +1,300 @@
+"""A run as aligned arrays: who answers which dispatch, in which window, with which step.
+
+Shapes: W windows, A arrivals, S dispatches (sub-models sent), P probes, N clients. Row numbers refer
+to the tables of the log; -1 means that there is no such row. A `Frame` never judges; where the
+log is inconsistent it takes the first row, and the consistency checks speak of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from theory.log import RunLog
+from theory.precision import SLACK, Precision
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+#: Constants of the theory that a run cannot prove; known ones come from the log or the command line.
+CONSTANTS = ("L", "sigma_sq", "sigma_g_sq", "F_inf", "G_sq", "W_sq")
+
+
+def rows_of(keys: Floats, wanted: Floats) -> Ints:
+    """Row of the first occurrence in `keys` of each of `wanted`, or -1."""
+    if len(keys) == 0:
+        return np.full(len(wanted), -1, dtype=np.int64)
+    unique, first = np.unique(keys, return_index=True)
+    at = np.minimum(np.searchsorted(unique, wanted), len(unique) - 1)
+    return np.where(unique[at] == wanted, first[at], -1).astype(np.int64)
+
+
+def gather(column: Floats, rows: Ints) -> Floats:
+    """``column[rows]``, nan where a row is -1."""
+    if len(column) == 0:
+        return np.full(len(rows), np.nan)
+    return np.where(rows >= 0, column[rows], np.nan)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One run's arrays.
+
+    Attributes:
+        log: the run.
+        given: known constants, by the names of `CONSTANTS`.
+        slack: see `theory.precision.SLACK`.
+    """
+
+    log: RunLog
+    given: dict[str, float]
+    slack: float = SLACK
+
+    @classmethod
+    def of(cls, log: RunLog, given: dict[str, float] | None = None, slack: float = SLACK) -> Frame:
+        """A frame whose constants come from the log's ``constants`` record, then from `given`."""
+        known: dict[str, float] = {}
+        table = log["constants"]
+        for name in CONSTANTS:
+            values = table[name][~np.isnan(table[name])]
+            if len(values):
+                known[name] = float(values[-1])
+        return cls(log, {**known, **(given or {})}, slack)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """How far logged numbers may be off."""
+        return Precision.of(self.log, self.slack)
+
+    # -- joins -------------------------------------------------------------------------------------
+
+    @cached_property
+    def window_number(self) -> Floats:
+        """t of each window record, ``[W]``."""
+        return self.log["window"]["window"]
+
+    @property
+    def windows(self) -> int:
+        """W."""
+        return len(self.window_number)
+
+    @cached_property
+    def consecutive(self) -> bool:
+        """Whether the windows are 0, 1, 2, ... in order."""
+        return bool(np.array_equal(self.window_number, np.arange(self.windows)))
+
+    @cached_property
+    def arrival_window(self) -> Ints:
+        """Window row of each arrival, ``[A]``."""
+        return rows_of(self.window_number, self.log["arrival"]["window"])
+
+    @cached_property
+    def arrival_dispatch(self) -> Ints:
+        """Dispatch row of each arrival, ``[A]``."""
+        return rows_of(self.log["dispatch"]["dispatch"], self.log["arrival"]["dispatch"])
+
+    @cached_property
+    def probe_window(self) -> Ints:
+        """Window row of each probe, ``[P]``."""
+        return rows_of(self.window_number, self.log["probe"]["window"])
+
+    @cached_property
+    def window_probe(self) -> Ints:
+        """Probe row of each window, ``[W]``."""
+        return rows_of(self.log["probe"]["window"], self.window_number)
+
+    def sent(self, key: str) -> Floats:
+        """A dispatch column gathered to the arrivals that answer it, ``[A]``."""
+        return gather(self.log["dispatch"][key], self.arrival_dispatch)
+
+    def per_window(self, values: Floats) -> Floats:
+        """Sum over the arrivals of each window, ``[W]``; nan where a value is missing."""
+        inside = self.arrival_window >= 0
+        return np.bincount(self.arrival_window[inside], weights=values[inside], minlength=self.windows)
+
+    # -- the algorithm's numbers ---------------------------------------------------------------------
+
+    @cached_property
+    def eta(self) -> Floats:
+        """Learning rate of each window, ``[W]``; nan where unknown."""
+        eta = self.log["window"]["learning_rate"]
+        fallback = self.log.number("eta")
+        return np.where(np.isnan(eta), np.nan if fallback is None else fallback, eta)
+
+    @cached_property
+    def steps(self) -> Floats:
+        """K of each window: the one number of local steps of its arrivals, else the header's, ``[W]``."""
+        fallback = self.log.number("local_steps")
+        result = np.full(self.windows, np.nan if fallback is None else fallback)
+        inside = self.arrival_window >= 0
+        rows, steps = self.arrival_window[inside], self.log["arrival"]["steps"][inside]
+        if not len(rows) or np.isnan(steps).any():
+            return result
+        low, high = np.full(self.windows, np.inf), np.full(self.windows, -np.inf)
+        np.minimum.at(low, rows, steps)
+        np.maximum.at(high, rows, steps)
+        seen = high >= 0
+        result[seen] = np.where(low[seen] == high[seen], low[seen], np.nan)
+        return result
+
+    @cached_property
+    def server_step(self) -> float:
+        """The server's step size; 1 where the log does not say."""
+        value = self.log.config("server_step")
+        return float(value) if isinstance(value, (int, float)) else 1.0
+
+    @cached_property
+    def gamma(self) -> Floats:
+        """gamma_t = server step * eta * K, ``[W]``; nan where unknown."""
+        return self.server_step * self.eta * self.steps
+
+    @cached_property
+    def form(self) -> str | None:
+        """``delta`` or ``replacement``, None where the log does not say."""
+        form = self.log.config("update_form")
+        terms = self.log["terms"]
+        if form is None and len(terms) and terms.codes["form"][0] >= 0:
+            form = terms.texts["form"][terms.codes["form"][0]]
+        return form if form in ("delta", "replacement") else None
+
+    @cached_property
+    def kept(self) -> Floats:
+        """k_n = int(d * D_p) of each dispatch, ``[S]``; nan where D_p is unknown."""
+        prunable = self.log.layout("prunable")
+        density = self.log["dispatch"]["density"]
+        if not isinstance(prunable, (int, float)):
+            return np.full(len(density), np.nan)
+        return np.floor(density * prunable)
+
+    @cached_property
+    def pruned_share(self) -> Floats:
+        """q_n = 1 - k_n/D_p of each dispatch, ``[S]``; 1 - d_n where D_p is unknown."""
+        prunable = self.log.layout("prunable")
+        if not isinstance(prunable, (int, float)) or not prunable:
+            return 1.0 - self.log["dispatch"]["density"]
+        return 1.0 - self.kept / prunable
+
+    @cached_property
+    def model_sq(self) -> Floats:
+        """||w_t||^2 of each window (all coordinates), ``[W]``: of the latest dispatch up to it; nan before."""
+        table = self.log["dispatch"]
+        column = table["full_norm_sq"]
+        known = ~np.isnan(column)
+        if not known.any():
+            return np.full(self.windows, np.nan)
+        order = np.argsort(table["version"][known], kind="stable")
+        version, norm = table["version"][known][order], column[known][order]
+        at = np.searchsorted(version, self.window_number, side="right") - 1
+        return np.where(at >= 0, norm[np.maximum(at, 0)], np.nan)
+
+    # -- paths ---------------------------------------------------------------------------------------
+
+    def path_sq(self, start: Floats, stop: Floats) -> Floats:
+        """``sum ||w_{r+1} - w_r||^2`` for r = start..stop-1, one sum a row; nan where unknown.
+
+        Each sum is taken over its own windows, so that nothing cancels.
+        """
+        steps = self.log["window"]["step_sq"]
+        result = np.full(len(start), np.nan)
+        fits = (start >= 0) & (start <= stop) & (stop <= self.windows)
+        if not self.consecutive or not fits.any():
+            return result
+        begin, end = start[fits].astype(np.int64), stop[fits].astype(np.int64)
+        padded = np.concatenate([steps, [0.0]])
+        pairs = np.column_stack([begin, end]).ravel()
+        result[fits] = np.where(begin == end, 0.0, np.add.reduceat(padded, pairs)[::2])
+        return result
+
+    @cached_property
+    def arrival_path_sq(self) -> Floats:
+        """Squared steps between dispatch and arrival, ``[A]``."""
+        arrival = self.log["arrival"]
+        return self.path_sq(arrival["version"], arrival["window"])
+
+    # -- rankings ------------------------------------------------------------------------------------
+
+    @cached_property
+    def ranking_version(self) -> Floats:
+        """Window in which each dispatch's ranking was made, ``[S]``; nan where it cannot be told.
+
+        It is logged (``ranking_version``), or follows from ``config.interval``: rankings are made in the
+        windows that are multiples of it.
+        """
+        table = self.log["dispatch"]
+        logged = table["ranking_version"]
+        interval = self.log.config("interval")
+        if not isinstance(interval, int) or interval < 1:
+            return logged
+        first = np.full(len(table.texts["ranking"]) + 1, np.inf)
+        np.minimum.at(first, table.codes["ranking"], table["version"])
+        made = np.floor(first[table.codes["ranking"]] / interval) * interval
+        made = np.where(table.codes["ranking"] >= 0, made, np.nan)
+        return np.where(np.isnan(logged), made, logged)
+
+    @cached_property
+    def norm_at_ranking(self) -> Floats:
+        """||w_v||^2 on prunable coordinates when each dispatch's ranking was made, ``[S]``."""
+        table = self.log["dispatch"]
+        known = ~np.isnan(table["norm_sq"])
+        rows = rows_of(table["version"][known], self.ranking_version)
+        return gather(table["norm_sq"][known], rows)
+
+    @cached_property
+    def nested(self) -> Bools:
+        """Whether the arrivals of each window below density 1 share one ranking, ``[W]``."""
+        code = gather(self.log["dispatch"].codes["ranking"].astype(np.float64), self.arrival_dispatch)
+        density = self.sent("density")
+        sparse = (self.arrival_window >= 0) & (density < 1)
+        rows = self.arrival_window[sparse]
+        low, high = np.full(self.windows, np.inf), np.full(self.windows, -np.inf)
+        np.minimum.at(low, rows, code[sparse])
+        np.maximum.at(high, rows, code[sparse])
+        unknown = np.zeros(self.windows, dtype=bool)
+        unknown[rows[np.isnan(code[sparse]) | (code[sparse] < 0)]] = True
+        return ((low == high) | np.isinf(low)) & ~unknown
+
+    @cached_property
+    def holders(self) -> tuple[Floats, Floats]:
+        """For nested windows: weight and number of the arrivals whose mask contains n's, each ``[A]``.
+
+        Masks of one ranking form a chain, ordered by their support (by density where it is not logged).
+        """
+        support = self.sent("support")
+        size = np.where(np.isnan(support).any(), self.sent("density"), support)
+        weight = self.log["arrival"]["weight"]
+        order = np.lexsort((-size, self.arrival_window))
+        heavy, many = np.full(len(size), np.nan), np.full(len(size), np.nan)
+        if not len(order):
+            return heavy, many
+        rows, sizes, weights = self.arrival_window[order], size[order], weight[order]
+        new_window = np.concatenate([[True], rows[1:] != rows[:-1]])
+        new_size = new_window | np.concatenate([[True], sizes[1:] != sizes[:-1]])
+        first = np.flatnonzero(new_window)
+        group = np.cumsum(new_window) - 1
+        last_of_tie = np.concatenate([np.flatnonzero(new_size)[1:], [len(order)]])[np.cumsum(new_size) - 1] - 1
+        position = np.arange(len(order)) - first[group] + 1
+        many[order] = position[last_of_tie]
+        bounds = [*first.tolist(), len(order)]
+        sums = np.concatenate([np.cumsum(weights[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)])
+        heavy[order] = sums[last_of_tie]
+        return heavy, many
+
+    @cached_property
+    def rank(self) -> Floats:
+        """Position of each arrival in its window, densest first, from 1, ``[A]``."""
+        order = np.lexsort((-self.sent("density"), self.arrival_window))
+        rows = self.arrival_window[order]
+        result = np.full(len(rows), np.nan)
+        if len(rows):
+            new = np.concatenate([[True], rows[1:] != rows[:-1]])
+            result[order] = np.arange(len(rows)) - np.flatnonzero(new)[np.cumsum(new) - 1] + 1
+        return result
+
+    def line(self, table: str, row: int) -> int:
+        """Line of the log of a table's row."""
+        return int(self.log[table].line[row])
+
