@@ -30,12 +30,11 @@ language = "en"
 
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 4
-suppress_warnings = ["toc.empty_glob"]  # pages that a release may lack
 
 # Names between single backticks in docstrings link where they can. Names of other packages are not looked up.
 default_role = "py:obj"
 nitpicky = True
-nitpick_ignore_regex = [("py:obj", r"(?!fedgmr_plugin\.).*"), ("py:(class|exc)", r"(?!fedgmr_plugin\.).*")]
+nitpick_ignore_regex = [(r"py:(obj|class|exc)", r"(?s)(?!fedgmr_plugin\.).*")]
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

@@ -81,8 +81,7 @@ class FedGMRConfig(BaseModel):
     )
     layer_floor: Fraction = Field(
         0.02,
-        description="Share of every layer's weights (largest |w|) ranked before all others; 0 turns "
-        "it off.",
+        description="Share of every layer's weights (largest |w|) ranked before all others; 0 turns it off.",
     )
     prune_biases: bool = Field(
         True, description="Drop the bias of an output unit whose whole weight row is masked."
@@ -178,8 +177,7 @@ class FedGMRConfig(BaseModel):
     )
     payload_rule: Literal["density", "support"] = Field(
         "density",
-        description="Simulated size of a sub-model: S * d (the paper's), or S * its share of "
-        "coordinates.",
+        description="Simulated size of a sub-model: S * d (the paper's), or S * its share of coordinates.",
     )
     client_download: Positive = Field(
         20.0, description="MB/s at density 1; a client has this times its initial density."
@@ -286,6 +284,7 @@ class FedGMRConfig(BaseModel):
         for i in by_remainder[: clients - sum(counts)]:
             counts[i] += 1
         return tuple(d for (d, _), count in zip(classes, counts, strict=True) for _ in range(count))
+
 
 class ConfigRefused(ConfigError):
     """Everything that is wrong with one configuration.

@@ -30,7 +30,8 @@ from fedgmr_plugin.engine.client import Subset as SelectedSamples
 from fedgmr_plugin.engine.client import TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import DataError
-from fedgmr_plugin.runtimes.data import MapSamples, read_dataset, samples_of
+from fedgmr_plugin.runtimes.data import read_dataset
+from fedgmr_plugin.runtimes.samples import MapSamples, samples_of
 
 
 def tensors(n: int, offset: int = 0) -> TensorDataset:

@@ -704,7 +704,7 @@ def test_a_loader_is_passed_on() -> None:
             {"test_correct": torch.tensor(3), "test_total": np.int64(4), "test_loss": 2},
             Metrics(0.75, 0.5, 4, {}),
         ),
-        ({"test_correct": 3, "test_total": 0, "test_loss": 0}, Metrics(None, 0.0, 9, {"test_correct": 3.0})),
+        ({"test_correct": 0, "test_total": 0, "test_loss": 0}, Metrics(None, None, 0, {})),
         ({"test_total": 4, "test_loss": float("nan"), "auc": 0.5}, Metrics(None, None, 4, {"auc": 0.5})),
         (
             {"test_total": 4, "test_precision": 2.0, "test_recall": 1.0, "note": "text"},

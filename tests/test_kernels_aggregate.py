@@ -175,6 +175,15 @@ def test_a_negative_zero_that_nobody_holds_keeps_its_sign(options: dict[str, Any
     assert merged[[0, 2, 3, 4]].signbit().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mixing_leaves_uncovered_coordinates_untouched_whatever_the_share(dtype: torch.dtype) -> None:
+    """P w + (1 - P) w is not w in floating point."""
+    w_D = torch.rand(2000, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    update = MaskedUpdate(torch.tensor([0]), torch.tensor([1.0], dtype=dtype), 1.0)
+    for share in (0.1, 0.3, 0.7):
+        assert torch.equal(merge(w_D, [update], participation=share).w_D[1:], w_D[1:])
+
+
 def test_plain_average_counts_zeros_for_those_who_lack_a_coordinate() -> None:
     w_D = torch.tensor([8.0, 8.0, 8.0])
     updates = [

@@ -383,7 +383,9 @@ def test_the_page_of_several_runs(log: Any) -> None:
     differing = tables.configuration(named([log(example()), log(other)])).split("<details>")[0]
     keys = re.findall(r"<code>(.*?)</code>", differing)
     assert keys == ["trigger", "density_ladder", "run: seed"]
-    assert "95 % of the best last accuracy" in parsed.text.replace(text.THIN, " ")
+    said = parsed.text.replace(text.THIN, " ")
+    assert "95 % of the best last accuracy" in said
+    assert "66.5 % was first reached at 30.0 s (by run, other)." in said
 
 
 def test_nothing_from_a_log_becomes_markup(log: Any) -> None:
@@ -527,6 +529,14 @@ def test_a_step_chart_goes_where_the_data_say(log: Any) -> None:
     middle = (left + right) / 2
     path = f"M{left:.1f} {(top + bottom) / 2:.1f}H{middle:.1f}V{top:.1f}H{right:.1f}"
     assert f' d="{path}"' in drawn
+
+
+def test_the_mean_density_holds_from_a_window_s_start_to_its_end(log: Any) -> None:
+    page = Figures(named([log(example())])).mean_densities()
+    x = {t: svg.LEFT + t / 40 * (svg.WIDTH - svg.LEFT - svg.RIGHT) for t in (9, 29, 39, 40)}
+    y = {d: svg.HEIGHT - svg.BOTTOM - d * (svg.HEIGHT - svg.BOTTOM - svg.TOP) for d in (0.5, 0.75, 1.0)}
+    steps = f"M{x[9]:.1f} {y[0.5]:.1f}H.*H{x[29]:.1f}V{y[0.75]:.1f}H{x[39]:.1f}V{y[1.0]:.1f}H{x[40]:.1f}"
+    assert re.search(f' d="{steps}"', page)
 
 
 def test_a_line_is_interrupted_where_nothing_is_known() -> None:

@@ -72,14 +72,19 @@ _ALL: tuple[Bound, ...] = (
         WindowSum(s.gamma * s.grad_sq) / WindowSum(s.gamma),
         (2 * (s.F_0 - s.F_T) + WindowSum(s.gamma * s.e_sq)) / WindowSum(s.gamma),
         ("A4",), ("ours",),
-        slack=(2 * (s.F_0 - s.F_T) + WindowSum(s.step_sq / s.gamma + 2 * s.grad_dot_step)) / WindowSum(s.gamma),
+        slack=(2 * (s.F_0 - s.F_T) + WindowSum(s.step_sq / s.gamma + 2 * s.grad_dot_step))
+        / WindowSum(s.gamma),
     ),
     Bound(
         "noise", "4", "variance of the merged noise",
         s.z_sq, s.sigma_sq / s.K * ArrivalSum(s.pibar**2),
         ("ALG", "A2"), expectation=True,
     ),
-    Bound("split_delta", "5", "the noise-free error from its terms", s.b_sq, 4 * _SPLIT + s.U_sq, ("ALG", "DELTA")),
+    Bound(
+        "split_delta", "5", "the noise-free error from its terms",
+        s.b_sq, 4 * _SPLIT + s.U_sq,
+        ("ALG", "DELTA"),
+    ),
     Bound(
         "split_replacement", "6", "the same in replacement form",
         s.b_sq, 5 * (_SPLIT + s.rho_sq / s.gamma**2) + s.U_sq,
@@ -88,7 +93,9 @@ _ALL: tuple[Bound, ...] = (
     Bound(
         "expectation", "7", "I2: mean squared gradient",
         WindowMean(s.grad_sq),
-        _START + 2 * s.L * s.gamma * s.sigma_sq / s.K * WindowMean(ArrivalSum(s.pibar**2)) + WindowMean(s.b_sq),
+        _START
+        + 2 * s.L * s.gamma * s.sigma_sq / s.K * WindowMean(ArrivalSum(s.pibar**2))
+        + WindowMean(s.b_sq),
         ("ALG", "A1", "A2", "A4E"), expectation=True,
     ),
     Bound(

@@ -1,8 +1,8 @@
 """Errors that `theory` raises on purpose.
 
-    TheoryError
-    |-- LogError       the run log cannot be read (codes GMR-601 to GMR-603, as everywhere in the project)
-    `-- MissingData    a quantity was asked for that this log does not hold
+TheoryError
+|-- LogError       the run log cannot be read (codes GMR-601 to GMR-603, as everywhere in the project)
+`-- MissingData    a quantity was asked for that this log does not hold
 """
 
 from __future__ import annotations

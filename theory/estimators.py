@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
         value: the number to use; nan when the log cannot tell.
         kind: see the module.
         low, high: rounding interval (exact, lower bound) or 95 % bootstrap interval (estimate).
-        count: measurements that entered.
+        samples: measurements that entered.
         note: how it was measured.
     """
 
@@ -43,7 +43,7 @@ class Estimate(NamedTuple):
     kind: Kind
     low: float
     high: float
-    count: int
+    samples: int
     note: str
 
     @property
@@ -93,7 +93,7 @@ def gradient_smoothness(frame: Frame) -> Interval:
 
 
 def client_smoothness(frame: Frame) -> Interval:
-    """The same of single clients, from the terms records: along masks, delays and local paths, ``[3 rows]``."""
+    """The same of single clients, from terms records: along masks, delays and local paths, ``[3 E]``."""
     table = frame.log["term_arrivals"]
     terms = frame.log["terms"]
     rows = np.searchsorted(terms["window"], table["window"]) if len(terms) else np.zeros(0, dtype=np.int64)
@@ -123,7 +123,9 @@ def smoothness(frame: Frame) -> Estimate:
     if not seen.any():
         return _unknown("L", "no probe with a step that is not zero")
     top, bottom = float(high[seen].max()) * (1 + 1e-12), float(low[seen].max())
-    return Estimate("L", max(top, 0.0), "lower bound", bottom, top, int(seen.sum()), "largest over probed steps")
+    return Estimate(
+        "L", max(top, 0.0), "lower bound", bottom, top, int(seen.sum()), "largest over probed steps"
+    )
 
 
 def noise(frame: Frame) -> Estimate:
@@ -199,7 +201,9 @@ def coverage_ratio(frame: Frame) -> Estimate:
 
 def share_sum(frame: Frame) -> Estimate:
     """P_max, the largest sum of pibar_n in a window."""
-    return _largest("P_max", frame.per_window(frame.log["arrival"]["pibar"]), "over windows")._replace(kind="exact")
+    return _largest("P_max", frame.per_window(frame.log["arrival"]["pibar"]), "over windows")._replace(
+        kind="exact"
+    )
 
 
 def constants(frame: Frame) -> dict[str, Estimate]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +115,8 @@ class Frame:
     def per_window(self, values: Floats) -> Floats:
         """Sum over the arrivals of each window, ``[W]``; nan where a value is missing."""
         inside = self.arrival_window >= 0
-        return np.bincount(self.arrival_window[inside], weights=values[inside], minlength=self.windows)
+        sums = np.bincount(self.arrival_window[inside], weights=values[inside], minlength=self.windows)
+        return np.asarray(sums, dtype=np.float64)
 
     # -- the algorithm's numbers ---------------------------------------------------------------------
 
@@ -150,7 +152,7 @@ class Frame:
     @cached_property
     def gamma(self) -> Floats:
         """gamma_t = server step * eta * K, ``[W]``; nan where unknown."""
-        return self.server_step * self.eta * self.steps
+        return np.asarray(self.server_step * self.eta * self.steps)
 
     @cached_property
     def form(self) -> str | None:
@@ -168,7 +170,7 @@ class Frame:
         density = self.log["dispatch"]["density"]
         if not isinstance(prunable, (int, float)):
             return np.full(len(density), np.nan)
-        return np.floor(density * prunable)
+        return np.asarray(np.floor(density * prunable))
 
     @cached_property
     def pruned_share(self) -> Floats:
@@ -180,7 +182,7 @@ class Frame:
 
     @cached_property
     def model_sq(self) -> Floats:
-        """||w_t||^2 of each window (all coordinates), ``[W]``: of the latest dispatch up to it; nan before."""
+        """||w_t||^2 of each window (all coordinates), ``[W]``, the latest dispatch's; nan before."""
         table = self.log["dispatch"]
         column = table["full_norm_sq"]
         known = ~np.isnan(column)
@@ -255,7 +257,7 @@ class Frame:
         np.maximum.at(high, rows, code[sparse])
         unknown = np.zeros(self.windows, dtype=bool)
         unknown[rows[np.isnan(code[sparse]) | (code[sparse] < 0)]] = True
-        return ((low == high) | np.isinf(low)) & ~unknown
+        return np.asarray(((low == high) | np.isinf(low)) & ~unknown)
 
     @cached_property
     def holders(self) -> tuple[Floats, Floats]:
@@ -275,18 +277,24 @@ class Frame:
         new_size = new_window | np.concatenate([[True], sizes[1:] != sizes[:-1]])
         first = np.flatnonzero(new_window)
         group = np.cumsum(new_window) - 1
-        last_of_tie = np.concatenate([np.flatnonzero(new_size)[1:], [len(order)]])[np.cumsum(new_size) - 1] - 1
+        last_of_tie = (
+            np.concatenate([np.flatnonzero(new_size)[1:], [len(order)]])[np.cumsum(new_size) - 1] - 1
+        )
         position = np.arange(len(order)) - first[group] + 1
         many[order] = position[last_of_tie]
         bounds = [*first.tolist(), len(order)]
-        sums = np.concatenate([np.cumsum(weights[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)])
+        sums = np.concatenate([np.cumsum(weights[a:b]) for a, b in pairwise(bounds)])
         heavy[order] = sums[last_of_tie]
         return heavy, many
 
     @cached_property
     def rank(self) -> Floats:
-        """Position of each arrival in its window, densest first, from 1, ``[A]``."""
-        order = np.lexsort((-self.sent("density"), self.arrival_window))
+        """Position of each arrival's density in its window, densest first, from 1, ``[A]``."""
+        return self.rank_of(self.sent("density"))
+
+    def rank_of(self, density: Floats) -> Floats:
+        """Position of each arrival in its window by `density` ``[A]``, largest first, from 1."""
+        order = np.lexsort((-density, self.arrival_window))
         rows = self.arrival_window[order]
         result = np.full(len(rows), np.nan)
         if len(rows):
@@ -294,7 +302,28 @@ class Frame:
             result[order] = np.arange(len(rows)) - np.flatnonzero(new)[np.cumsum(new) - 1] + 1
         return result
 
+    @cached_property
+    def initial_density(self) -> Floats:
+        """d_n^0 of each arrival's client, from the header, ``[A]``; nan where it has none."""
+        return self.header_density(self.log["arrival"]["client"])
+
+    def header_density(self, client: Floats) -> Floats:
+        """The header's initial density of each of `client`; nan where it has none."""
+        start = self.log.header.get("densities")
+        if not isinstance(start, list) or not all(isinstance(d, (int, float)) for d in start):
+            return np.full(len(client), np.nan)
+        return gather(
+            np.array(start, dtype=np.float64), rows_of(np.arange(len(start), dtype=np.float64), client)
+        )
+
+    @cached_property
+    def frozen_share(self) -> Floats:
+        """q_n of each arrival had its client kept its initial density, ``[A]``."""
+        prunable = self.log.layout("prunable")
+        if not isinstance(prunable, (int, float)) or not prunable:
+            return 1.0 - self.initial_density
+        return np.asarray(1.0 - np.floor(self.initial_density * prunable) / prunable)
+
     def line(self, table: str, row: int) -> int:
         """Line of the log of a table's row."""
         return int(self.log[table].line[row])
-

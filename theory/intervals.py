@@ -159,7 +159,10 @@ def total(x: Interval) -> Interval:
 
 
 def evaluate(
-    expression: Expr, values: Mapping[str, Any], reductions: Mapping[str, Callable[[Any], Any]], constant: Callable[[Expr], Any]
+    expression: Expr,
+    values: Mapping[str, Any],
+    reductions: Mapping[str, Callable[[Any], Any]],
+    constant: Callable[[Expr], Any],
 ) -> Any:
     """Value of a sympy expression over any type with ``+ * **`` (floats, `Interval`, ``mpmath.iv``).
 
@@ -201,7 +204,7 @@ def constant_interval(node: Expr) -> Interval:
     value = float(node)
     if node.is_Rational and sympy.Rational(value) == node:
         return Interval(value)
-    return Interval(_down(np.float64(value)), _up(np.float64(value)))
+    return Interval(_down(np.array(value)), _up(np.array(value)))
 
 
 def evaluate_iv(expression: Expr, values: Mapping[str, Any]) -> Any:

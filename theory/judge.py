@@ -38,14 +38,29 @@ class Place:
 
         line = int(self.line[i]) if len(self.line) else 0
         return Witness(
-            number(self.window), number(self.client), number(self.dispatch), line, _finite(lhs), _finite(rhs), detail
+            number(self.window),
+            number(self.client),
+            number(self.dispatch),
+            line,
+            _finite(lhs),
+            _finite(rhs),
+            detail,
         )
 
 
 def law(
-    name: str, title: str, fails: Bools, place: Place, *, applies: Bools | None = None, lhs: Floats | None = None,
-    rhs: Floats | None = None, detail: str = "", reason: str = "", group: str = "log",
-) -> Finding:  # fmt: skip
+    name: str,
+    title: str,
+    fails: Bools,
+    place: Place,
+    *,
+    applies: Bools | None = None,
+    lhs: Floats | None = None,
+    rhs: Floats | None = None,
+    detail: str = "",
+    reason: str = "",
+    group: str = "log",
+) -> Finding:
     """A statement that must be true of every row.
 
     Args:
@@ -147,7 +162,12 @@ def judge(case: Case, group: str = "inequality") -> Finding:
     premises = {key: verdict.value for key, verdict in case.premises.items()}
     if count == 0:
         return undetermined(
-            name, group, title, case.reason or "nothing to check in this log", equation=number, premises=premises
+            name,
+            group,
+            title,
+            case.reason or "nothing to check in this log",
+            equation=number,
+            premises=premises,
         )
     holds, fails, ties = _states(case, slack, applies)
     lhs, rhs = case.side(bound.lhs).mid, case.side(bound.rhs).mid

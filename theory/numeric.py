@@ -12,7 +12,7 @@ the units of their symbols.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -41,7 +41,9 @@ def compiled(expression: Expr) -> tuple[tuple[str, ...], Callable[..., Any]]:
     return tuple(symbol.name for symbol in symbols), function
 
 
-def evaluate(expression: Expr, reductions: dict[str, Reduction] | None = None, **values: ArrayLike) -> NDArray[Any]:
+def evaluate(
+    expression: Expr, values: Mapping[str, ArrayLike], reductions: Mapping[str, Reduction] | None = None
+) -> NDArray[Any]:
     """Value of an expression in float64; see the module for shapes.
 
     Raises:
@@ -75,7 +77,7 @@ def function(name: str, side: str = "rhs") -> Callable[..., Any]:
     expression = bound.rhs if side == "rhs" else bound.lhs
 
     def side_of(**values: ArrayLike) -> Any:
-        result = evaluate(expression, **values)
+        result = evaluate(expression, values)
         return float(result) if result.ndim == 0 else result
 
     side_of.__name__ = name
@@ -86,7 +88,8 @@ def function(name: str, side: str = "rhs") -> Callable[..., Any]:
 
 def error_sq(*, step_sq: ArrayLike, grad_dot_step: ArrayLike, grad_sq: ArrayLike, gamma: ArrayLike) -> Any:
     """``||e_t||^2`` of each window from what a probe logs (equation 1, expanded)."""
-    return evaluate(IDENTITY, step_sq=step_sq, grad_dot_step=grad_dot_step, grad_sq=grad_sq, gamma=gamma)
+    values = {"step_sq": step_sq, "grad_dot_step": grad_dot_step, "grad_sq": grad_sq, "gamma": gamma}
+    return evaluate(IDENTITY, values)
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

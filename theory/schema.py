@@ -27,11 +27,11 @@ _VECTOR = Key("vector")
 
 
 def _numbers(names: str) -> dict[str, Key]:
-    return {name: _NUMBER for name in names.split()}
+    return dict.fromkeys(names.split(), _NUMBER)
 
 
 def _required(names: str) -> dict[str, Key]:
-    return {name: _REQUIRED for name in names.split()}
+    return dict.fromkeys(names.split(), _REQUIRED)
 
 
 #: The seven terms, in the order of the Gram matrix of a ``terms`` record.
@@ -41,7 +41,9 @@ TERMS: tuple[str, ...] = ("z", "D", "M", "S", "H", "U", "rho")
 RECORDS: dict[str, dict[str, Key]] = {
     "dispatch": _required("dispatch client version density")
     | {"ranking": _TEXT}
-    | _numbers("support time bytes_down ranking_version norm_sq masked_norm_sq full_norm_sq full_masked_norm_sq"),
+    | _numbers(
+        "support time bytes_down ranking_version norm_sq masked_norm_sq full_norm_sq full_masked_norm_sq"
+    ),
     "arrival": _required("window dispatch client version staleness")
     | _numbers("density time bytes_up samples weight pibar drift_sq change_sq steps train_loss"),
     "rejected": _numbers("window dispatch client") | {"code": _TEXT},
@@ -72,6 +74,17 @@ TERM_ARRIVAL: dict[str, Key] = _required("dispatch client") | _numbers(
 )
 
 #: Header keys read by `theory`; only ``type``, ``schema`` and ``clients`` are required.
-HEADER_KEYS = (
-    "schema method run_name seed config clients client_samples densities layout eta local_steps windows"
-).split()
+HEADER_KEYS = [
+    "schema",
+    "method",
+    "run_name",
+    "seed",
+    "config",
+    "clients",
+    "client_samples",
+    "densities",
+    "layout",
+    "eta",
+    "local_steps",
+    "windows",
+]

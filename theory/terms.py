@@ -43,7 +43,8 @@ TERMS: tuple[Term, ...] = (
     ),
     Term(
         "H", s.H_sq, r"\sum_n \pi_n * \nabla F_n(w_t) - \nabla F(w_t)\ \text{on } C_t",
-        "heterogeneity: the arrivals are not the average client", "equal clients, or all of them with weights 1/N",
+        "heterogeneity: the arrivals are not the average client",
+        "equal clients, or all of them with weights 1/N",
     ),
     Term(
         "U", s.U_sq, r"-\nabla F(w_t)\ \text{off } C_t",
@@ -51,7 +52,8 @@ TERMS: tuple[Term, ...] = (
     ),
     Term(
         "rho", s.rho_sq, r"\sum_n \pi_n * (w_s - w_t)\ \text{on } C_t",
-        "replacement residual: stale weights overwrite newer ones", "the delta form (it is absent), or no delay",
+        "replacement residual: stale weights overwrite newer ones",
+        "the delta form (it is absent), or no delay",
     ),
 )  # fmt: skip
 
@@ -72,36 +74,42 @@ HYPOTHESES: dict[str, Hypothesis] = {
     for h in (
         Hypothesis(
             "ALG",
-            "the run is the algorithm analysed: mask-aware averaging over this window's arrivals, no mixing, plain "
-            "masked SGD (no momentum, weight decay or clipping) with one eta and one K in a window",
+            "the run is the algorithm analysed: mask-aware averaging over this window's arrivals, no mixing, "
+            "plain masked SGD (no momentum, weight decay or clipping) with one eta and one K in a window",
             "read from the header and from the arrivals",
         ),
         Hypothesis(
             "A1",
             "every F_n is L-smooth, and F >= F_inf",
-            "cannot be proved by a log; refuted by a measured smoothness above a given L, or a loss below F_inf",
+            "cannot be proved by a log; refuted by a measured smoothness above L, or a loss below F_inf",
         ),
         Hypothesis(
             "A2",
-            "minibatch noise has conditional mean zero and variance at most sigma^2, is uncorrelated across clients, "
-            "and arrival sets, masks and weights do not depend on noise in flight",
-            "cannot be proved by a log; refuted by sampling without replacement that is seen, a measured variance "
-            "above a given sigma^2, or <grad F, z> whose mean over windows is not zero",
+            "minibatch noise has conditional mean zero and variance at most sigma^2, is uncorrelated across "
+            "clients, and arrival sets, masks and weights do not depend on noise in flight",
+            "cannot be proved by a log; refuted by a measured variance above a given sigma^2, or <grad F, z> "
+            "whose mean over windows is not zero",
         ),
         Hypothesis(
             "A3",
-            "E||g||^2 <= G^2 given everything but the noise in flight, and ||w_s|| <= W on prunable coordinates",
+            "E||g||^2 <= G^2 given all but the noise in flight, and ||w_s|| <= W on prunable coordinates",
             "cannot be proved by a log; refuted by measured values above given G and W",
         ),
-        Hypothesis("A4", "gamma <= 1/L (pointwise form)", "exact along every probed step; refuted by measured L"),
+        Hypothesis(
+            "A4", "gamma <= 1/L (pointwise form)", "exact along every probed step; refuted by measured L"
+        ),
         Hypothesis("A4E", "gamma <= 1/(2L) (expectation form)", "refuted by measured L; proved by a given L"),
         Hypothesis(
             "A5",
             "||grad F_n(w_t) - grad F(w_t)||^2 <= sigma_g^2 for every client and window",
             "cannot be proved by a log; refuted by a measured gap above a given sigma_g^2",
         ),
-        Hypothesis("TOPK", "masks keep the largest magnitudes of the very model that is sent", "header and rankings"),
-        Hypothesis("NEST", "the masks of a window's arrivals are nested (one ranking, or density 1)", "rankings"),
+        Hypothesis(
+            "TOPK", "masks keep the largest magnitudes of the very model that is sent", "header and rankings"
+        ),
+        Hypothesis(
+            "NEST", "the masks of a window's arrivals are nested (one ranking, or density 1)", "rankings"
+        ),
         Hypothesis("UNIF", "all aggregation weights of a window are equal", "arrival.weight"),
         Hypothesis("DELTA", "the server averages changes (delta form)", "header"),
         Hypothesis("REPL", "the server averages weights (replacement form)", "header"),

@@ -3,6 +3,7 @@
     {config-keys} FIRST LAST    the keys of `FedGMRConfig` from FIRST to LAST, in its order
     {error-codes} 1             the catalogue's entries GMR-1xx, each with its anchor (`gmr-104`)
     {command} plan              usage, text and options of `fedgmr plan`
+    {optional-toctree}          a toctree of glob patterns, some of which may match nothing
 
 The roles {key}`score` and {error}`GMR-104` link to them. A key or a code that no page describes is a warning.
 """
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.directives.other import TocTree
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.matching import patfilter
 
 from fedgmr_plugin.cli import COMMANDS, main
 from fedgmr_plugin.config import json_schema
@@ -189,6 +193,19 @@ class Command(SphinxDirective):
         return [*result, nodes.definition_list("", *items)] if items else result
 
 
+# -- pages that may be missing ---------------------------------------------------------------------------
+
+
+class OptionalTocTree(TocTree):
+    """A toctree that says nothing about patterns without a page."""
+
+    def run(self) -> list[nodes.Node]:
+        self.options["glob"] = True
+        pages = self.env.found_docs
+        self.content = StringList([entry for entry in self.content if patfilter(pages, entry.strip())], "")
+        return super().run()
+
+
 # -- completeness ----------------------------------------------------------------------------------------
 
 
@@ -209,5 +226,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("config-keys", ConfigKeys)
     app.add_directive("error-codes", ErrorCodes)
     app.add_directive("command", Command)
+    app.add_directive("optional-toctree", OptionalTocTree)
     app.connect("env-check-consistency", _check)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -36,10 +36,13 @@ def new(directory: Path, force: bool) -> None:
     existing = [str(path) for path in files if path.exists()]
     if existing and not force:
         raise click.ClickException(f"{' and '.join(existing)} exist already; --force overwrites them")
-    directory.mkdir(parents=True, exist_ok=True)
-    for path, text in files.items():
-        path.write_text(text, encoding="utf-8")
-        click.echo(f"wrote {path}")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            path.write_text(text, encoding="utf-8")
+            click.echo(f"wrote {path}")
+    except OSError as error:
+        raise click.ClickException(f"cannot write {error.filename}: {error.strerror}") from error
     click.echo(f"Next: cd {directory} && python main.py --cf fedml_config.yaml")
 
 
@@ -64,10 +67,12 @@ def options(chosen: Mapping[str, tuple[Any, str]], indent: str = "  ") -> str:
     blocks = []
     for name, (value, reason) in chosen.items():
         default = _flow(FedGMRConfig.model_fields[name].default)
-        blocks.append(_commented(f"{reason} {_description(name)} Default: {default}.") + [f"{name}: {_flow(value)}"])
+        blocks.append(
+            [*_commented(f"{reason} {_description(name)} Default: {default}."), f"{name}: {_flow(value)}"]
+        )
     for name, field in FedGMRConfig.model_fields.items():
         if name not in chosen:
-            blocks.append(_commented(_description(name)) + [f"# {name}: {_flow(field.default)}"])
+            blocks.append([*_commented(_description(name)), f"# {name}: {_flow(field.default)}"])
     lines = [line for block in blocks for line in ["", *block]]
     return "\n".join(indent + line if line else "" for line in lines[1:])
 

@@ -28,7 +28,6 @@ Array = NDArray[np.float64]
 
 #: Runs up to which both candidates of each are drawn, and up to which lines are labelled at their ends.
 BOTH_CANDIDATES, END_LABELS = 3, 7
-SECONDS = Axis("virtual time (s)", low=0)
 
 
 class Named(NamedTuple):
@@ -58,6 +57,11 @@ class Figures:
     def __init__(self, runs: Sequence[Named]) -> None:
         self.runs = runs
         self._made = 0
+        timed = (("window", "end"), ("evaluation", "time"), ("restoration", "time"))
+        ends = np.concatenate([run.run.column(kind, key) for run in runs for kind, key in timed])
+        ends = ends[np.isfinite(ends)]
+        #: one time axis for all figures, so that they compare
+        self.seconds = Axis("virtual time (s)", 0.0, float(ends.max()) if len(ends) else None)
         known = [run for run in runs if np.isfinite(run.run.column("evaluation", "accuracy")).any()]
         #: the metric that is drawn: accuracy, or loss where no run has an accuracy
         self.metric = "accuracy" if known or not any(run.run.count("evaluation") for run in runs) else "loss"
@@ -74,7 +78,7 @@ class Figures:
             marks = times if len(times) <= 40 else []
             caption += " Vertical lines: restorations." if marks else ""
         return self._figure(
-            f"{self._metric_name()} against virtual time", caption, series, SECONDS, self._y(), marks
+            f"{self._metric_name()} against virtual time", caption, series, self.seconds, self._y(), marks
         )
 
     def metric_by_bytes(self) -> str:
@@ -105,24 +109,19 @@ class Figures:
                 for column in distinct.T
                 if not np.allclose(column, means[-1].y)
             ]
-        ends, floors = run.run.column("window", "end"), run.run.column("window", "density_floor")
-        if np.isfinite(floors).any():
-            single.append(Series("the server's floor", ends, floors, 6, "steps", "1 3", 1.4))
+        single.append(Series("the server's floor", *_held(run.run, "density_floor"), 6, "steps", "1 3", 1.4))
         title = "Density" if len(self.runs) == 1 else f"Density, {run.label}"
         caption = "Mean of each client class, named by its initial density (number of clients)."
         if any(s.faint for s in single):
             caption += " Thin: single clients."
         axis = Axis("density", low=0, high=1)
-        return self._figure(title, caption, means + single, SECONDS, axis)
+        return self._figure(title, caption, means + single, self.seconds, axis)
 
     def mean_densities(self) -> str:
         """Mean density of all clients against virtual time, run against run."""
-        series = [
-            self._series(run, *run.run.columns("window", "end", "mean_density").values(), kind="steps")
-            for run in self.runs
-        ]
+        series = [self._series(run, *_held(run.run, "mean_density"), kind="steps") for run in self.runs]
         caption = "Mean over all clients."
-        return self._figure("Mean density", caption, series, SECONDS, Axis("density", low=0, high=1))
+        return self._figure("Mean density", caption, series, self.seconds, Axis("density", low=0, high=1))
 
     def staleness_histogram(self) -> str:
         """Share of merged uploads by staleness."""
@@ -157,7 +156,7 @@ class Figures:
         ]
         caption = "Mean over the uploads of a window" + self._binned()
         return self._figure(
-            "Staleness over time", caption, series, SECONDS, Axis("staleness (windows)", low=0)
+            "Staleness over time", caption, series, self.seconds, Axis("staleness (windows)", low=0)
         )
 
     def traffic(self, key: str) -> str:
@@ -175,7 +174,9 @@ class Figures:
             title, caption = "Download per window", "Sub-models that left, as the clients receive them"
             if len(self.runs) == 1:
                 caption += "; the server's uplink carries each increment once under IMS"
-        return self._figure(title, caption + self._binned(), series, SECONDS, Axis("MB per window", low=0))
+        return self._figure(
+            title, caption + self._binned(), series, self.seconds, Axis("MB per window", low=0)
+        )
 
     # -- parts ----------------------------------------------------------------------------------------
 
@@ -281,6 +282,12 @@ class Figures:
         said = "; ".join(_said(s) for s in drawn if s.label)
         svg = chart(drawn, x, y, ident=ident, title=title, description=f"{caption} {said}", marks=marks)
         return f'<figure>{head}{_legend(drawn)}<div class="plot" tabindex="0">{svg}</div></figure>'
+
+
+def _held(run: RunLog, key: str) -> tuple[Array, Array]:
+    """A number of the window records as steps: it holds from a window's start to its end."""
+    start, end, value = run.columns("window", "start", "end", key).values()
+    return np.append(start, end[-1:]), np.append(value, value[-1:])
 
 
 def _legend(series: Sequence[Series]) -> str:

@@ -97,13 +97,11 @@ def _lede(runs: Sequence[Named], summaries: Sequence[Summary], target: float | N
         text += f"the best run is {name(run.label)} with {percent(accuracy)} on the test set."
     else:
         text += f"the shipped model has {percent(accuracy)} on the test set."
-    reached = [
-        (s.seconds_to_target, run) for run, s in zip(runs, summaries, strict=True) if s.seconds_to_target
-    ]
-    if reached and s.target_accuracy is not None:
-        soonest, first = min(reached, key=lambda item: item[0] or 0.0)
-        who = f"{name(first.label)} is the first to reach" if len(runs) > 1 else "It first reached"
-        text += f" {who} {percent(s.target_accuracy)}, at {seconds(soonest)}."
+    times = [x.seconds_to_target for x in summaries if x.seconds_to_target is not None]
+    if times and s.target_accuracy is not None:
+        first = [r for r, x in zip(runs, summaries, strict=True) if x.seconds_to_target == min(times)]
+        text += f" {percent(s.target_accuracy)} was first reached at {seconds(min(times))}"
+        text += f" (by {', '.join(name(r.label) for r in first)})." if len(runs) > 1 else "."
     elif target is not None:
         text += f" The target of {percent(target)} was not reached."
     return f'<p class="lede">{text}</p>'

@@ -91,19 +91,23 @@ def shares(arrivals: Sequence[Arrival], size: int) -> Floats:
         return np.zeros((0, size))
     held = np.stack([a.weight * a.mask_D for a in arrivals])
     total = held.sum(axis=0)
-    return np.divide(held, total, out=np.zeros_like(held), where=total > 0)
+    return np.asarray(np.divide(held, total, out=np.zeros_like(held), where=total > 0))
 
 
 def merge(w: Floats, arrivals: Sequence[Arrival], form: Form) -> Floats:
     """w_{t+1} (method page, section 5): mask-aware averaging of changes or of weights."""
     pi = shares(arrivals, len(w))
     if form == "delta":
-        return w + sum((p * (a.end_D - a.path_KD[0]) for p, a in zip(pi, arrivals, strict=True)), np.zeros_like(w))
+        return w + sum(
+            (p * (a.end_D - a.path_KD[0]) for p, a in zip(pi, arrivals, strict=True)), np.zeros_like(w)
+        )
     merged = sum((p * a.end_D for p, a in zip(pi, arrivals, strict=True)), np.zeros_like(w))
     return np.where(pi.sum(axis=0) > 0, merged, w)
 
 
-def decompose(problem: Problem, w: Floats, arrivals: Sequence[Arrival], *, gamma: float, form: Form) -> Decomposition:
+def decompose(
+    problem: Problem, w: Floats, arrivals: Sequence[Arrival], *, gamma: float, form: Form
+) -> Decomposition:
     """Every term of equation 1 at model `w`, from exact gradients."""
     grads_ND = client_grads(problem, w)
     grad = grads_ND.mean(axis=0)

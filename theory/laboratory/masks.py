@@ -29,7 +29,7 @@ def ranking(w: Floats, prunable: Bools, *, floor: float = 0.0, layers: tuple[int
         inside = np.argsort(-magnitude[begin : begin + size], kind="stable")[: int(floor * size)]
         first[begin + inside] = True
         begin += size
-    return index[np.lexsort((-magnitude, ~first))].astype(np.int64)
+    return np.asarray(index[np.lexsort((-magnitude, ~first))], dtype=np.int64)
 
 
 def mask(problem: Problem, order: Ints, density: float) -> Bools:

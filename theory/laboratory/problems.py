@@ -149,7 +149,8 @@ class Quadratic:
         return np.asarray(self.hessian_NDD[client] @ (w - self.centre_ND[client]))
 
     def noisy(self, client: int, w: Floats, rng: np.random.Generator) -> Floats:
-        return self.grad(client, w) + self.sigma / np.sqrt(self.size) * rng.standard_normal(self.size)
+        noise = rng.standard_normal(self.size) * (self.sigma / np.sqrt(self.size))
+        return np.asarray(self.grad(client, w) + noise)
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class Logistic:
     @property
     def optimum(self) -> Floats:
         """The minimiser of F, by Newton's method, ``[D]``."""
-        w = np.zeros(self.size)
+        w: Floats = np.zeros(self.size)
         for _ in range(50):
             p = _sigmoid(self.x_NMD @ w)
             curvature = np.einsum("nm,nmi,nmj->ij", p * (1 - p), self.x_NMD, self.x_NMD) / p.size
@@ -256,7 +257,14 @@ class ReluNetwork:
 
     @classmethod
     def random(
-        cls, rng: np.random.Generator, *, clients: int, inputs: int, hidden: int, samples: int = 16, batch: int = 4
+        cls,
+        rng: np.random.Generator,
+        *,
+        clients: int,
+        inputs: int,
+        hidden: int,
+        samples: int = 16,
+        batch: int = 4,
     ) -> ReluNetwork:
         """Random features, targets from a smooth function that differs a little between clients."""
         x = rng.standard_normal((clients, samples, inputs))
@@ -282,7 +290,8 @@ class ReluNetwork:
         inputs = int(self.x_NMI.shape[2])
         first_bias = self.hidden * inputs
         return tuple(
-            (first_bias + unit, tuple(range(unit * inputs, (unit + 1) * inputs))) for unit in range(self.hidden)
+            (first_bias + unit, tuple(range(unit * inputs, (unit + 1) * inputs)))
+            for unit in range(self.hidden)
         )
 
     @property
@@ -322,4 +331,6 @@ class ReluNetwork:
     def _grad(self, x: Floats, y: Floats, w: Floats) -> Floats:
         before, top, error = self._forward(x, y, w)
         back = (error[:, None] * top) * (before > 0) / len(y)
-        return np.concatenate([(back.T @ x).ravel(), back.sum(axis=0), np.maximum(before, 0).T @ error / len(y)])
+        return np.concatenate(
+            [(back.T @ x).ravel(), back.sum(axis=0), np.maximum(before, 0).T @ error / len(y)]
+        )

@@ -30,21 +30,43 @@ def preamble(problem: Problem, schedule: Schedule) -> list[Record]:
     prunable = int(problem.prunable.sum())
     layers = [
         {"name": "weight", "kind": "prunable", "size": prunable, "shape": [prunable]},
-        {"name": "rest", "kind": "dense", "size": problem.size - prunable, "shape": [problem.size - prunable]},
+        {
+            "name": "rest",
+            "kind": "dense",
+            "size": problem.size - prunable,
+            "shape": [problem.size - prunable],
+        },
     ]
     config = {
-        "aggregation": "mask_aware", "update_form": schedule.form, "update_scope": "arrivals", "mixing": False,
-        "server_step": 1.0, "staleness": schedule.staleness, "staleness_exponent": schedule.exponent,
-        "score": "magnitude", "layer_floor": 0.0, "prune_biases": bool(problem.rows), "interval": schedule.interval,
-        "client_momentum": 0.0, "gradient_clip": None, "warmup_windows": 0,
-    }  # fmt: skip
+        "aggregation": "mask_aware",
+        "update_form": schedule.form,
+        "update_scope": "arrivals",
+        "mixing": False,
+        "server_step": 1.0,
+        "staleness": schedule.staleness,
+        "staleness_exponent": schedule.exponent,
+        "score": "magnitude",
+        "layer_floor": 0.0,
+        "prune_biases": bool(problem.rows),
+        "interval": schedule.interval,
+        "client_momentum": 0.0,
+        "gradient_clip": None,
+        "warmup_windows": 0,
+    }
     header = {
-        "type": "header", "schema": "1.0", "method": "laboratory", "run_name": f"laboratory-{schedule.seed}",
-        "seed": schedule.seed, "config": config, "clients": problem.clients,
+        "type": "header",
+        "schema": "1.0",
+        "method": "laboratory",
+        "run_name": f"laboratory-{schedule.seed}",
+        "seed": schedule.seed,
+        "config": config,
+        "clients": problem.clients,
         "densities": list(schedule.densities),
         "layout": {"size": problem.size, "prunable": prunable, "dtype": "float64", "layers": layers},
-        "eta": schedule.eta, "local_steps": schedule.local_steps, "windows": schedule.windows,
-    }  # fmt: skip
+        "eta": schedule.eta,
+        "local_steps": schedule.local_steps,
+        "windows": schedule.windows,
+    }
     noise = problem.noise_sq
     constants = {
         "type": "constants", "L": problem.smoothness, "sigma_sq": noise if math.isfinite(noise) else None,
@@ -54,7 +76,14 @@ def preamble(problem: Problem, schedule: Schedule) -> list[Record]:
 
 
 def dispatch(
-    problem: Problem, number: int, client: int, version: int, density: float, order: Ints, keep: Bools, w: Floats
+    problem: Problem,
+    number: int,
+    client: int,
+    version: int,
+    density: float,
+    order: Ints,
+    keep: Bools,
+    w: Floats,
 ) -> Record:
     """A sub-model leaves the server."""
     prunable, gone = problem.prunable, ~keep
@@ -106,15 +135,25 @@ def probe(
     covered = np.any([a.mask_D for a in uploads], axis=0) if uploads else np.zeros(len(w), dtype=bool)
     noise = [0.5 * _sq(problem.noisy(n, w, rng) - problem.noisy(n, w, rng)) for n in range(problem.clients)]
     return {
-        "type": "probe", "window": t, "loss": mean_loss(problem, w), "loss_next": mean_loss(problem, after),
-        "grad_sq": _sq(grad), "grad_next_sq": _sq(grad_next), "grad_dot_step": float(grad @ step),
-        "grad_change_sq": _sq(grad_next - grad), "step_sq": _sq(step), "grad_uncovered_sq": _sq(grad[~covered]),
-        "client_grad_sq": [_sq(g) for g in here], "client_gap_sq": [_sq(g - grad) for g in here],
+        "type": "probe",
+        "window": t,
+        "loss": mean_loss(problem, w),
+        "loss_next": mean_loss(problem, after),
+        "grad_sq": _sq(grad),
+        "grad_next_sq": _sq(grad_next),
+        "grad_dot_step": float(grad @ step),
+        "grad_change_sq": _sq(grad_next - grad),
+        "step_sq": _sq(step),
+        "grad_uncovered_sq": _sq(grad[~covered]),
+        "client_grad_sq": [_sq(g) for g in here],
+        "client_gap_sq": [_sq(g - grad) for g in here],
         "noise_sq": float(np.mean(noise)),
-    }  # fmt: skip
+    }
 
 
-def terms(t: int, exact: Decomposition, uploads: Sequence[Arrival], names: Sequence[int], form: Form) -> Record:
+def terms(
+    t: int, exact: Decomposition, uploads: Sequence[Arrival], names: Sequence[int], form: Form
+) -> Record:
     """The exact decomposition of a window."""
     stack = np.stack(list(exact.terms.values()))
     keys = ("pibar", "mask_sq", "stale_sq", "drift_sq", "gap_sq", "D_sq", "M_sq", "S_sq")

@@ -98,7 +98,14 @@ class _Server:
         s = self.schedule
         samples = s.samples[client] if s.samples else float(s.local_steps)
         arrival = local_steps(
-            self.problem, client, self.w, keep, eta=s.eta, steps=s.local_steps, weight=samples, rng=self.rng[client]
+            self.problem,
+            client,
+            self.w,
+            keep,
+            eta=s.eta,
+            steps=s.local_steps,
+            weight=samples,
+            rng=self.rng[client],
         )
         growth = d / s.densities[client] if s.delay_grows else 1.0
         due = version + round(s.delays[client] * growth)
@@ -155,5 +162,7 @@ def simulate(problem: Problem, schedule: Schedule) -> Trace:
         for client in idle:
             server.dispatch(client, t)
         idle = server.window(t)
-    trace.records.append({"type": "end", "windows": schedule.windows, "time": float(schedule.windows), "rejected": 0})
+    trace.records.append(
+        {"type": "end", "windows": schedule.windows, "time": float(schedule.windows), "rejected": 0}
+    )
     return trace

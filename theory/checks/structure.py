@@ -60,7 +60,9 @@ def complete(frame: Frame) -> Finding:
     bad_rejected = (rejected != len(log["rejected"])) & ~np.isnan(rejected)
     if bad_rejected.any() and not bad.any():
         logged, counted, bad = rejected, np.array([float(len(log["rejected"]))]), bad_rejected
-    return law("complete", title, bad, place_of(frame, "end"), lhs=logged, rhs=counted, detail="records counted")
+    return law(
+        "complete", title, bad, place_of(frame, "end"), lhs=logged, rhs=counted, detail="records counted"
+    )
 
 
 def windows(frame: Frame) -> Finding:
@@ -103,9 +105,14 @@ def matched(frame: Frame) -> Finding:
         lhs, rhs = np.where(differs, own, lhs), np.where(differs, sent, rhs)
         bad |= differs
     return law(
-        "matched", "every arrival answers its dispatch (client, version, density)", bad, place_of(frame, "arrival"),
-        lhs=lhs, rhs=rhs, detail="arrival against dispatch",
-    )  # fmt: skip
+        "matched",
+        "every arrival answers its dispatch (client, version, density)",
+        bad,
+        place_of(frame, "arrival"),
+        lhs=lhs,
+        rhs=rhs,
+        detail="arrival against dispatch",
+    )
 
 
 def applied_once(frame: Frame) -> Finding:
@@ -155,7 +162,7 @@ def densities(frame: Frame) -> Finding:
     density, client = table["density"], table["client"]
     order = np.lexsort((table["dispatch"], client))
     first = np.concatenate([[True], np.diff(client[order]) != 0])
-    start = _initial(frame, client[order])
+    start = frame.header_density(client[order])
     before = np.where(first, start, np.concatenate([[np.nan], density[order][:-1]]))
     lower = np.zeros(len(table))
     lower[order] = np.where(np.isnan(before), 0.0, before)
@@ -172,7 +179,7 @@ def restorations(frame: Frame) -> Finding:
     table, raised = frame.log["dispatch"], frame.log["restoration"]
     if not isinstance(frame.log.header.get("densities"), list):
         return undetermined("restorations", "log", title, "the header has no densities")
-    expected = _initial(frame, table["client"])
+    expected = frame.header_density(table["client"])
     events = raised.take(~np.isnan(raised["client"]) & ~np.isnan(raised["after"]))
     for client in np.unique(events["client"]):
         own = events.take(events["client"] == client)
@@ -193,7 +200,9 @@ def mean_density(frame: Frame) -> Finding:
     window, raised = frame.log["window"], frame.log["restoration"]
     if not isinstance(start, list) or not window.logged("mean_density"):
         return undetermined("mean_density", "log", title, "densities or mean_density are not logged")
-    events = raised.take(~np.isnan(raised["client"]) & ~np.isnan(raised["after"]) & ~np.isnan(raised["before"]))
+    events = raised.take(
+        ~np.isnan(raised["client"]) & ~np.isnan(raised["after"]) & ~np.isnan(raised["before"])
+    )
     order = np.argsort(events["window"], kind="stable")
     gains = np.concatenate([[0.0], np.cumsum((events["after"] - events["before"])[order])])
     at = np.searchsorted(events["window"][order], window["window"], side="right")
@@ -210,11 +219,15 @@ def clock(frame: Frame) -> Finding:
     sent = frame.log["dispatch"]["time"]
     if not table.logged("close"):
         return undetermined("clock", "log", title, "close is not logged")
-    start, close, end = (np.where(np.isnan(table[k]), table["close"], table[k]) for k in ("start", "close", "end"))
+    start, close, end = (
+        np.where(np.isnan(table[k]), table["close"], table[k]) for k in ("start", "close", "end")
+    )
     previous = np.concatenate([[-np.inf], end[:-1]])
     early = _below(start, previous)
     bad = early | _below(close, start) | _below(end, close)
-    finding = law("clock", title, bad, place_of(frame, "window"), lhs=start, rhs=np.where(early, previous, close))
+    finding = law(
+        "clock", title, bad, place_of(frame, "window"), lhs=start, rhs=np.where(early, previous, close)
+    )
     if finding.verdict is Verdict.HOLDS and len(sent) and not np.isnan(sent).any():
         falls = np.concatenate([[False], _below(sent[1:], sent[:-1])])
         return law("clock", title, falls, place_of(frame, "dispatch"), lhs=sent)
@@ -239,7 +252,9 @@ def counts(frame: Frame) -> Finding:
     """|A_t| is the number of arrival records of the window (buffer scope merges others too)."""
     title, table = "each window has its arrivals", frame.log["window"]
     if frame.log.config("update_scope") == "buffer":
-        return undetermined("counts", "log", title, "update_scope is buffer: earlier uploads are merged again")
+        return undetermined(
+            "counts", "log", title, "update_scope is buffer: earlier uploads are merged again"
+        )
     orphan = frame.arrival_window < 0
     if orphan.any():
         place = place_of(frame, "arrival")
@@ -249,7 +264,14 @@ def counts(frame: Frame) -> Finding:
         if finding.verdict is Verdict.VIOLATED:
             return finding
     found = frame.per_window(np.ones(len(orphan)))
-    return law("counts", title, table["arrivals"] != found, place_of(frame, "window"), lhs=table["arrivals"], rhs=found)
+    return law(
+        "counts",
+        title,
+        table["arrivals"] != found,
+        place_of(frame, "window"),
+        lhs=table["arrivals"],
+        rhs=found,
+    )
 
 
 def uploaded_bytes(frame: Frame) -> Finding:
@@ -264,28 +286,21 @@ def downloaded_bytes(frame: Frame) -> Finding:
     return _bytes(frame, "bytes_down", sent["bytes_down"], rows_of(frame.window_number, sent["version"]))
 
 
-def _bytes(frame: Frame, key: str, parts: Floats, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Finding:
+def _bytes(
+    frame: Frame, key: str, parts: Floats, rows: np.ndarray[tuple[int], np.dtype[np.int64]]
+) -> Finding:
     title, table = f"{key} of a window is the sum of its parts", frame.log["window"]
     if not table.logged(key) or np.isnan(parts).any():
         return undetermined(key, "log", title, f"{key} is not logged")
     inside = rows >= 0
-    found = np.bincount(rows[inside], weights=parts[inside], minlength=frame.windows)
+    found: Floats = np.bincount(rows[inside], weights=parts[inside], minlength=frame.windows) * 1.0
     return law(key, title, ~_close(table[key], found), place_of(frame, "window"), lhs=table[key], rhs=found)
 
 
-def _initial(frame: Frame, client: Floats) -> Floats:
-    start = frame.log.header.get("densities")
-    if not isinstance(start, list) or not all(isinstance(d, (int, float)) for d in start):
-        return np.full(len(client), np.nan)
-    values = np.array(start, dtype=np.float64)
-    known = (client >= 0) & (client < len(values))
-    return np.where(known, values[np.where(known, client, 0).astype(np.int64)], np.nan)
-
-
 def _close(a: Floats, b: Floats) -> Bools:
-    return np.abs(a - b) <= CLOCK * np.maximum(np.abs(a), np.abs(b))
+    return np.asarray(np.abs(a - b) <= CLOCK * np.maximum(np.abs(a), np.abs(b)))
 
 
 def _below(a: Floats, b: Floats) -> Bools:
     """a < b by more than a clock's rounding."""
-    return (a < b) & ~_close(a, b)
+    return np.asarray((a < b) & ~_close(a, b))

@@ -24,8 +24,13 @@ DRIFT_OF_NOISE = 5.0
 def assumptions(frame: Frame) -> dict[str, Finding]:
     """A finding for every assumption, by name."""
     checks: dict[str, Callable[[Frame], Finding]] = {
-        "A1": smooth, "A2": unbiased, "A3": bounded, "A4": step_pointwise, "A4E": step_expected, "A5": similar,
-    }  # fmt: skip
+        "A1": smooth,
+        "A2": unbiased,
+        "A3": bounded,
+        "A4": step_pointwise,
+        "A4E": step_expected,
+        "A5": similar,
+    }
     return {name: check(frame) for name, check in checks.items()}
 
 
@@ -34,12 +39,20 @@ def _open(name: str, reason: str) -> Finding:
 
 
 def _holds(name: str, reason: str, checks: int = 1) -> Finding:
-    return Finding(name, "assumption", HYPOTHESES[name].statement, Verdict.HOLDS, checks=checks, reason=reason)
+    return Finding(
+        name, "assumption", HYPOTHESES[name].statement, Verdict.HOLDS, checks=checks, reason=reason
+    )
 
 
 def _refuted(name: str, reason: str, witness: Witness | None = None, checks: int = 1) -> Finding:
     return Finding(
-        name, "assumption", HYPOTHESES[name].statement, Verdict.VIOLATED, checks=checks, witness=witness, reason=reason
+        name,
+        "assumption",
+        HYPOTHESES[name].statement,
+        Verdict.VIOLATED,
+        checks=checks,
+        witness=witness,
+        reason=reason,
     )
 
 
@@ -66,22 +79,31 @@ def smooth(frame: Frame) -> Finding:
         return _open("A1", f"L is not given, and no log can prove one{least}")
     for slopes in (estimators.directional_smoothness(frame), estimators.gradient_smoothness(frame)):
         found = _law(
-            "A1", slopes.lo > frame.given["L"], place, lhs=slopes.mid, rhs=np.full(len(probe), frame.given["L"]),
-            applies=~np.isnan(slopes.lo), detail="measured smoothness against L",
-        )  # fmt: skip
+            "A1",
+            slopes.lo > frame.given["L"],
+            place,
+            lhs=slopes.mid,
+            rhs=np.full(len(probe), frame.given["L"]),
+            applies=~np.isnan(slopes.lo),
+            detail="measured smoothness against L",
+        )
         if found.verdict is Verdict.VIOLATED:
             return found
     if measured.known and measured.low > frame.given["L"]:
-        return _refuted("A1", f"a client's gradients differ by {measured.low:.6g} times the distance, more than L")
-    return _open("A1", f"L={frame.given['L']:.6g} is not contradicted by {measured.count} measurements")
+        return _refuted(
+            "A1", f"a client's gradients differ by {measured.low:.6g} times the distance, more than L"
+        )
+    return _open("A1", f"L={frame.given['L']:.6g} is not contradicted by {measured.samples} measurements")
 
 
 def unbiased(frame: Frame) -> Finding:
     """A2: refuted by measured noise above a given sigma^2, or by <grad F, z> with a mean."""
     terms, given = frame.log["terms"], frame.given.get("sigma_sq")
     measured = estimators.noise(Frame(frame.log, {}, frame.slack))
-    if given is not None and measured.known and measured.low > given * (1 + 1e-9) and measured.count >= 20:
-        return _refuted("A2", f"measured variance {measured.value:.6g} (95 %: from {measured.low:.6g}) > sigma^2")
+    if given is not None and measured.known and measured.low > given * (1 + 1e-9) and measured.samples >= 20:
+        return _refuted(
+            "A2", f"measured variance {measured.value:.6g} (95 %: from {measured.low:.6g}) > sigma^2"
+        )
     if len(terms) and terms["grad_dot"].shape[1] == 7:
         products = terms["grad_dot"][:, 0]
         products = products[~np.isnan(products)]
@@ -89,9 +111,15 @@ def unbiased(frame: Frame) -> Finding:
         if len(products) >= 20 and spread > 0:
             score = float(products.mean()) / (spread / np.sqrt(len(products)))
             if abs(score) > DRIFT_OF_NOISE:
-                return _refuted("A2", f"<grad F, z> has a mean {score:.1f} standard errors from 0", None, len(products))
-            return _open("A2", f"<grad F, z> averages to {score:.1f} standard errors: not contradicted, not proved")
-    return _open("A2", "conditional means cannot be seen in a log (sampling without replacement breaks it slightly)")
+                return _refuted(
+                    "A2", f"<grad F, z> has a mean {score:.1f} standard errors from 0", None, len(products)
+                )
+            return _open(
+                "A2", f"<grad F, z> averages to {score:.1f} standard errors: not contradicted, not proved"
+            )
+    return _open(
+        "A2", "conditional means cannot be seen in a log (sampling without replacement breaks it slightly)"
+    )
 
 
 def bounded(frame: Frame) -> Finding:
@@ -100,15 +128,20 @@ def bounded(frame: Frame) -> Finding:
     if "W_sq" in frame.given:
         norm = frame.precision.reduction(dispatch["norm_sq"])
         found = _law(
-            "A3", norm.lo > frame.given["W_sq"], Place(dispatch.line, dispatch["version"], dispatch["client"]),
-            lhs=dispatch["norm_sq"], rhs=np.full(len(dispatch), frame.given["W_sq"]),
-            applies=~np.isnan(dispatch["norm_sq"]), detail="||w_s||^2 against W^2",
-        )  # fmt: skip
+            "A3",
+            norm.lo > frame.given["W_sq"],
+            Place(dispatch.line, dispatch["version"], dispatch["client"]),
+            lhs=dispatch["norm_sq"],
+            rhs=np.full(len(dispatch), frame.given["W_sq"]),
+            applies=~np.isnan(dispatch["norm_sq"]),
+            detail="||w_s||^2 against W^2",
+        )
         if found.verdict is Verdict.VIOLATED:
             return found
     largest, grad = estimators.weight_bound(frame), estimators.gradient_bound(frame)
     return _open(
-        "A3", f"an expectation cannot be seen in a log; here W^2 = {largest.value:.6g}, G^2 about {grad.value:.6g}"
+        "A3",
+        f"an expectation cannot be seen in a log; here W^2 = {largest.value:.6g}, G^2 about {grad.value:.6g}",
     )
 
 
@@ -119,9 +152,15 @@ def step_pointwise(frame: Frame) -> Finding:
     slopes = estimators.directional_smoothness(frame)
     known = ~np.isnan(slopes.lo) & ~np.isnan(gamma)
     found = _law(
-        "A4", slopes.lo * gamma > 1, Place(probe.line, probe["window"]), applies=known, lhs=slopes.mid * gamma,
-        rhs=np.ones(len(probe)), detail="gamma L_dir against 1", reason="no probes, or gamma is not known",
-    )  # fmt: skip
+        "A4",
+        slopes.lo * gamma > 1,
+        Place(probe.line, probe["window"]),
+        applies=known,
+        lhs=slopes.mid * gamma,
+        rhs=np.ones(len(probe)),
+        detail="gamma L_dir against 1",
+        reason="no probes, or gamma is not known",
+    )
     if found.verdict is Verdict.HOLDS and (slopes.hi[known] * gamma[known] > 1).any():
         return _open("A4", "gamma L_dir is 1 within rounding at a probe")
     return found
@@ -159,9 +198,13 @@ def similar(frame: Frame) -> Finding:
     largest = gap.max(axis=1)
     box = frame.precision.gradient(largest, np.maximum(probe["client_grad_sq"].max(axis=1), largest))
     found = _law(
-        "A5", box.lo > frame.given["sigma_g_sq"], Place(probe.line, probe["window"], gap.argmax(axis=1) * 1.0),
-        lhs=largest, rhs=np.full(len(probe), frame.given["sigma_g_sq"]), applies=~np.isnan(largest),
-    )  # fmt: skip
+        "A5",
+        box.lo > frame.given["sigma_g_sq"],
+        Place(probe.line, probe["window"], gap.argmax(axis=1) * 1.0),
+        lhs=largest,
+        rhs=np.full(len(probe), frame.given["sigma_g_sq"]),
+        applies=~np.isnan(largest),
+    )
     every = len(np.unique(probe["window"])) == frame.windows
     if found.verdict is Verdict.HOLDS and not every:
         return _open("A5", "not every window is probed")

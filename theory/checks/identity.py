@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from theory.bounds import IDENTITY
-from theory.consistency import place_of
-from theory.consistency_values import differ
+from theory.checks.structure import place_of
+from theory.checks.values import differ
 from theory.frame import Bools, Floats, Frame, Ints, gather, rows_of
 from theory.intervals import Interval
 from theory.judge import Place, law
@@ -27,7 +27,9 @@ _ADDED = 8.0
 def term_laws(frame: Frame) -> Iterator[Finding]:
     """All laws of the terms records."""
     if len(frame.log["terms"]) == 0:
-        yield undetermined("terms_identity", "log", "the decomposition closes", "no terms records", equation="1")
+        yield undetermined(
+            "terms_identity", "log", "the decomposition closes", "no terms records", equation="1"
+        )
         return
     yield identity(frame)
     yield gram(frame)
@@ -58,7 +60,8 @@ def term_sq(frame: Frame, key: str) -> Interval:
     radius = 2 * np.sqrt(np.maximum(value, 0)) * error + error**2
     exact = value == 0
     return Interval(
-        np.where(exact, 0.0, np.maximum(value - radius, 0.0)), np.where(exact, 0.0, value + radius * (1 + 1e-9))
+        np.where(exact, 0.0, np.maximum(value - radius, 0.0)),
+        np.where(exact, 0.0, value + radius * (1 + 1e-9)),
     )
 
 
@@ -110,8 +113,10 @@ def against_probe(frame: Frame) -> Finding:
     rows = rows_of(probe["window"], table["window"])
     grad, step = gather(probe["grad_sq"], rows), gather(probe["step_sq"], rows)
     expected = evaluate(
-        IDENTITY, grad_sq=grad, step_sq=step, gamma=table["gamma"],
-        grad_dot_step=gather(probe["grad_dot_step"], rows),
+        IDENTITY, {
+            "grad_sq": grad, "step_sq": step, "gamma": table["gamma"],
+            "grad_dot_step": gather(probe["grad_dot_step"], rows),
+        },
     )  # fmt: skip
     error = _ADDED * error_norm(frame)
     reach = np.sqrt(np.maximum(table["e_sq"], 0)) + np.sqrt(grad) + np.sqrt(step) / table["gamma"]
@@ -119,9 +124,16 @@ def against_probe(frame: Frame) -> Finding:
     uncovered = gather(probe["grad_uncovered_sq"], rows)
     bad = (np.abs(expected - table["e_sq"]) > slack) | (np.abs(uncovered - table["U_sq"]) > slack)
     return law(
-        "terms_probe", title, bad, place_of(frame, "terms"), applies=~np.isnan(expected) & ~np.isnan(table["e_sq"]),
-        lhs=table["e_sq"], rhs=expected, detail="||e||^2 against the probe", reason="no probe of the same window",
-    )  # fmt: skip
+        "terms_probe",
+        title,
+        bad,
+        place_of(frame, "terms"),
+        applies=~np.isnan(expected) & ~np.isnan(table["e_sq"]),
+        lhs=table["e_sq"],
+        rhs=expected,
+        detail="||e||^2 against the probe",
+        reason="no probe of the same window",
+    )
 
 
 def against_window(frame: Frame) -> Finding:
@@ -149,7 +161,7 @@ def against_arrivals(frame: Frame) -> Finding:
     pibar = gather(arrival["pibar"], rows)
     bad |= np.abs(table["pibar"] - pibar) > 1e-6 * pibar
     terms = frame.log["terms"]
-    counted = np.bincount(rows_of(terms["window"], table["window"]), minlength=len(terms)) if len(table) else 0
+    counted = np.bincount(rows_of(terms["window"], table["window"]), minlength=len(terms)) * 1.0
     short = counted != gather(frame.log["window"]["arrivals"], window_of(frame))
     if not bad.any() and np.any(short & (window_of(frame) >= 0)):
         return law("terms_arrivals", title, short, place_of(frame, "terms"), detail="number of arrivals")

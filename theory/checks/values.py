@@ -1,6 +1,6 @@
 """Is the log consistent with itself? Values: supports, norms, coverage, weights, probes.
 
-As in `theory.consistency`, these are laws of the schema and of the merge rule; real numbers are
+As in `theory.checks.structure`, these are laws of the schema and of the merge rule; real numbers are
 compared through the tolerance model of `theory.precision`.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from theory.consistency import place_of
+from theory.checks.structure import place_of
 from theory.frame import Bools, Floats, Frame, gather, rows_of
 from theory.intervals import Interval, total
 from theory.judge import law
@@ -54,7 +54,9 @@ def support(frame: Frame) -> Finding:
     if frame.log.config("score") not in UNSTRUCTURED or size is None or prunable is None:
         return undetermined("support", "log", title, "score or layout is not logged")
     others = float(size) - float(prunable)
-    low = frame.kept + (0.0 if frame.log.config("prune_biases") is not False else _unbuffered(frame) - prunable)
+    low = frame.kept + (
+        0.0 if frame.log.config("prune_biases") is not False else _unbuffered(frame) - prunable
+    )
     bad = (table["support"] < low) | (table["support"] > frame.kept + others)
     return law(
         "support", title, bad, place_of(frame, "dispatch"), applies=~np.isnan(table["support"]),
@@ -66,7 +68,9 @@ def nested_support(frame: Frame) -> Finding:
     """Within one ranking, a larger density has the larger support, an equal one an equal support."""
     title, table = "masks of one ranking are nested (supports)", frame.log["dispatch"]
     code, known = table.codes["ranking"], ~np.isnan(table["support"]) & (table.codes["ranking"] >= 0)
-    bad, other = _unordered(known, (code.astype(np.float64),), table["density"], table["support"], rising=True)
+    bad, other = _unordered(
+        known, (code.astype(np.float64),), table["density"], table["support"], rising=True
+    )
     return law(
         "nested_support", title, bad, place_of(frame, "dispatch"), applies=known, lhs=table["support"],
         rhs=gather(table["support"], other), detail="against the next density of the same ranking",
@@ -121,7 +125,12 @@ def norms(frame: Frame) -> Finding:
     part = frame.precision.reduction
     keys = ("norm_sq", "masked_norm_sq", "full_norm_sq", "full_masked_norm_sq")
     norm, masked, full, full_masked = (part(table[key]) for key in keys)
-    bad = (masked.lo > norm.hi) | (full_masked.lo > full.hi) | (masked.lo > full_masked.hi) | (norm.lo > full.hi)
+    bad = (
+        (masked.lo > norm.hi)
+        | (full_masked.lo > full.hi)
+        | (masked.lo > full_masked.hi)
+        | (norm.lo > full.hi)
+    )
     bad |= ((full_masked - masked).lo > (full - norm).hi) | (norm.lo < 0)
     bad |= (table["density"] == 1) & ((masked.lo > 0) | (full_masked.lo > 0))
     first = rows_of(table["version"], table["version"])
@@ -147,10 +156,15 @@ def norm_path(frame: Frame) -> Finding:
     place = place_of(frame, "dispatch")
     rows = type(place)(place.line[first], version, np.zeros(0), table["dispatch"][first])
     return law(
-        "norm_path", title, bad[: len(first)], rows, applies=known[: len(first)],
-        lhs=np.concatenate([[np.nan], far])[: len(first)], rhs=np.concatenate([[np.nan], limit])[: len(first)],
+        "norm_path",
+        title,
+        bad[: len(first)],
+        rows,
+        applies=known[: len(first)],
+        lhs=np.concatenate([[np.nan], far])[: len(first)],
+        rhs=np.concatenate([[np.nan], limit])[: len(first)],
         reason="step_sq and full_norm_sq are not logged",
-    )  # fmt: skip
+    )
 
 
 def learning_rate(frame: Frame) -> Finding:
@@ -189,7 +203,9 @@ def weights(frame: Frame) -> Finding:
             factor = np.ones(len(tau))
         elif kind == "polynomial" and isinstance(config("staleness_exponent"), (int, float)):
             factor = (1.0 + tau) ** -float(config("staleness_exponent"))
-        elif kind == "hinge" and all(isinstance(config(k), (int, float)) for k in ("hinge_slope", "hinge_delay")):
+        elif kind == "hinge" and all(
+            isinstance(config(k), (int, float)) for k in ("hinge_slope", "hinge_delay")
+        ):
             slope, delay = float(config("hinge_slope")), float(config("hinge_delay"))
             factor = np.where(tau <= delay, 1.0, 1.0 / (slope * (tau - delay) + 1.0))
         else:
@@ -227,9 +243,15 @@ def nested_shares(frame: Frame) -> Finding:
     known = nested & ~np.isnan(expected) & ~np.isnan(table["pibar"])
     bad = np.abs(table["pibar"] - expected) > 1e-6 * expected
     return law(
-        "nested_shares", title, bad, place_of(frame, "arrival"), applies=known, lhs=table["pibar"], rhs=expected,
+        "nested_shares",
+        title,
+        bad,
+        place_of(frame, "arrival"),
+        applies=known,
+        lhs=table["pibar"],
+        rhs=expected,
         reason="no window whose arrivals share one ranking has weight and pibar",
-    )  # fmt: skip
+    )
 
 
 def fewest_holders(frame: Frame) -> Finding:
@@ -296,9 +318,15 @@ def probe_step(frame: Frame) -> Finding:
     step = gather(frame.log["window"]["step_sq"], frame.probe_window)
     bad = differ(reduction(table["step_sq"]), reduction(step)) | (frame.probe_window < 0)
     return law(
-        "probe_step", title, bad, place_of(frame, "probe"), lhs=table["step_sq"], rhs=step, reason="no probes",
+        "probe_step",
+        title,
+        bad,
+        place_of(frame, "probe"),
+        lhs=table["step_sq"],
+        rhs=step,
+        reason="no probes",
         applies=(~np.isnan(step) & ~np.isnan(table["step_sq"])) | (frame.probe_window < 0),
-    )  # fmt: skip
+    )
 
 
 def probe_cauchy(frame: Frame) -> Finding:
@@ -311,7 +339,9 @@ def probe_cauchy(frame: Frame) -> Finding:
     near = np.abs(np.sqrt(grad) - np.sqrt(following)) ** 2
     far = (np.sqrt(grad) + np.sqrt(following)) ** 2
     change = p.gradient(table["grad_change_sq"], np.maximum(grad, following))
-    bad |= (change.hi < p.gradient(near, np.maximum(grad, following)).lo) | (change.lo > p.gradient(far, far).hi)
+    bad |= (change.hi < p.gradient(near, np.maximum(grad, following)).lo) | (
+        change.lo > p.gradient(far, far).hi
+    )
     bad |= p.gradient(table["grad_uncovered_sq"], grad).lo > p.gradient(grad, grad).hi
     full = gather(frame.log["window"]["uncovered"], frame.probe_window) == 0
     bad |= full & (table["grad_uncovered_sq"] > 0)
@@ -347,9 +377,15 @@ def probe_clients(frame: Frame) -> Finding:
     right = total(p.gradient(table["client_gap_sq"], scale)) * (1 / n)
     wide = table["client_grad_sq"].shape[1] != frame.log.clients
     return law(
-        "probe_clients", title, differ(left, right) | wide, place_of(frame, "probe"), lhs=left.mid, rhs=right.mid,
-        applies=~np.isnan(left.lo) & ~np.isnan(right.lo), reason="client gradients are not logged",
-    )  # fmt: skip
+        "probe_clients",
+        title,
+        differ(left, right) | wide,
+        place_of(frame, "probe"),
+        lhs=left.mid,
+        rhs=right.mid,
+        applies=~np.isnan(left.lo) & ~np.isnan(right.lo),
+        reason="client gradients are not logged",
+    )
 
 
 def _unbuffered(frame: Frame) -> float:

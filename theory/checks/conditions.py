@@ -33,11 +33,22 @@ class Condition(NamedTuple):
     checks: int = 1
 
     @property
+    def complaint(self) -> str:
+        """Why a bound that needs the condition is not checked; '' where it is met."""
+        if self.met:
+            return ""
+        return (
+            f"condition {self.name} {'cannot be told' if self.met is None else 'is not met'}: {self.reason}"
+        )
+
+    @property
     def finding(self) -> Finding:
         """The condition as a row of the report."""
         title = HYPOTHESES[self.name].statement
         if self.met:
-            return Finding(self.name, "condition", title, Verdict.HOLDS, checks=self.checks, reason=self.reason)
+            return Finding(
+                self.name, "condition", title, Verdict.HOLDS, checks=self.checks, reason=self.reason
+            )
         prefix = "cannot be told: " if self.met is None else "not met: "
         return undetermined(self.name, "condition", title, prefix + self.reason, checks=self.checks)
 
@@ -67,7 +78,9 @@ def algorithm(frame: Frame) -> Condition:
     if not isinstance(config, dict):
         return Condition("ALG", None, rows, "the header has no config")
     host = fedml if isinstance(fedml, dict) else {}
-    departures = [f"{key}={config[key]!r}" for key, ok in ANALYSED.items() if key in config and config[key] not in ok]
+    departures = [
+        f"{key}={config[key]!r}" for key, ok in ANALYSED.items() if key in config and config[key] not in ok
+    ]
     if host.get("weight_decay") not in (None, 0):
         departures.append(f"weight_decay={host['weight_decay']!r}")
     if isinstance(host.get("client_optimizer"), str) and host["client_optimizer"].lower() != "sgd":
@@ -79,7 +92,11 @@ def algorithm(frame: Frame) -> Condition:
         return Condition("ALG", None, rows, f"config does not say {', '.join(missing)}")
     if not rows.all():
         steps = log["arrival"].logged("steps")
-        why = "arrivals made different numbers of local steps" if steps else "eta or the local steps are not logged"
+        why = (
+            "arrivals made different numbers of local steps"
+            if steps
+            else "eta or the local steps are not logged"
+        )
         return Condition("ALG", False if steps else None, rows, f"{why} in {int((~rows).sum())} windows")
     return Condition("ALG", True, rows, "as the header says", int(busy.sum()))
 
@@ -106,8 +123,47 @@ def top_k(frame: Frame) -> Condition:
     if np.isnan(frame.ranking_version[~dense]).any():
         return Condition("TOPK", None, rows, "the age of the rankings is not known")
     count = int((~rows).sum())
-    reason = f"{count} of {int((~dense).sum())} sub-models were cut from an older ranking" if count else "fresh rankings"
+    reason = (
+        f"{count} of {int((~dense).sum())} sub-models were cut from an older ranking"
+        if count
+        else "fresh rankings"
+    )
     return Condition("TOPK", count == 0, rows, reason, len(rows))
+
+
+def contraction(frame: Frame) -> Floats:
+    """A factor f with ``||w_s - m w_s||^2 <= f ||w_s||^2`` that follows from how the mask was cut, ``[S]``.
+
+    1 - k/D_p for top-k masks (equation 12), the floored factor under a layer floor (equation 13); nan
+    where neither hypothesis applies (another score, or an older ranking).
+    """
+    table = frame.log["dispatch"]
+    rows = top_k(frame).rows
+    factor = np.where(False if rows is None else rows, frame.pruned_share, np.nan)
+    bounds = floor_bounds(frame)
+    if bounds is None:
+        return factor
+    least, most, prunable = bounds
+    fits = (table["version"] == frame.ranking_version) & (frame.kept >= most)
+    floored = (1 - least) * (prunable - frame.kept) / (prunable - most)
+    return np.where(fits & (table["density"] < 1), floored, factor)
+
+
+def floor_bounds(frame: Frame) -> tuple[float, float, float] | None:
+    """(least kept share of a layer, most coordinates kept by the floor, D_p), however shares are rounded.
+
+    None unless the ranking is by magnitude under a layer floor and the layers are logged.
+    """
+    floor, layers = frame.log.config("layer_floor"), frame.log.layout("layers")
+    if not isinstance(floor, (int, float)) or floor <= 0 or frame.log.config("score") != "magnitude":
+        return None
+    if not isinstance(layers, list):
+        return None
+    sizes = np.array([x["size"] for x in layers if x.get("kind") == "prunable"], dtype=np.float64)
+    if not len(sizes):
+        return None
+    most = float(np.ceil(floor * sizes).clip(1).sum())
+    return float((np.floor(floor * sizes) / sizes).min()), most, float(sizes.sum())
 
 
 def nested(frame: Frame) -> Condition:
@@ -118,7 +174,11 @@ def nested(frame: Frame) -> Condition:
     if (frame.log["dispatch"].codes["ranking"] < 0).all():
         return Condition("NEST", None, frame.nested, "rankings are not logged")
     count = int((several & ~frame.nested).sum())
-    reason = f"{count} of {int(several.sum())} windows merge masks of different rankings" if count else "one ranking each"
+    reason = (
+        f"{count} of {int(several.sum())} windows merge masks of different rankings"
+        if count
+        else "one ranking each"
+    )
     return Condition("NEST", count == 0, frame.nested, reason, int(several.sum()))
 
 
@@ -129,7 +189,11 @@ def uniform(frame: Frame) -> Condition:
     kappa = weight_ratio(frame)
     rows = ~(kappa > 1)
     count = int((~rows).sum())
-    reason = f"{count} windows have unequal weights (largest ratio {np.nanmax(kappa):.3g})" if count else "one weight"
+    reason = (
+        f"{count} windows have unequal weights (largest ratio {np.nanmax(kappa):.3g})"
+        if count
+        else "one weight"
+    )
     return Condition("UNIF", count == 0, rows, reason, len(rows))
 
 

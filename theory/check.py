@@ -1,0 +1,141 @@
+"""Checks recorded runs against the theory: consistency, assumptions, inequalities, expectations.
+
+>>> from theory import check_runs
+>>> report = check_runs(["fedgmr_runs/demo"])
+>>> report.status()
+0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from theory.checks.coverage import coverage_bounds
+from theory.checks.decomposition import term_bounds
+from theory.checks.descent import descents
+from theory.checks.expectation import expectations
+from theory.checks.identity import term_laws
+from theory.checks.masks import mask_bounds
+from theory.checks.run import Run
+from theory.checks.structure import structure
+from theory.checks.values import values
+from theory.estimators import Estimate
+from theory.frame import Frame
+from theory.log import RunLog, read_log
+from theory.precision import SLACK
+from theory.verdict import Finding, Verdict
+
+#: Order of the groups in a report.
+GROUPS = ("log", "assumption", "condition", "inequality", "expectation")
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What was found on one run."""
+
+    path: str
+    name: str
+    findings: tuple[Finding, ...]
+    constants: Mapping[str, Estimate]
+
+    def __getitem__(self, name: str) -> Finding:
+        for finding in self.findings:
+            if finding.name == name:
+                return finding
+        raise KeyError(name)
+
+    def violated(self) -> tuple[Finding, ...]:
+        """The findings that are VIOLATED."""
+        return tuple(f for f in self.findings if f.verdict is Verdict.VIOLATED)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One report for each run; `expectations` are judged over all of them together."""
+
+    runs: tuple[RunReport, ...]
+    expectations: tuple[Finding, ...]
+
+    def __getitem__(self, name: str) -> Finding:
+        for finding in self.expectations:
+            if finding.name == name:
+                return finding
+        return self.runs[0][name]
+
+    def violated(self) -> tuple[Finding, ...]:
+        """Everything that is VIOLATED, over all runs."""
+        bad = [finding for run in self.runs for finding in run.violated()]
+        return (*bad, *(f for f in self.expectations if f.verdict is Verdict.VIOLATED))
+
+    def status(self, accept: Sequence[str] = ()) -> int:
+        """Exit status: 1 if something is VIOLATED whose name is not in `accept`, else 0."""
+        return int(any(finding.name not in accept for finding in self.violated()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "schema": "1.0",
+            "runs": [
+                {
+                    "path": run.path,
+                    "name": run.name,
+                    "constants": {key: _constant(estimate) for key, estimate in run.constants.items()},
+                    "findings": [finding.as_dict() for finding in run.findings],
+                }
+                for run in self.runs
+            ],
+            "expectations": [finding.as_dict() for finding in self.expectations],
+        }
+
+
+def check_runs(
+    paths: Sequence[str | Path], *, given: Mapping[str, float] | None = None, slack: float = SLACK
+) -> Report:
+    """Reads and checks runs; several are taken as seeds of one configuration.
+
+    Args:
+        paths: log files or run directories.
+        given: known constants (``L``, ``sigma_sq``, ``sigma_g_sq``, ``F_inf``, ``G_sq``, ``W_sq``), which
+            win over the log's own ``constants`` record.
+        slack: see `theory.precision.SLACK`.
+
+    Raises:
+        LogError: a log cannot be read.
+    """
+    return check_logs([read_log(path) for path in paths], given=given, slack=slack)
+
+
+def check_logs(
+    logs: Sequence[RunLog], *, given: Mapping[str, float] | None = None, slack: float = SLACK
+) -> Report:
+    """`check_runs` for logs that were read already."""
+    runs = [Run.of(Frame.of(log, dict(given or {}), slack)) for log in logs]
+    reports = tuple(_report(run) for run in runs)
+    return Report(reports, tuple(expectations(runs)) if runs else ())
+
+
+def _report(run: Run) -> RunReport:
+    frame = run.frame
+    findings = (
+        *structure(frame), *values(frame), *term_laws(frame), *run.assumed.values(),
+        *(condition.finding for condition in run.conditions.values()),
+        *descents(run), *term_bounds(run), *mask_bounds(run), *coverage_bounds(run),
+    )  # fmt: skip
+    ordered = sorted(findings, key=lambda f: (GROUPS.index(f.group), _number(f.equation)))
+    return RunReport(
+        frame.log.path, str(frame.log.header.get("run_name") or ""), tuple(ordered), run.constants
+    )
+
+
+def _number(equation: str) -> int:
+    return int(equation) if equation else 0
+
+
+def _constant(estimate: Estimate) -> dict[str, Any]:
+    data = estimate._asdict()
+    return {
+        key: None if isinstance(value, float) and value != value else value for key, value in data.items()
+    }

@@ -1,0 +1,1 @@
+"""The checks of a run, by kind; `theory.check` puts them together."""
