@@ -25,8 +25,8 @@ extensions = [
     "plain_docstrings",
 ]
 exclude_patterns = ["_build", "_ext"]
-root_doc = "index"
 language = "en"
+smartquotes = False  # `--option` stays as it is
 
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 4

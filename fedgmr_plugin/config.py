@@ -171,6 +171,13 @@ class FedGMRConfig(BaseModel):
         True, description="Draw batches from seeded permutations; false keeps the data's order."
     )
 
+    cpu_threads: int = Field(
+        1,
+        ge=0,
+        description="CPU threads of torch during the run; 0 leaves torch's setting. Results depend on the "
+        "number, so it belongs to the run and not to the machine.",
+    )
+
     # -- simulated network and clock ---------------------------------------------------------------
     model_megabytes: Positive | None = Field(
         None, description="Size of the dense model, S, in MB (10^6 bytes); measured when absent."

@@ -448,15 +448,6 @@ def test_hooks_in_order_and_arguments_restored() -> None:
     assert vars(args) == vars(arguments()) and vars(own) == vars(arguments(epochs=9))
 
 
-def test_epochs_are_kept_on_request() -> None:
-    trainer = Recording(network(), arguments(), OPTIMIZERS["sgd"])
-    stats = FedMLTrainer(trainer, trainer.args, keep_epochs=True).train(
-        trainer.model, some_batches(2), None, learning_rate=RATE, client=4
-    )
-    assert trainer.calls[0] == ("set_id", 4) and trainer.calls[1] == ("update_dataset", 2, None, 8)
-    assert stats.steps == 6 and stats.samples == 24
-
-
 def test_samples_are_those_that_the_trainer_read() -> None:
     class Hasty(UserTrainer):
         def train(self, train_data: Any, device: Any, args: Any) -> None:

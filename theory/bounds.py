@@ -128,12 +128,12 @@ _ALL: tuple[Bound, ...] = (
     ),
     Bound(
         "aged_topk", "14", "top-k contraction under an aged ranking",
-        s.masked_sq, 2 * s.q * s.ranked_sq + 2 * s.age * s.aged_path_sq,
+        s.masked_sq, 2 * s.theta * s.ranked_sq + 2 * s.age * s.aged_path_sq,
         ("TOPK",),
     ),
     Bound(
         "density_gap", "15", "mask error from the average density gap",
-        s.M_sq, s.L**2 * ArrivalSum(s.pibar * (s.q * s.prunable_sq + s.bias_sq)),
+        s.M_sq, s.L**2 * ArrivalSum(s.pibar * (s.theta * s.prunable_sq + s.bias_sq)),
         ("ALG", "A1", "TOPK"), ("ours", "stich2018"),
     ),
     Bound(
@@ -216,7 +216,7 @@ _ALL: tuple[Bound, ...] = (
         WindowMean(s.grad_sq),
         _START
         + 2 * s.L * s.gamma * s.sigma_sq / s.K * WindowMean(s.A / s.Gamma**2)
-        + 4 * s.L**2 * WindowMean(ArrivalSum(s.q * s.W_sq + s.bias_sq) / s.Gamma)
+        + 4 * s.L**2 * WindowMean(ArrivalSum(s.theta * s.W_sq + s.bias_sq) / s.Gamma)
         + 4 * s.Phi * s.sigma_g_sq
         + Rational(4, 3) * s.L**2 * s.gamma**2 * s.G_sq * s.Phi
         + 4 * s.L**2 * s.gamma**2 * s.G_sq * s.Phi**2 * s.tau_max**2
@@ -229,7 +229,7 @@ _ALL: tuple[Bound, ...] = (
         WindowMean(s.grad_sq),
         _START
         + 2 * s.L * s.gamma * s.sigma_sq / s.K * WindowMean(ArrivalSum(s.pibar**2))
-        + 4 * s.L**2 * WindowMean(ArrivalSum(s.pibar * (s.q * s.W_sq + s.bias_sq)))
+        + 4 * s.L**2 * WindowMean(ArrivalSum(s.pibar * (s.theta * s.W_sq + s.bias_sq)))
         + 4 * s.P_max * s.sigma_g_sq
         + Rational(4, 3) * s.L**2 * s.gamma**2 * s.G_sq * s.P_max
         + 4 * s.L**2 * s.gamma**2 * s.G_sq * s.P_max**2 * s.tau_max**2
@@ -242,7 +242,7 @@ _ALL: tuple[Bound, ...] = (
         WindowMean(s.grad_sq),
         _START
         + 2 * s.L * s.gamma * s.sigma_sq / s.K * pi**2 / 6
-        + 4 * s.L**2 * WindowMean(ArrivalSum((s.q * s.W_sq + s.bias_sq) / s.rank))
+        + 4 * s.L**2 * WindowMean(ArrivalSum((s.theta * s.W_sq + s.bias_sq) / s.rank))
         + 4 * s.H_max * s.sigma_g_sq
         + Rational(4, 3) * s.L**2 * s.gamma**2 * s.G_sq * s.H_max
         + 4 * s.L**2 * s.gamma**2 * s.G_sq * s.H_max**2 * s.tau_max**2

@@ -122,26 +122,40 @@ class Frame:
 
     @cached_property
     def eta(self) -> Floats:
-        """Learning rate of each window, ``[W]``; nan where unknown."""
-        eta = self.log["window"]["learning_rate"]
-        fallback = self.log.number("eta")
-        return np.where(np.isnan(eta), np.nan if fallback is None else fallback, eta)
+        """The one learning rate of each window's uploads, ``[W]``; nan where unknown or not one.
+
+        An upload was trained at the rate of the window in which it was dispatched, which differs from the
+        window's own during warm-up. A window without arrivals has its own.
+        """
+        logged, fallback = self.log["window"]["learning_rate"], self.log.number("eta")
+        own = np.where(np.isnan(logged), np.nan if fallback is None else fallback, logged)
+        used = gather(own, rows_of(self.window_number, self.log["arrival"]["version"]))
+        return np.where(self.log["window"]["arrivals"] > 0, self._common(used), own)
 
     @cached_property
     def steps(self) -> Floats:
         """K of each window: the one number of local steps of its arrivals, else the header's, ``[W]``."""
         fallback = self.log.number("local_steps")
         result = np.full(self.windows, np.nan if fallback is None else fallback)
-        inside = self.arrival_window >= 0
-        rows, steps = self.arrival_window[inside], self.log["arrival"]["steps"][inside]
-        if not len(rows) or np.isnan(steps).any():
+        if not self.log["arrival"].logged("steps"):
             return result
+        return np.where(
+            self.log["window"]["arrivals"] > 0, self._common(self.log["arrival"]["steps"]), result
+        )
+
+    def _common(self, values: Floats) -> Floats:
+        """The one value that a window's arrivals share, ``[W]``; nan where there are several or none."""
+        inside = self.arrival_window >= 0
+        rows, values = self.arrival_window[inside], values[inside]
         low, high = np.full(self.windows, np.inf), np.full(self.windows, -np.inf)
-        np.minimum.at(low, rows, steps)
-        np.maximum.at(high, rows, steps)
-        seen = high >= 0
-        result[seen] = np.where(low[seen] == high[seen], low[seen], np.nan)
-        return result
+        np.minimum.at(low, rows, values)
+        np.maximum.at(high, rows, values)
+        return np.where(low == high, low, np.nan)
+
+    @property
+    def arrivals_only(self) -> bool:
+        """Whether a window merges its own arrivals and nothing else (update scope ``arrivals``)."""
+        return bool(self.log.config("update_scope") != "buffer")
 
     @cached_property
     def server_step(self) -> float:

@@ -12,6 +12,7 @@ stored step     a step against the merge rule                4 u ||w|| in norm: 
 loss            F(w_t), F(w_{t+1})                           SLACK u |F|
 gradient        ||grad F||^2 and differences of gradients    SLACK u * (largest gradient norm) in norm
 slope           <grad F, Delta>                              SLACK u ||grad F|| ||Delta||
+share           pibar, a quotient of summed weights          8 u, relative
 clock, bytes    seconds and bytes                            1e-9, relative
 =============== =========================================== =========================================
 
@@ -65,6 +66,11 @@ class Precision:
         """A squared norm of a stored vector."""
         x = np.asarray(value, dtype=np.float64)
         return Interval.around(x, np.abs(x) * (2.0 * self.size * 2.0**-53))
+
+    def share(self, value: ArrayLike) -> Interval:
+        """A share pibar_n."""
+        x = np.asarray(value, dtype=np.float64)
+        return Interval.around(x, np.abs(x) * (8 * self.roundoff))
 
     def stored(self, value: ArrayLike, model_sq: ArrayLike) -> Interval:
         """A squared step that was computed as ``sum pi * change`` and then stored with the model."""

@@ -247,6 +247,10 @@ bias_sq = _define(
 # -- dispatch (also gathered to the arrival that answers it) ----------------------------------------
 q = _define("q", "q_n", "pruned share 1 - k_n/D_p, k_n = floor(d_n D_p)", "1", "dispatch", "dispatch.density")
 q_0 = _define("q_0", "q_n^0", "pruned share at the initial density", "1", "dispatch", "header.densities")
+theta = _define(
+    "theta", r"\theta_n", "share of ||w||^2 that the mask may leave out: q_n, or equation 13's",
+    "1", "dispatch", "dispatch.density",
+)  # fmt: skip
 k = _define("k", "k_n", "kept prunable coordinates", "1", "dispatch", "dispatch.density")
 d = _define("d", "d_n", "density", "1", "dispatch", "dispatch.density", sign="positive")
 prunable_sq = _define(

@@ -5,7 +5,7 @@
     {command} plan              usage, text and options of `fedgmr plan`
     {optional-toctree}          a toctree of glob patterns, some of which may match nothing
 
-The roles {key}`score` and {error}`GMR-104` link to them. A key or a code that no page describes is a warning.
+The roles {key}`score`, {error}`GMR-104` and {cmd}`plan` link to them. What no page describes is a warning.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.directives.other import TocTree
+from sphinx.domains.std import StandardDomain
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.matching import patfilter
@@ -48,6 +49,12 @@ def inline(text: str) -> list[nodes.Node]:
 def paragraph(text: str, *classes: str) -> nodes.paragraph:
     """One paragraph of such text."""
     return nodes.paragraph("", "", *inline(" ".join(text.split())), classes=list(classes))
+
+
+def note(directive: SphinxDirective, kind: str, name: str, anchor: str) -> None:
+    """Make an anchor of this page the target of the roles for `kind`."""
+    standard = cast(StandardDomain, directive.env.get_domain("std"))
+    standard.note_object(kind, name, anchor, location=directive.get_source_info())
 
 
 # -- configuration keys ----------------------------------------------------------------------------------
@@ -109,8 +116,7 @@ class ConfigKeys(SphinxDirective):
     def _item(self, name: str) -> nodes.Node:
         schema = keys()[name]
         anchor = f"key-{name}"
-        standard = self.env.get_domain("std")
-        standard.note_object("config-key", name, anchor, location=self.get_location())  # type: ignore[attr-defined]
+        note(self, "config-key", name, anchor)
         term = nodes.term("", "", nodes.literal("", name), ids=[anchor])
         term += nodes.reference("", "¶", refid=anchor, classes=["headerlink"])
         default = schema["default"]
@@ -140,8 +146,7 @@ class ErrorCodes(SphinxDirective):
             section = nodes.section("", title, ids=[anchor], names=[anchor])
             section += paragraph(entry.meaning)
             section += paragraph(entry.remedy, "remedy")
-            standard = self.env.get_domain("std")
-            standard.note_object("error-code", code, anchor, location=self.get_location())  # type: ignore[attr-defined]
+            note(self, "error-code", code, anchor)
             result.append(section)
         return result
 
@@ -165,7 +170,7 @@ def _options(context: click.Context) -> Iterator[tuple[str, str]]:
     for parameter in context.command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None and "--help" not in record[0]:
-            yield record
+            yield record[0], re.sub(r"\s*\[[^\[\]]*<[^\[\]]*\]$", "", record[1])  # without click's own range
 
 
 class Command(SphinxDirective):
@@ -178,8 +183,11 @@ class Command(SphinxDirective):
             context = _context(self.arguments[0])
         except ValueError as error:
             raise self.error(str(error)) from error
+        note(self, "fedgmr-command", self.arguments[0], f"command-{self.arguments[0]}")
         usage = context.get_usage().removeprefix("Usage: ")
-        result: list[nodes.Node] = [nodes.literal_block(usage, usage, language="console")]
+        result: list[nodes.Node] = [
+            nodes.literal_block(usage, usage, language="text", ids=[f"command-{self.arguments[0]}"])
+        ]
         text = (context.command.help or "").replace("\b\n", "")
         result += [paragraph(part) for part in re.split(r"\n\s*\n", text.strip())]
         items = [
@@ -210,19 +218,23 @@ class OptionalTocTree(TocTree):
 
 
 def _check(app: Sphinx, env: BuildEnvironment) -> None:
-    described = {(kind, name) for kind, name in env.get_domain("std").objects}  # type: ignore[attr-defined]
-    for name in keys():
-        if ("config-key", name) not in described:
-            _log.warning("configuration key %s is described on no page", name)
-    for code in CATALOGUE:
-        if ("error-code", code) not in described:
-            _log.warning("error code %s is described on no page", code)
+    described = cast(StandardDomain, env.get_domain("std")).objects
+    expected = {
+        "config-key": keys(),
+        "error-code": CATALOGUE,
+        "fedgmr-command": commands(),
+    }
+    for kind, names in expected.items():
+        for name in names:
+            if (kind, name) not in described:
+                _log.warning("%s %s is described on no page", kind, name)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the directives and the roles ``key`` and ``error``."""
+    """Register the directives and the roles ``key``, ``error`` and ``cmd``."""
     app.add_object_type("config-key", "key", objname="configuration key")
     app.add_object_type("error-code", "error", objname="error code")
+    app.add_object_type("fedgmr-command", "cmd", objname="command")
     app.add_directive("config-keys", ConfigKeys)
     app.add_directive("error-codes", ErrorCodes)
     app.add_directive("command", Command)

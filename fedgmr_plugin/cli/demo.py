@@ -12,7 +12,9 @@ from fedgmr_plugin.report import render, summarise_all
 
 
 @click.command()
-@click.option("--output", default="demo_runs", show_default=True, help="Directory for the runs and the report.")
+@click.option(
+    "--output", default="demo_runs", show_default=True, help="Directory for the runs and the report."
+)
 @click.option("--seed", default=0, show_default=True, help="Root of the seed tree.")
 def demo(output: str, seed: int) -> None:
     """Train FedGMR on handwritten digits beside two baselines; write a report."""

@@ -57,14 +57,17 @@ def _plan(script: str | None, path: str) -> Any:
 
 def _table(plan: Any) -> str:
     lines = [
-        f"model      {plan.coordinates:,} coordinates, {plan.prunable:,} prunable, {plan.model_megabytes:.2f} MB",
-        f"window     {plan.window_seconds:.2f} s        mean density at the start {plan.mean_density:.3f}",
+        f"model  {plan.coordinates:,} coordinates, {plan.prunable:,} prunable, {plan.model_megabytes:.2f} MB",
+        f"window {plan.window_seconds:.2f} s, mean density at the start {plan.mean_density:.3f}",
         "",
         f"{'layer':<40} {'kind':<9} {'size':>12}",
         *(f"{layer['name']:<40} {layer['kind']:<9} {layer['size']:>12,}" for layer in plan.layers),
         "",
         f"{'density':>8} {'coordinates':>12} {'share':>8} {'MB':>9}",
-        *(f"{s.density:>8g} {s.coordinates:>12,} {s.share:>8.3f} {s.megabytes:>9.3f}" for s in plan.sub_models),
+        *(
+            f"{s.density:>8g} {s.coordinates:>12,} {s.share:>8.3f} {s.megabytes:>9.3f}"
+            for s in plan.sub_models
+        ),
         "",
         "one flight (download, training, upload): seconds, and windows in brackets",
     ]
@@ -73,7 +76,8 @@ def _table(plan: Any) -> str:
     for group in plan.classes:
         name = f"{len(group.clients)} of class {group.initial_density:g}"
         cells = [
-            f"{group.seconds[d]:.2f} ({group.windows[d]:.2f})" if d in group.seconds else "" for d in densities
+            f"{group.seconds[d]:.2f} ({group.windows[d]:.2f})" if d in group.seconds else ""
+            for d in densities
         ]
         lines.append(f"{name:<22}" + "".join(f"{cell:>18}" for cell in cells))
     for finding in plan.findings:

@@ -9,12 +9,14 @@ moves them. See the method page, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +25,7 @@ from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
 from fedgmr_plugin.kernels.layout import ModelLayout
 
 Batch = tuple[Any, Any]
+Index = NDArray[np.int64]
 
 
 class Samples(Protocol):
@@ -30,7 +33,7 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, index: np.ndarray) -> Batch:
+    def take(self, index: Index) -> Batch:
         """The samples at `index` (int64 [b]): x [b, ...], y [b, ...]."""
         ...
 
@@ -40,12 +43,12 @@ class Subset:
     """The samples of `parent` at `index` (int64 [n])."""
 
     parent: Samples
-    index: np.ndarray
+    index: Index
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def take(self, index: np.ndarray) -> Batch:
+    def take(self, index: Index) -> Batch:
         return self.parent.take(self.index[index])
 
 
@@ -59,7 +62,7 @@ class TensorSamples:
     def __len__(self) -> int:
         return len(self.x)
 
-    def take(self, index: np.ndarray) -> Batch:
+    def take(self, index: Index) -> Batch:
         position = torch.from_numpy(np.ascontiguousarray(index))
         return self.x[position], self.y[position]
 
@@ -97,7 +100,7 @@ class BatchPlan:
     shuffle: bool
     seed: int
 
-    def batches(self, client: int, size: int, count: int) -> Iterator[np.ndarray]:
+    def batches(self, client: int, size: int, count: int) -> Iterator[Index]:
         """Sample indices (int64 [b]) of each batch of the client's dispatch number `count`.
 
         With steps, every batch is full unless the client has fewer samples than `batch_size`.
@@ -110,7 +113,7 @@ class BatchPlan:
             return
         width = min(self.batch_size, size)
         position = count * self.steps * width
-        orders: dict[int, np.ndarray] = {}
+        orders: dict[int, Index] = {}
         for _ in range(self.steps):
             epochs = range(position // size, (position + width - 1) // size + 1)
             orders = {e: orders[e] if e in orders else self._order(client, size, e) for e in epochs}
@@ -119,7 +122,7 @@ class BatchPlan:
             yield joined[offset : offset + width]
             position += width
 
-    def _order(self, client: int, size: int, epoch: int) -> np.ndarray:
+    def _order(self, client: int, size: int, epoch: int) -> Index:
         if not self.shuffle:
             return np.arange(size)
         return numpy_generator(self.seed, "batches", client, epoch).permutation(size)
@@ -147,7 +150,7 @@ class Metrics(NamedTuple):
     accuracy: float | None
     loss: float | None
     samples: int
-    extra: dict[str, float] = {}
+    extra: Mapping[str, float] = MappingProxyType({})
 
 
 class LocalTrainer(Protocol):
@@ -166,7 +169,8 @@ class LocalTrainer(Protocol):
 
         Args:
             model: holds x_0.
-            masks: parameter name to bool mask of its shape, for parameters with a masked coordinate; None at density 1.
+            masks: parameter name to bool mask of its shape, for parameters with a masked coordinate; None at
+                density 1.
         """
         ...
 
@@ -203,7 +207,9 @@ class BuiltinTrainer:
     ) -> LocalStats:
         model.train()
         parameters = [p for p in model.parameters() if p.requires_grad]
-        masked = [(p, masks[n]) for n, p in model.named_parameters() if masks and n in masks and p.requires_grad]
+        masked = [
+            (p, masks[n]) for n, p in model.named_parameters() if masks and n in masks and p.requires_grad
+        ]
         start = [p.detach().clone() for p in parameters]
         optimizer = self._optimizer(parameters, learning_rate)
         loss_sum = torch.zeros((), device=self.device)
@@ -314,7 +320,7 @@ def train_dispatch(
 class BatchList(Sequence[Batch]):
     """Batches that are read when asked for, in order or by position."""
 
-    def __init__(self, samples: Samples, indices: list[np.ndarray]) -> None:
+    def __init__(self, samples: Samples, indices: list[Index]) -> None:
         self._samples, self._indices = samples, indices
 
     def __len__(self) -> int:

@@ -24,8 +24,8 @@ class UploadArrived:
     Attributes:
         dispatch: number of the dispatch that it answers.
         client: who sent it.
-        values_S: one value per coordinate of the dispatched sub-model, in payload order; changes of parameters
-            in the delta form, else weights; buffers always as values.
+        values_S: one value per coordinate of the dispatched sub-model, in payload order; changes of
+            parameters in the delta form, else weights; buffers always as values.
         samples: training samples processed, > 0.
         time: seconds at which the last byte arrived.
         bytes_up: size of the upload, bytes.

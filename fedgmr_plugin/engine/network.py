@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.seeds import numpy_generator
@@ -20,6 +21,8 @@ from fedgmr_plugin.kernels.cost import fair_shares
 
 #: Rate at a time, and the time until which it holds: (MB/s, seconds).
 RateFunction = Callable[[float], tuple[float, float]]
+#: Times (seconds) or rates of a trace.
+Series = NDArray[np.float64]
 
 
 class Links(Protocol):
@@ -73,7 +76,7 @@ class TraceLinks:
         config: FedGMRConfig,
         densities: Sequence[float],
         seed: int,
-        traces: Sequence[tuple[np.ndarray, np.ndarray]],
+        traces: Sequence[tuple[Series, Series]],
     ) -> None:
         self._config, self._densities, self._seed = config, densities, seed
         self._traces = [_normalised(time_s, rate) for time_s, rate in traces]
@@ -99,7 +102,7 @@ class TraceLinks:
         return at(self._config.client_download * d0), at(self._config.client_upload * d0)
 
 
-def _normalised(time_s: np.ndarray, rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _normalised(time_s: Series, rate: Series) -> tuple[Series, Series]:
     """Segment edges from 0 [n + 1] and rates of mean 1 over time [n]; each rate holds until the next time."""
     time = np.asarray(time_s, dtype=np.float64)
     value = np.asarray(rate, dtype=np.float64)
@@ -206,12 +209,14 @@ class VirtualNetwork:
 
     def close_window(self) -> Window:
         """Run the clock to the window's close, take what has arrived, and move everybody to its end."""
-        up_cap, down_caps, rates = self._rates()
+        up_cap, rates = self._rates()
         start = max(self.now, self._channel_free)
         for d in self._receivers:
             if d in self.flights:
                 self.flights[d] = replace(self.flights[d], not_before=max(self.now, self._channel_free))
-        self._channel_free = start + self.channel_megabytes() / up_cap if self._receivers else self._channel_free
+        self._channel_free = (
+            start + self.channel_megabytes() / up_cap if self._receivers else self._channel_free
+        )
 
         finished = {d: self._finish(f, rates[d]) for d, f in self.flights.items()}
         close = self._closing_time(finished) + self.config.window_slack
@@ -251,10 +256,10 @@ class VirtualNetwork:
 
     def _train_seconds(self, client: int, density: float) -> float:
         slowdown = self.config.compute_slowdown[client] if self.config.compute_slowdown else 1.0
-        return self.config.compute_seconds * slowdown * density**self.config.compute_density_exponent
+        return float(self.config.compute_seconds * slowdown * density**self.config.compute_density_exponent)
 
-    def _rates(self) -> tuple[float, float, dict[int, tuple[RateFunction, RateFunction]]]:
-        """The server's rates and, per flight, its download and upload with the server's share as a cap."""
+    def _rates(self) -> tuple[float, dict[int, tuple[RateFunction, RateFunction]]]:
+        """The server's upload rate and each flight's two rates, capped by the server's share."""
         server_up, server_down = self.links.server(self.window)
         raw = {d: self.links.client(self.window, f.client) for d, f in self.flights.items()}
         uploads = fair_shares(server_down, [up(self.now)[0] for _, up in raw.values()])
@@ -267,7 +272,7 @@ class VirtualNetwork:
             d: (_capped(down, caps[d]), up if share >= up(self.now)[0] else _capped(up, share))
             for (d, (down, up)), share in zip(raw.items(), uploads, strict=True)
         }
-        return server_up, server_down, capped
+        return server_up, capped
 
     def _closing_time(self, finished: dict[int, float]) -> float:
         """Arrival of the last flight that the window waits for."""

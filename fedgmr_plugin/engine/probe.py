@@ -44,7 +44,7 @@ class ProbeSet(NamedTuple):
 
 
 def probe_set(clients: Sequence[Samples], seed: int, samples: int, batch_size: int) -> ProbeSet:
-    """At most `samples` of each client's training data, and two disjoint batches of `batch_size` where it has enough."""
+    """At most `samples` of each client's data, and two disjoint batches of at most `batch_size`."""
     parts: list[Batch] = []
     pairs: list[tuple[Batch, Batch] | None] = []
     for n, data in enumerate(clients):

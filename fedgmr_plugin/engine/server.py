@@ -14,15 +14,15 @@ the first window that closes after its arrival and never again. See the method p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.admission import ANSWERED, Admitted, InFlight, admit
 from fedgmr_plugin.engine.events import (
     ClientLost,
     Dispatch,
@@ -36,10 +36,11 @@ from fedgmr_plugin.engine.events import (
     Validated,
     WindowClosed,
 )
+from fedgmr_plugin.engine.measures import Merged, Norms, measure_merge, norms_by_rung
 from fedgmr_plugin.engine.seeds import numpy_generator, torch_generator
 from fedgmr_plugin.errors import UpdateRejected
 from fedgmr_plugin.kernels import density as gmr
-from fedgmr_plugin.kernels.aggregate import MaskedUpdate, holders, merge
+from fedgmr_plugin.kernels.aggregate import MaskedUpdate, merge
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
 from fedgmr_plugin.kernels.staleness import staleness_weight
@@ -64,30 +65,6 @@ class Plan:
     test_interval: int
     client_samples: tuple[int, ...]
     layer_costs: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class InFlight:
-    """A dispatch that has not been answered."""
-
-    client: int
-    version: int
-    density: float
-    ranking: Ranking
-    rung: int
-
-
-@dataclass(frozen=True, eq=False)
-class Admitted:
-    """An upload that passed admission, with the dispatch that it answers."""
-
-    flight: InFlight
-    upload: UploadArrived
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Canonical order of sums."""
-        return self.upload.client, self.upload.dispatch
 
 
 #: Hook on the updates of a window before they are merged: (window, w_D, updates) -> updates.
@@ -120,7 +97,7 @@ class Server:
         self.config, self.plan, self.layout = config, plan, layout
         self.before_merge, self.after_merge = before_merge, after_merge
         clients = len(plan.client_samples)
-        self.rules = gmr_rules(config)
+        self.rules = restoration_rules(config)
         self.w_D = w_D
         self.version = 0
         self.time = 0.0
@@ -171,10 +148,10 @@ class Server:
 
     def _upload(self, upload: UploadArrived) -> list[Effect]:
         try:
-            self.staged[upload.dispatch] = Admitted(self._admit(upload), upload)
+            self.staged[upload.dispatch] = admit(upload, self.flights, self.staged, self.layout.dtype)
         except UpdateRejected as refusal:
             self.rejected += 1
-            if refusal.code in ("GMR-402", "GMR-403", "GMR-404"):  # answered, though badly: the slot is free
+            if refusal.code in ANSWERED:
                 self.flights.pop(upload.dispatch, None)
             return [self._rejected(upload, refusal.code, refusal.message)]
         return []
@@ -188,26 +165,6 @@ class Server:
             code=code,
             message=message,
         )
-
-    def _admit(self, upload: UploadArrived) -> InFlight:
-        """The dispatch that `upload` answers, if it may be merged."""
-        flight = self.flights.get(upload.dispatch)
-        if flight is None or upload.dispatch in self.staged:
-            raise UpdateRejected("GMR-401", f"dispatch={upload.dispatch} is not in flight")
-        if flight.client != upload.client:
-            raise UpdateRejected(
-                "GMR-406", f"client={upload.client} answers dispatch={upload.dispatch} of client {flight.client}"
-            )
-        wanted = (flight.ranking.ends[flight.rung],)
-        if tuple(upload.values_S.shape) != wanted:
-            raise UpdateRejected("GMR-402", f"shape={tuple(upload.values_S.shape)} instead of {wanted}")
-        if upload.values_S.dtype != self.layout.dtype:
-            raise UpdateRejected("GMR-402", f"dtype={upload.values_S.dtype} instead of {self.layout.dtype}")
-        if not (math.isfinite(upload.samples) and upload.samples > 0):
-            raise UpdateRejected("GMR-404", f"samples={upload.samples} is not a positive number")
-        if not bool(torch.isfinite(upload.values_S).all()):
-            raise UpdateRejected("GMR-403", "the update holds NaN or infinity")
-        return flight
 
     # -- windows --------------------------------------------------------------------------------------
 
@@ -254,7 +211,9 @@ class Server:
         index_S = admitted.flight.ranking.support(admitted.flight.rung)
         return MaskedUpdate(index_S, admitted.upload.values_S, weight)
 
-    def _merge(self, updates: list[MaskedUpdate], arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
+    def _merge(
+        self, updates: list[MaskedUpdate], arrived: list[Admitted], event: WindowClosed
+    ) -> list[Effect]:
         """Merge `updates`; returns the records of `arrived` and of the window."""
         weights = {a.upload.dispatch: u.weight for a, u in zip(arrived, updates, strict=False)}
         if self.config.update_scope == "buffer":
@@ -262,7 +221,7 @@ class Server:
             weights = {a.upload.dispatch: by_client[a.upload.client].weight for a in arrived}
         if updates and self.before_merge is not None:
             updates = self.before_merge(self.version, self.w_D, updates)
-        merged = _Merged(self.layout.parameters)
+        merged = Merged(self.layout.parameters)
         if updates:
             old_D = self.w_D
             result = merge(
@@ -279,10 +238,13 @@ class Server:
                 return self._refuse_window(arrived, event)
             self.w_D = new_D
             shares = self.config.update_scope == "arrivals" and len(updates) == len(arrived)
-            merged = _merged(old_D, new_D, updates, self.layout.parameters, result.weight_D if shares else None)
+            merged = measure_merge(
+                old_D, new_D, updates, self.layout.parameters, result.weight_D if shares else None
+            )
         pibar = merged.pibar or (None,) * len(arrived)
         records: list[Effect] = [
-            self._arrival(a, weights[a.upload.dispatch], share) for a, share in zip(arrived, pibar, strict=True)
+            self._arrival(a, weights[a.upload.dispatch], share)
+            for a, share in zip(arrived, pibar, strict=True)
         ]
         return [*records, self._window(len(arrived), merged, event)]
 
@@ -292,11 +254,12 @@ class Server:
         for a in arrived:
             self.buffer.pop(a.upload.client, None)
         refused: list[Effect] = [
-            self._rejected(a.upload, "GMR-403", "the merged model would hold NaN or infinity") for a in arrived
+            self._rejected(a.upload, "GMR-403", "the merged model would hold NaN or infinity")
+            for a in arrived
         ]
-        return [*refused, self._window(0, _Merged(self.layout.parameters), event)]
+        return [*refused, self._window(0, Merged(self.layout.parameters), event)]
 
-    def _window(self, arrivals: int, merged: _Merged, event: WindowClosed) -> Record:
+    def _window(self, arrivals: int, merged: Merged, event: WindowClosed) -> Record:
         return _record(
             "window",
             window=self.version,
@@ -369,7 +332,9 @@ class Server:
     @property
     def learning_rate_scale(self) -> float:
         """Factor on the learning rate of what is dispatched now: rises linearly over the warm-up."""
-        return min(1.0, (self.version + 1) / self.config.warmup_windows) if self.config.warmup_windows else 1.0
+        return (
+            min(1.0, (self.version + 1) / self.config.warmup_windows) if self.config.warmup_windows else 1.0
+        )
 
     def _rank(self) -> Ranking:
         """Masks for every density that is held now or could be held after the next restoration."""
@@ -451,19 +416,22 @@ class Server:
     def _norms(self) -> tuple[Norms, Norms]:
         """Squared norms of w_D, over prunable coordinates and over all parameters."""
         rungs = len(self.ranking.densities) + 1
-        by_kind = {True: torch.zeros(rungs, dtype=torch.float64), False: torch.zeros(rungs, dtype=torch.float64)}
+        by_kind = {
+            True: torch.zeros(rungs, dtype=torch.float64),
+            False: torch.zeros(rungs, dtype=torch.float64),
+        }
         for entry in self.layout.entries:
             if entry.kind == "buffer":
                 continue
             square = self.w_D[entry.slice].to(torch.float64).square()
             rung = self.ranking.rung_D[entry.slice].to(torch.int64)
             by_kind[entry.kind == "prunable"] += torch.bincount(rung, weights=square, minlength=rungs).cpu()
-        return _norms(by_kind[True]), _norms(by_kind[True] + by_kind[False])
+        return norms_by_rung(by_kind[True]), norms_by_rung(by_kind[True] + by_kind[False])
 
     # -- models ---------------------------------------------------------------------------------------
 
     def coverage(self) -> Tensor:
-        """float32 [D]: share of the clients, weighted by their samples, whose sub-model holds a coordinate."""
+        """float32 [D]: share of the clients, weighted by their samples, that hold a coordinate."""
         weight_R = [0.0] * len(self.ranking.densities)
         for density, samples in zip(self.gmr.densities, self.plan.client_samples, strict=True):
             weight_R[self.ranking.rung(density)] += samples
@@ -476,52 +444,11 @@ class Server:
         return self.w_D * self.coverage().to(self.w_D.dtype)
 
 
-class _Merged(NamedTuple):
-    """What the run log says of one merge; see its `window` and `arrival` records."""
-
-    uncovered: int
-    gamma_min: int = 0
-    coverage: float = 0.0
-    step_sq: float = 0.0
-    pibar: tuple[float, ...] = ()
-
-
-def _merged(
-    old_D: Tensor, new_D: Tensor, updates: list[MaskedUpdate], parameters: int, weight_D: Tensor | None
-) -> _Merged:
-    """Measure a merge; `weight_D`, where given, makes the largest shares pibar meaningful."""
-    count_P = holders(updates, len(old_D))[:parameters]
-    covered = count_P > 0
-    return _Merged(
-        uncovered=parameters - int(covered.sum()),
-        gamma_min=int(count_P[covered].min()) if bool(covered.any()) else 0,
-        coverage=float(count_P.sum(dtype=torch.int64)) / (parameters * len(updates)),
-        step_sq=_norm_sq(new_D[:parameters] - old_D[:parameters]),
-        pibar=() if weight_D is None else tuple(u.weight / float(weight_D[u.index_S].min()) for u in updates),
-    )
-
-
-class Norms(NamedTuple):
-    """||v||^2, and ||v - m v||^2 for the mask of each rung [R]."""
-
-    total: float
-    masked: tuple[float, ...]
-
-
-def _norms(by_rung: Tensor) -> Norms:
-    tails = by_rung.flip(0).cumsum(0).flip(0).tolist()  # tails[r]: rungs r and above
-    return Norms(tails[0], tuple(tails[1:]))
-
-
-def _norm_sq(v: Tensor) -> float:
-    return float(v.to(torch.float64).square().sum())
-
-
 def _record(kind: str, **fields: Any) -> Record:
     return Record({"type": kind, **fields})
 
 
-def gmr_rules(config: FedGMRConfig) -> gmr.GMRRules:
+def restoration_rules(config: FedGMRConfig) -> gmr.GMRRules:
     """The restoration rules that a configuration describes."""
     return gmr.GMRRules(
         trigger=config.trigger,

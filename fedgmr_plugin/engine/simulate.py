@@ -49,6 +49,10 @@ from fedgmr_plugin.kernels.layout import ModelLayout
 Which = Literal["global", "scaled"]
 
 
+#: Measures a model on batches.
+Evaluator = Callable[[nn.Module, Iterable[Batch]], Metrics]
+
+
 class Executor(Protocol):
     """Trains the dispatches whose uploads a window takes in; the result is in the order given."""
 
@@ -104,9 +108,10 @@ class Simulation:
         model: scratch model for training and evaluation; overwritten.
         clients: training data.
         training: trainer, batch plan, learning rate.
-        test_batches: gives the test set, once per evaluation.
+        test_batches: gives the test set, once per model that is evaluated.
         record: receives every record of the run log but the header, in order.
         executor: how a window's clients are trained; one after another on `model` by default.
+        evaluate: how models are measured on the test set; as the trainer does by default.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class Simulation:
         test_batches: Callable[[], Iterable[Batch]],
         record: Callable[[dict[str, Any]], None],
         executor: Executor | None = None,
+        evaluate: Evaluator | None = None,
     ) -> None:
         self.server, self.network, self.model = server, network, model
         self.clients, self.training = clients, training
@@ -126,6 +132,7 @@ class Simulation:
         self.layout: ModelLayout = server.layout
         self._test_batches, self._record = test_batches, record
         self._execute = executor or self.train_in_turn
+        self._evaluator = evaluate or training.trainer.evaluate
         self._integers = [b.clone() for b in model.buffers() if not b.is_floating_point()]
         self.pending: dict[int, Dispatch] = {}
         self.bytes_up = self.bytes_down = 0.0
@@ -224,21 +231,23 @@ class Simulation:
 
     # -- measuring ------------------------------------------------------------------------------------
 
-    def measure(self, w_D: Tensor, batches: Iterable[Batch]) -> Metrics:
-        """Metrics of the vector `w_D` on `batches`; random transforms and layers see the same draws each time."""
+    def measure(self, w_D: Tensor, batches: Iterable[Batch], evaluate: Evaluator | None = None) -> Metrics:
+        """Metrics of the vector `w_D` on `batches`; random transforms see the same draws each time."""
         self.layout.scatter(self.model, w_D)
         with isolated_rng(derive(self.clients.seed, "measure")):
-            return self.training.trainer.evaluate(self.model, batches)
+            return (evaluate or self.training.trainer.evaluate)(self.model, batches)
 
-    def _both(self, batches: Callable[[], Iterable[Batch]]) -> dict[Which, Metrics]:
+    def _both(
+        self, batches: Callable[[], Iterable[Batch]], evaluate: Evaluator | None = None
+    ) -> dict[Which, Metrics]:
         """Metrics of w and of the coverage-scaled model."""
-        plain = self.measure(self.server.w_D, batches())
+        plain = self.measure(self.server.w_D, batches(), evaluate)
         if min(self.server.gmr.densities) >= 1.0:
             return {"global": plain, "scaled": plain}
-        return {"global": plain, "scaled": self.measure(self.server.model("scaled"), batches())}
+        return {"global": plain, "scaled": self.measure(self.server.model("scaled"), batches(), evaluate)}
 
     def _evaluate(self) -> None:
-        metrics = self._both(self._test_batches)
+        metrics = self._both(self._test_batches, self._evaluator)
         shipped = metrics[self.server.candidate]
         self._record(
             {

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fedgmr_plugin.engine.admission import Admitted, InFlight
 from fedgmr_plugin.engine.events import UploadArrived
-from fedgmr_plugin.engine.server import Admitted, InFlight, Server
+from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.kernels.density import GMRState, Plateau
 from fedgmr_plugin.kernels.masks import Ranking
 

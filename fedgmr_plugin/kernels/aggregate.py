@@ -29,7 +29,8 @@ class MaskedUpdate(NamedTuple):
 
     Attributes:
         index_S: int64 [S], distinct coordinates of the sub-model.
-        values_S: floats [S]: x_K - x_0 in the delta form, x_K in the replacement form; x_K for buffers in both.
+        values_S: floats [S]: x_K - x_0 in the delta form, x_K in the replacement form; x_K for buffers in
+            both.
         weight: c_n > 0, staleness factor times samples.
     """
 
@@ -81,7 +82,9 @@ def merge(
     weight_D = torch.zeros(size, dtype=torch.float64, device=w_D.device)
     for update in updates:
         sum_D.index_add_(0, update.index_S, update.values_S.to(torch.float64), alpha=update.weight)
-        weight_D.index_add_(0, update.index_S, torch.full_like(update.index_S, 1, dtype=torch.float64), alpha=update.weight)
+        weight_D.index_add_(
+            0, update.index_S, torch.full_like(update.index_S, 1, dtype=torch.float64), alpha=update.weight
+        )
     held_D = weight_D > 0
     total = sum(update.weight for update in updates)
 

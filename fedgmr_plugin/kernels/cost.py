@@ -34,7 +34,7 @@ def window_seconds(
     window_slack: float = 0.5,
     aggregation_seconds: float = 0.5,
 ) -> float:
-    """Mean length of a window, T: download, training and upload of a full-density client, slack, aggregation."""
+    """Mean length of a window, T: a full-density client's flight, then slack and aggregation."""
     transfer = model_megabytes * (1.0 / min(client_download, server_upload) + 1.0 / client_upload)
     return transfer + compute_seconds + window_slack + aggregation_seconds
 
@@ -51,7 +51,9 @@ def flight_seconds(
 ) -> float:
     """Mean seconds from dispatch to arrival of a client of `initial_density` that holds `density`."""
     down = min(server_upload, client_download * initial_density)
-    return model_megabytes * density * (1.0 / down + 1.0 / (client_upload * initial_density)) + compute_seconds
+    return (
+        model_megabytes * density * (1.0 / down + 1.0 / (client_upload * initial_density)) + compute_seconds
+    )
 
 
 @torch.no_grad()
@@ -77,7 +79,11 @@ def macs_per_weight(model: nn.Module, layout: ModelLayout, example: Tensor) -> l
     for module_name, module in model.named_modules():
         name = f"{module_name}.weight" if module_name else "weight"
         entry = layout.by_name.get(name)
-        if entry is not None and entry.kind == "prunable" and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        if (
+            entry is not None
+            and entry.kind == "prunable"
+            and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        ):
             handles.append(module.register_forward_hook(count(name, module.weight, entry.output_axis)))
     was_training = model.training
     try:

@@ -153,9 +153,7 @@ def step(rules: GMRRules, state: GMRState, seen: Observation) -> tuple[GMRState,
             before, floor = floor, next(rung for rung in rules.ladder if rung > floor)
             done += _raise_to(densities, before, floor, "server_plateau")
             server = Plateau(server.best, 0, check + rules.patience)
-            clients = [
-                Plateau(c.best, 0, max(c.sleeps_until, check + rules.patience)) for c in clients
-            ]
+            clients = [Plateau(c.best, 0, max(c.sleeps_until, check + rules.patience)) for c in clients]
 
     if rules.trigger in ("time", "mixed"):
         due = [f for at, f in zip(rules.time_fractions, rules.time_floors, strict=True) if seen.elapsed >= at]

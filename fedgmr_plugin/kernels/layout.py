@@ -186,9 +186,11 @@ def _layout(model: nn.Module, dense_layers: Sequence[str]) -> ModelLayout:
         else:
             names[id(tensor)] = name
 
-    # A parametrised weight (weight norm, say) is computed anew at each use: it is no tensor of the model's state.
+    # A parametrised weight (weight norm, say) is computed anew at each use: it is not in the model's state.
     owners = [owner for owner in _weights(model) if id(owner.weight) in names]
-    kept_dense |= {id(owner.weight) for owner in owners if owner.dense}  # a tied weight is dense if one use is
+    kept_dense |= {
+        id(owner.weight) for owner in owners if owner.dense
+    }  # a tied weight is dense if one use is
     prunable = {id(owner.weight): owner for owner in owners if id(owner.weight) not in kept_dense}
     rows = {
         id(owner.bias): names[id(owner.weight)]
@@ -248,8 +250,10 @@ def _weights(model: nn.Module) -> list[_Weight]:
         elif isinstance(module, _EMBEDDINGS):
             found.append(_Weight(f"{prefix}weight", module.weight, None, False))
         elif isinstance(module, nn.MultiheadAttention):
-            if module.in_proj_weight is not None:
-                found.append(_Weight(f"{prefix}in_proj_weight", module.in_proj_weight, module.in_proj_bias, False))
+            if module._qkv_same_embed_dim:
+                found.append(
+                    _Weight(f"{prefix}in_proj_weight", module.in_proj_weight, module.in_proj_bias, False)
+                )
             else:
                 for part in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
                     found.append(_Weight(f"{prefix}{part}", getattr(module, part), None, False))

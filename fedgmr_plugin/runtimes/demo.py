@@ -1,4 +1,4 @@
-"""The demonstration: FedGMR, the same without restoration, and dense FedAvg, through FedML's own simulator."""
+"""The demonstration: FedGMR, the same without GMR, and dense FedAvg, through FedML's own simulator."""
 
 from __future__ import annotations
 

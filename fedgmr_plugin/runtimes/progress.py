@@ -71,7 +71,8 @@ def say(text: str) -> None:
 
 
 def _line(fields: dict[str, Any]) -> str:
+    up, down = fields["bytes_up"] / 1e6, fields["bytes_down"] / 1e6
     return (
-        f"window {fields['window']:>5}  {fields['time']:>9,.0f} s  accuracy {100 * fields['accuracy']:5.1f} %  "
-        f"up {fields['bytes_up'] / 1e6:,.0f} MB  down {fields['bytes_down'] / 1e6:,.0f} MB"
+        f"window {fields['window']:>5}  {fields['time']:>9,.0f} s  accuracy {100 * fields['accuracy']:5.1f} %"
+        f"  up {up:,.0f} MB  down {down:,.0f} MB"
     )

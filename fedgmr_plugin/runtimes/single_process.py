@@ -10,7 +10,8 @@ import importlib.metadata
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ class SingleProcess:
         with RunLogWriter(self.directory) as writer, Progress(self.header) as progress:
             self._writer, self._progress = writer, progress
             writer.write(self.header)
-            end = self.simulation.run()
+            with _threads(server.config.cpu_threads):
+                end = self.simulation.run()
             self.end = {**end, "wall_seconds": time.monotonic() - started}
             writer.write(self.end)
         shipped = server.model(server.candidate)
@@ -124,7 +126,7 @@ def build(
     if config.compute_slowdown is not None and len(config.compute_slowdown) != keys.clients:
         raise ConfigError(
             "GMR-109",
-            f"compute_slowdown has {len(config.compute_slowdown)} values for client_num_in_total={keys.clients}",
+            f"compute_slowdown has {len(config.compute_slowdown)} values, client_num_in_total={keys.clients}",
             where="fedgmr_args.compute_slowdown",
         )
     model.to(device)
@@ -162,7 +164,13 @@ def build(
     megabytes = config.model_megabytes or layout.size * layout.dtype.itemsize / 1e6
     steps = config.local_steps if isinstance(config.local_steps, int) else None
     batch_plan = BatchPlan(keys.batch_size, steps, keys.epochs, config.shuffle, keys.seed)
-    evaluated = _AggregatorTests(trainer, bridge) if bridge.user_defined else trainer
+
+    def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+        """With the user's ServerAggregator; with the trainer where its `test` returns no metrics."""
+        metrics = bridge.test(model, batches, round_index=server.version - 1)
+        known = metrics.accuracy is not None or metrics.loss is not None
+        return metrics if known else trainer.evaluate(model, batches)
+
     directory = run_directory(config)
     run: SingleProcess
     simulation = Simulation(
@@ -170,9 +178,10 @@ def build(
         VirtualNetwork(config, densities, megabytes, _links(config, densities, keys.seed)),
         model,
         clients,
-        Training(evaluated, batch_plan, keys.learning_rate),
+        Training(trainer, batch_plan, keys.learning_rate),
         lambda: data.test,
         lambda fields: run.record(fields),
+        evaluate=evaluate if bridge.user_defined else None,
     )
     header = {
         "type": "header",
@@ -272,26 +281,6 @@ def _links(config: FedGMRConfig, densities: tuple[float, ...], seed: int) -> Lin
 
 
 @dataclass(frozen=True)
-class _AggregatorTests:
-    """Trains with `trainer`, measures with the user's ServerAggregator."""
-
-    trainer: LocalTrainer
-    bridge: AggregatorBridge
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.trainer, name)
-
-    def train(self, *args: Any, **keywords: Any) -> Any:
-        return self.trainer.train(*args, **keywords)
-
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
-        metrics = self.bridge.test(model, batches)
-        if metrics.accuracy is None and metrics.loss is None:
-            return self.trainer.evaluate(model, batches)
-        return metrics
-
-
-@dataclass(frozen=True)
 class _Hooks:
     """FedML's hooks around a merge: sub-models are made dense for them, and cut to their supports again."""
 
@@ -339,17 +328,29 @@ def _fedml_metrics(args: Any) -> Callable[[dict[str, Any]], None]:
     def report(fields: dict[str, Any]) -> None:
         if fields["type"] != "evaluation":
             return
-        from fedml import mlops
-
         metrics = {"Test/Acc": fields["accuracy"], "Test/Loss": fields["loss"]}
-        for name, value in metrics.items():
-            mlops.log({name: value, "round": fields["window"]})
+        if getattr(args, "using_mlops", False):  # FedML's tracking reaches for its cloud otherwise too
+            from fedml import mlops
+
+            for name, value in metrics.items():
+                mlops.log({name: value, "round": fields["window"]})
         if getattr(args, "enable_wandb", False):
             import wandb
 
             wandb.log({**metrics, "round": fields["window"]})
 
     return report
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use `count` CPU threads; 0 changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _versions() -> dict[str, str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedgmr_plugin.errors import DataError
 
-Trace = tuple[np.ndarray, np.ndarray]
+Trace = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def load_traces(path: str, family: str | None = None) -> list[Trace]:
@@ -42,7 +44,7 @@ def load_traces(path: str, family: str | None = None) -> list[Trace]:
             "GMR-303", f"bandwidth_traces={path} has arrays that do not fit each other", where=path
         )
     traces = []
-    for i, (start, stop) in enumerate(zip(offset[:-1], offset[1:], strict=True)):
+    for i, (start, stop) in enumerate(pairwise(offset.tolist())):
         if family is not None and str(arrays["family"][i]) != family:
             continue
         time, value = time_s[start:stop], rate[start:stop]
@@ -56,7 +58,7 @@ def load_traces(path: str, family: str | None = None) -> list[Trace]:
     return traces
 
 
-def _usable(time: np.ndarray, value: np.ndarray) -> bool:
+def _usable(time: NDArray[np.float64], value: NDArray[np.float64]) -> bool:
     if len(time) < 2 or not (np.isfinite(time).all() and np.isfinite(value).all()):
         return False
     return bool((np.diff(time) > 0).all() and (value >= 0).all() and value.sum() > 0)

@@ -46,7 +46,6 @@ class FedMLTrainer:
         trainer: an object with FedML's ClientTrainer interface.
         args: FedML's arguments.
         device: where it trains; the CPU when None.
-        keep_epochs: leave ``args.epochs`` alone, for callers that give one epoch of batches only.
         data: the data set that the clients come from; ``set_id`` then gets FedML's client id, and
             ``update_dataset`` the client's test data and number of samples. Without it they get the
             engine's client number, None, and the number of batches times ``args.batch_size``.
@@ -61,14 +60,12 @@ class FedMLTrainer:
         args: Any,
         device: torch.device | None = None,
         *,
-        keep_epochs: bool = False,
         data: FederatedData | None = None,
     ) -> None:
         refuse_encryption(args)
         self.trainer = trainer
         self._args = args
         self._device = torch.device("cpu") if device is None else device
-        self._keep_epochs = keep_epochs
         self._data = data
         self._warned = False
 
@@ -93,7 +90,6 @@ class FedMLTrainer:
         home = _device_of(model)
         with self._blamed("set_model_params", client):
             working = self._working_model(model)
-        passes = int(self._args.epochs) if self._keep_epochs else 1
         values = self._overrides(learning_rate)
         counted = _Counted(batches)
         with (
@@ -114,8 +110,8 @@ class FedMLTrainer:
                     type(self.trainer).__name__,
                 )
         return LocalStats(
-            steps=watch.steps or passes * counted.read,
-            samples=passes * counted.samples,
+            steps=watch.steps or counted.read,
+            samples=counted.samples,
             train_loss=None,
             drift_sq=watch.drift_sq,
         )
@@ -162,9 +158,7 @@ class FedMLTrainer:
         return own
 
     def _overrides(self, learning_rate: float) -> dict[str, Any]:
-        values: dict[str, Any] = {"learning_rate": learning_rate}
-        if not self._keep_epochs:
-            values["epochs"] = 1
+        values: dict[str, Any] = {"learning_rate": learning_rate, "epochs": 1}
         configured = getattr(self._args, "learning_rate", _ABSENT)
         if getattr(self._args, "lr", configured) == configured:
             values["lr"] = learning_rate

@@ -118,8 +118,7 @@ def top_k(frame: Frame) -> Condition:
     if score != "magnitude" or floor not in (0, None):
         known = None if score is None else False
         return Condition("TOPK", known, dense, f"score={score}, layer_floor={floor}")
-    fresh = dispatch["version"] == frame.ranking_version
-    rows = dense | fresh
+    rows = dense | fresh(frame)
     if np.isnan(frame.ranking_version[~dense]).any():
         return Condition("TOPK", None, rows, "the age of the rankings is not known")
     count = int((~rows).sum())
@@ -132,21 +131,25 @@ def top_k(frame: Frame) -> Condition:
 
 
 def contraction(frame: Frame) -> Floats:
-    """A factor f with ``||w_s - m w_s||^2 <= f ||w_s||^2`` that follows from how the mask was cut, ``[S]``.
+    """theta_n of each dispatch, ``[S]``: the share of ``||w_v||^2`` that its mask leaves out at most.
 
-    1 - k/D_p for top-k masks (equation 12), the floored factor under a layer floor (equation 13); nan
-    where neither hypothesis applies (another score, or an older ranking).
+    w_v is the model that the ranking was made of. 1 - k/D_p for top-k masks (equation 12), the floored factor
+    under a layer floor (equation 13), 0 at density 1; nan where none follows (another score, a sub-model
+    smaller than the floor).
     """
-    table = frame.log["dispatch"]
-    rows = top_k(frame).rows
-    factor = np.where(False if rows is None else rows, frame.pruned_share, np.nan)
+    dense = frame.log["dispatch"]["density"] == 1
     bounds = floor_bounds(frame)
-    if bounds is None:
-        return factor
-    least, most, prunable = bounds
-    fits = (table["version"] == frame.ranking_version) & (frame.kept >= most)
-    floored = (1 - least) * (prunable - frame.kept) / (prunable - most)
-    return np.where(fits & (table["density"] < 1), floored, factor)
+    if bounds is not None:
+        least, most, prunable = bounds
+        floored = (1 - least) * (prunable - frame.kept) / (prunable - most)
+        return np.where(dense, 0.0, np.where(frame.kept >= most, floored, np.nan))
+    plain = frame.log.config("score") == "magnitude" and frame.log.config("layer_floor") in (0, None)
+    return np.where(dense, 0.0, frame.pruned_share if plain else np.nan)
+
+
+def fresh(frame: Frame) -> Bools:
+    """Dispatches whose ranking was made of the very model that they send, ``[S]``."""
+    return np.asarray(frame.log["dispatch"]["version"] == frame.ranking_version)
 
 
 def floor_bounds(frame: Frame) -> tuple[float, float, float] | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from theory.checks.conditions import contraction
+from theory.checks.conditions import contraction, fresh
 from theory.checks.identity import arrival_of, error_norm, term_sq, window_of
 from theory.checks.run import COUNTING, Bools, Run
 from theory.checks.structure import place_of
@@ -77,7 +77,7 @@ class TermBounds:
         if key in ("mask_sq", "stale_sq", "drift_sq"):
             return self.frame.precision.reduction(value)
         if key == "pibar":
-            return Interval.around(value, 2.0**-50)
+            return self.frame.precision.share(value)
         error = gather(self.error, self.segment)
         radius = np.where(value == 0, 0.0, 2 * np.sqrt(np.maximum(value, 0)) * error + error**2)
         return Interval(np.maximum(value - radius, 0.0), value + radius)
@@ -128,10 +128,11 @@ class TermBounds:
             return self.run.undecided(name, "L is neither given nor measured")
         dispatch, reduction = self.frame.log["dispatch"], self.frame.precision.reduction
         rows = rows_of(dispatch["dispatch"], self.entries["dispatch"])
+        usable = fresh(self.frame) | (dispatch["density"] == 1)
         bias = reduction(dispatch["full_masked_norm_sq"]) - reduction(dispatch["masked_norm_sq"])
         values = {
             **smooth, "M_sq": term_sq(self.frame, "M_sq"), "pibar": self.entry("pibar"),
-            "q": Interval(gather(contraction(self.frame), rows)),
+            "theta": Interval(gather(np.where(usable, contraction(self.frame), np.nan), rows)),
             "prunable_sq": reduction(gather(dispatch["norm_sq"], rows)),
             "bias_sq": Interval(gather(bias.lo, rows), gather(bias.hi, rows)).clip_low(0.0),
         }  # fmt: skip

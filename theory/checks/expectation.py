@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from theory.bounds import BOUNDS
-from theory.checks.conditions import contraction
+from theory.checks.conditions import contraction, fresh
 from theory.checks.run import Bools, Floats, Run
 from theory.errors import MissingData
 from theory.estimators import Estimate
@@ -247,7 +247,7 @@ def _corollary(run: Run, shared: dict[str, Estimate]) -> _Sides:
         **{key: _constant(shared, key) for key in ("L", "sigma_sq", "sigma_g_sq", "G_sq", "W_sq", "tau_max")},
         "A": arrivals, "Gamma": np.where(busy, fewest, 1.0), "Phi": _constant(shared, "Phi"),
         "P_max": shared["P_max"].value, "H_max": float(np.sum(1.0 / np.arange(1, most + 1))), "pibar": pibar,
-        "rank": frame.rank, "q": gather(mask_factor(run), frame.arrival_dispatch),
+        "rank": frame.rank, "theta": gather(mask_factor(run), frame.arrival_dispatch),
         "bias_sq": np.maximum(frame.sent("full_masked_norm_sq") - frame.sent("masked_norm_sq"), 0.0),
         "U_sq": _every_window(run, "probe", "grad_uncovered_sq"),
     }  # fmt: skip
@@ -267,5 +267,5 @@ def mask_factor(run: Run) -> Floats:
     table = run.frame.log["dispatch"]
     with np.errstate(invalid="ignore", divide="ignore"):
         measured = np.where(table["norm_sq"] > 0, table["masked_norm_sq"] / table["norm_sq"], 0.0)
-    derived = contraction(run.frame)
+    derived = np.where(fresh(run.frame) | (table["density"] == 1), contraction(run.frame), np.nan)
     return np.where(np.isnan(derived), measured, derived)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from theory.checks.conditions import floor_bounds
+from theory.checks.conditions import contraction, floor_bounds, fresh
 from theory.checks.run import COUNTING, Bools, Run
 from theory.checks.structure import place_of
 from theory.intervals import Interval
@@ -34,7 +34,7 @@ def update(run: Run) -> Finding:
     )
     values = {
         "step_sq": step, "change_sq": change[inside],
-        "pibar": Interval.around(arrival["pibar"][inside], 2.0**-50),
+        "pibar": frame.precision.share(arrival["pibar"][inside]),
     }  # fmt: skip
     found = run.judged(
         "update", values, place_of(frame, "window"), segment=frame.arrival_window[inside],
@@ -66,7 +66,7 @@ def mask_values(run: Run) -> dict[str, Interval]:
     path = frame.path_sq(frame.ranking_version, table["version"])
     return {
         "masked_sq": reduction(table["masked_norm_sq"]), "prunable_sq": reduction(table["norm_sq"]),
-        "q": Interval(frame.pruned_share), "k": Interval(frame.kept),
+        "q": Interval(frame.pruned_share), "theta": Interval(contraction(frame)), "k": Interval(frame.kept),
         "age": Interval(np.maximum(table["version"] - frame.ranking_version, 0.0)),
         "ranked_sq": reduction(frame.norm_at_ranking), "aged_path_sq": reduction(path),
     }  # fmt: skip
@@ -75,34 +75,30 @@ def mask_values(run: Run) -> dict[str, Interval]:
 def topk(run: Run, values: dict[str, Interval]) -> Finding:
     """Top-k contraction of sub-models whose ranking is fresh."""
     condition, sparse = run.conditions["TOPK"], run.frame.log["dispatch"]["density"] < 1
-    fresh: Bools = np.zeros_like(sparse) if condition.rows is None else condition.rows
+    rows: Bools = np.zeros_like(sparse) if condition.rows is None else sparse & condition.rows
     reason = f"no sparse sub-model fits the condition TOPK ({condition.reason})"
-    return _over_dispatches(run, "topk", values, sparse & fresh, reason)
+    return _over_dispatches(run, "topk", values, rows, reason)
 
 
 def floored(run: Run, values: dict[str, Interval]) -> Finding:
     """The same under a per-layer floor, from the layers' sizes, whichever way shares are rounded."""
-    frame, table = run.frame, run.frame.log["dispatch"]
-    bounds = floor_bounds(frame)
+    frame, bounds = run.frame, floor_bounds(run.frame)
     if bounds is None:
         return run.undecided(
             "floored_topk", "the run has no layer floor over magnitudes, or layers are not logged"
         )
     least, most, prunable = (Interval(bound) for bound in bounds)
     own = {**values, "phi_floor": least, "k_floor": most, "D_p": prunable}
-    fresh = (table["density"] < 1) & (table["version"] == frame.ranking_version) & (frame.kept >= bounds[1])
-    return _over_dispatches(
-        run, "floored_topk", own, fresh, "no sub-model is fresh and larger than the floor"
-    )
+    rows = (frame.log["dispatch"]["density"] < 1) & fresh(frame) & (frame.kept >= bounds[1])
+    return _over_dispatches(run, "floored_topk", own, rows, "no sub-model is fresh and larger than the floor")
 
 
 def aged(run: Run, values: dict[str, Interval]) -> Finding:
-    """The same for rankings older than the model that is sent."""
+    """Either of them for rankings older than the model that is sent."""
     frame, table = run.frame, run.frame.log["dispatch"]
-    if frame.log.config("score") != "magnitude" or frame.log.config("layer_floor") not in (0, None):
-        return run.undecided("aged_topk", "the ranking is not by magnitude alone")
-    rows = (table["density"] < 1) & (table["version"] > frame.ranking_version)
-    return _over_dispatches(run, "aged_topk", values, rows, "no sub-model was cut from an older ranking")
+    rows = (table["density"] < 1) & (table["version"] > frame.ranking_version) & ~np.isnan(contraction(frame))
+    reason = "no sub-model was cut from an older ranking by magnitude"
+    return _over_dispatches(run, "aged_topk", values, rows, reason)
 
 
 def _over_dispatches(run: Run, name: str, values: dict[str, Interval], rows: Bools, reason: str) -> Finding:

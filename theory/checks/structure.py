@@ -126,7 +126,7 @@ def applied_once(frame: Frame) -> Finding:
 
 
 def one_in_flight(frame: Frame) -> Finding:
-    """A client is sent a sub-model only after its last one was answered or refused."""
+    """No sub-model is answered after the client was sent the next one (one that never is was lost)."""
     sent, got, refused = frame.log["dispatch"], frame.log["arrival"], frame.log["rejected"]
     answered = np.full(len(sent), np.inf)
     for table, key in ((refused, "window"), (got, "window")):
@@ -137,7 +137,7 @@ def one_in_flight(frame: Frame) -> Finding:
     same = np.concatenate([[False], np.diff(sent["client"][order]) == 0])
     before = np.concatenate([[-np.inf], answered[order][:-1]])
     bad = np.zeros(len(sent), dtype=bool)
-    bad[order] = same & (before >= sent["version"][order])
+    bad[order] = same & np.isfinite(before) & (before >= sent["version"][order])
     return law(
         "one_in_flight", "a client has one sub-model at a time", bad, place_of(frame, "dispatch"),
         lhs=sent["version"], detail="sent before the previous one was answered",
@@ -249,12 +249,8 @@ def causality(frame: Frame) -> Finding:
 
 
 def counts(frame: Frame) -> Finding:
-    """|A_t| is the number of arrival records of the window (buffer scope merges others too)."""
+    """|A_t| is the number of arrival records of the window."""
     title, table = "each window has its arrivals", frame.log["window"]
-    if frame.log.config("update_scope") == "buffer":
-        return undetermined(
-            "counts", "log", title, "update_scope is buffer: earlier uploads are merged again"
-        )
     orphan = frame.arrival_window < 0
     if orphan.any():
         place = place_of(frame, "arrival")

@@ -260,7 +260,9 @@ def fewest_holders(frame: Frame) -> Finding:
     fewest, arrivals = table["gamma_min"], table["arrivals"]
     bad = (fewest > arrivals) | ((fewest < 1) & (arrivals > 0)) | (fewest < 0)
     return law(
-        "fewest_holders", title, bad, place_of(frame, "window"), applies=~np.isnan(fewest), lhs=fewest,
+        "fewest_holders",
+        title, bad, place_of(frame, "window"), applies=~np.isnan(fewest) & frame.arrivals_only,
+        lhs=fewest,
         rhs=arrivals, reason="gamma_min is not logged",
     )  # fmt: skip
 
@@ -272,7 +274,7 @@ def nested_holders(frame: Frame) -> Finding:
     expected = np.full(frame.windows, np.inf)
     inside = (frame.arrival_window >= 0) & ~np.isnan(many)
     np.minimum.at(expected, frame.arrival_window[inside], many[inside])
-    known = frame.nested & np.isfinite(expected) & ~np.isnan(table["gamma_min"])
+    known = frame.nested & np.isfinite(expected) & ~np.isnan(table["gamma_min"]) & frame.arrivals_only
     return law(
         "nested_holders", title, table["gamma_min"] != expected, place_of(frame, "window"), applies=known,
         lhs=table["gamma_min"], rhs=expected, reason="no window whose arrivals share one ranking",
@@ -285,7 +287,7 @@ def coverage(frame: Frame) -> Finding:
     size = _unbuffered(frame)
     found = frame.per_window(frame.sent("support")) / (size * np.maximum(table["arrivals"], 1))
     buffered = size != frame.log.layout("size")
-    known = ~np.isnan(found) & ~np.isnan(table["coverage"]) & (not buffered)
+    known = ~np.isnan(found) & ~np.isnan(table["coverage"]) & (not buffered) & frame.arrivals_only
     bad = np.abs(found - table["coverage"]) > 1e-6 * found
     return law(
         "coverage", title, bad, place_of(frame, "window"), applies=known, lhs=table["coverage"], rhs=found,
@@ -304,7 +306,7 @@ def uncovered(frame: Frame) -> Finding:
     buffered = size != frame.log.layout("size")
     exact = frame.nested & ~np.isnan(widest) & (not buffered) & np.isfinite(size)
     expected = np.where(densest == 1, 0.0, np.where(exact, size - widest, np.nan))
-    known = ~np.isnan(table["uncovered"]) & ~np.isnan(expected)
+    known = ~np.isnan(table["uncovered"]) & ~np.isnan(expected) & frame.arrivals_only
     return law(
         "uncovered_count", title, table["uncovered"] != expected, place_of(frame, "window"), applies=known,
         lhs=table["uncovered"], rhs=expected, reason="uncovered or support is not logged",

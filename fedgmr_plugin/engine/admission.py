@@ -1,0 +1,72 @@
+"""Which uploads may be merged: one per dispatch, from its client, of its shape, with finite values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedgmr_plugin.engine.events import UploadArrived
+from fedgmr_plugin.errors import UpdateRejected
+from fedgmr_plugin.kernels.masks import Ranking
+
+#: Refusals that still answer their dispatch: the client is free again.
+ANSWERED = frozenset({"GMR-402", "GMR-403", "GMR-404"})
+
+
+@dataclass(frozen=True, eq=False)
+class InFlight:
+    """A dispatch that has not been answered."""
+
+    client: int
+    version: int
+    density: float
+    ranking: Ranking
+    rung: int
+
+
+@dataclass(frozen=True, eq=False)
+class Admitted:
+    """An upload that passed admission, with the dispatch that it answers."""
+
+    flight: InFlight
+    upload: UploadArrived
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Canonical order of sums."""
+        return self.upload.client, self.upload.dispatch
+
+
+def admit(
+    upload: UploadArrived, flights: Mapping[int, InFlight], staged: Container[int], dtype: torch.dtype
+) -> Admitted:
+    """Check an upload.
+
+    Args:
+        flights: dispatches not answered yet, by number.
+        staged: dispatches whose upload waits for the window's close.
+        dtype: type of the global vector.
+
+    Raises:
+        UpdateRejected: GMR-401, GMR-402, GMR-403, GMR-404 or GMR-406.
+    """
+    flight = flights.get(upload.dispatch)
+    if flight is None or upload.dispatch in staged:
+        raise UpdateRejected("GMR-401", f"dispatch={upload.dispatch} is not in flight")
+    if flight.client != upload.client:
+        raise UpdateRejected(
+            "GMR-406", f"client={upload.client} answers dispatch={upload.dispatch} of client {flight.client}"
+        )
+    wanted = (flight.ranking.ends[flight.rung],)
+    if tuple(upload.values_S.shape) != wanted:
+        raise UpdateRejected("GMR-402", f"shape={tuple(upload.values_S.shape)} instead of {wanted}")
+    if upload.values_S.dtype != dtype:
+        raise UpdateRejected("GMR-402", f"dtype={upload.values_S.dtype} instead of {dtype}")
+    if not (math.isfinite(upload.samples) and upload.samples > 0):
+        raise UpdateRejected("GMR-404", f"samples={upload.samples} is not a positive number")
+    if not bool(torch.isfinite(upload.values_S).all()):
+        raise UpdateRejected("GMR-403", "the update holds NaN or infinity")
+    return Admitted(flight, upload)

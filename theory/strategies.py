@@ -1,0 +1,165 @@
+"""Hypothesis strategies for the theory: vectors, masks, problems, windows, schedules.
+
+They are public, so that another implementation can be tested against the same inequalities:
+
+    @given(windows())
+    def test_my_merge(window):
+        problem, w, arrivals = window
+        ...
+
+Values are small multiples of 1/8, which floats hold exactly and which shrink to readable witnesses.
+``hypothesis`` is not a dependency of this package; it is imported with this module only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from theory.laboratory.decompose import Arrival, Form
+from theory.laboratory.masks import mask, ranking
+from theory.laboratory.problems import Quadratic
+from theory.laboratory.simulate import Schedule
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+#: Update forms.
+FORMS: tuple[Form, ...] = ("delta", "replacement")
+
+
+def dyadics(low: int = -16, high: int = 16) -> st.SearchStrategy[float]:
+    """Multiples of 1/8 between low/8 and high/8."""
+    return st.integers(low, high).map(lambda n: n / 8)
+
+
+def vectors(size: int, *, low: int = -16, high: int = 16) -> st.SearchStrategy[Floats]:
+    """Vectors ``[size]`` of `dyadics`."""
+    entries = st.lists(st.integers(low, high), min_size=size, max_size=size)
+    return entries.map(lambda values: np.array(values, dtype=np.float64) / 8)
+
+
+def densities() -> st.SearchStrategy[float]:
+    """Densities, the usual rungs first."""
+    return st.sampled_from((1.0, 0.5, 0.2, 0.1, 0.05)) | st.floats(0.01, 1.0)
+
+
+def weights() -> st.SearchStrategy[float]:
+    """Aggregation weights c_n > 0, up to a ratio of 64."""
+    return st.integers(1, 64).map(lambda n: n / 8)
+
+
+@st.composite
+def top_k_masks(draw: st.DrawFn, size: int = 6) -> tuple[Floats, list[Bools]]:
+    """A vector and nested top-k masks of it, sparse to dense."""
+    w = draw(vectors(size))
+    order = ranking(w, np.ones(size, dtype=bool))
+    masks = []
+    for density in sorted(draw(st.lists(densities(), min_size=1, max_size=4))):
+        keep = np.zeros(size, dtype=bool)
+        keep[order[: int(density * size)]] = True
+        masks.append(keep)
+    return w, masks
+
+
+@st.composite
+def quadratics(draw: st.DrawFn, *, clients: int | None = None, size: int | None = None) -> Quadratic:
+    """Quadratic problems ``1/2 (w - a)' B'B (w - a)`` with exact data; B may be singular."""
+    n = draw(st.integers(1, 3)) if clients is None else clients
+    dim = draw(st.integers(1, 4)) if size is None else size
+    roots = [draw(vectors(dim * dim, low=-8, high=8)).reshape(dim, dim) for _ in range(n)]
+    centres = np.stack([draw(vectors(dim)) for _ in range(n)])
+    dense = draw(st.integers(0, dim - 1))
+    return Quadratic(np.stack([b.T @ b for b in roots]), centres, draw(vectors(dim)), dense=dense)
+
+
+class OneWindow(NamedTuple):
+    """One window: the problem, the model before it, its arrivals, and the local step size.
+
+    `steps` are the server's models between the oldest dispatch and now, oldest first, w_t last.
+    """
+
+    problem: Quadratic
+    w: Floats
+    arrivals: list[Arrival]
+    eta: float
+    local_steps: int
+    steps: list[Floats]
+
+    @property
+    def gamma(self) -> float:
+        """eta * K."""
+        return self.eta * self.local_steps
+
+
+@st.composite
+def windows(draw: st.DrawFn, *, noise: bool = True, uniform: bool = False, nested: bool = False) -> OneWindow:
+    """A window with arrivals of any staleness, density and weight.
+
+    Args:
+        noise: add arbitrary noise to the minibatch gradients.
+        uniform: all weights are 1.
+        nested: all masks are cut from one ranking (else from the ranking of each one's own model).
+    """
+    problem = draw(quadratics())
+    dim, steps = problem.size, draw(st.integers(1, 3))
+    eta = draw(st.sampled_from((0.5, 0.125, 0.03125)))
+    history = [draw(vectors(dim)) for _ in range(draw(st.integers(1, 3)))]
+    common = ranking(draw(vectors(dim)), problem.prunable)
+    arrivals = []
+    for client in draw(st.lists(st.integers(0, problem.clients - 1), unique=True, max_size=problem.clients)):
+        start = draw(st.sampled_from(history))
+        order = common if nested else ranking(start, problem.prunable)
+        keep = mask(problem, order, draw(densities()))
+        x = np.where(keep, start, 0.0)
+        path, grads = [], []
+        for _ in range(steps):
+            error = draw(vectors(dim, low=-8, high=8)) if noise else np.zeros(dim)
+            grad = problem.grad(client, x) + error
+            path.append(x)
+            grads.append(grad)
+            x = x - eta * np.where(keep, grad, 0.0)
+        weight = 1.0 if uniform else draw(weights())
+        arrivals.append(Arrival(client, weight, keep, start, np.stack(path), np.stack(grads), x))
+    return OneWindow(problem, history[-1], arrivals, eta, steps, history)
+
+
+@st.composite
+def schedules(draw: st.DrawFn, *, clients: int, forms: Sequence[Form] = FORMS) -> Schedule:
+    """Laboratory runs of a few windows: delays, densities, restorations, weights, forms."""
+    horizon = draw(st.integers(1, 6))
+    start = tuple(draw(st.sampled_from((0.25, 0.5, 1.0))) for _ in range(clients))
+    raised = tuple(
+        (draw(st.integers(1, 5)), n, 1.0) for n in range(clients) if start[n] < 1 and draw(st.booleans())
+    )
+    return Schedule(
+        windows=horizon,
+        eta=draw(st.sampled_from((0.25, 0.0625))),
+        local_steps=draw(st.integers(1, 3)),
+        densities=start,
+        delays=tuple(draw(st.integers(0, 2)) for _ in range(clients)),
+        delay_grows=draw(st.booleans()),
+        restorations=raised,
+        form=draw(st.sampled_from(tuple(forms))),
+        interval=draw(st.integers(1, 3)),
+        staleness=draw(st.sampled_from(("constant", "polynomial"))),
+        samples=tuple(draw(weights()) for _ in range(clients)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@st.composite
+def runs(draw: st.DrawFn, *, forms: Sequence[Form] = FORMS) -> tuple[Quadratic, Schedule]:
+    """A problem and a schedule for it."""
+    problem = draw(quadratics())
+    return problem, draw(schedules(clients=problem.clients, forms=forms))
+
+
+def restored(before: Sequence[float]) -> st.SearchStrategy[list[float]]:
+    """Densities that are nowhere below `before`."""
+    raised: list[Any] = [st.just(d) | st.floats(d, 1.0) for d in before]
+    return st.tuples(*raised).map(list)
