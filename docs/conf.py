@@ -26,7 +26,6 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_ext"]
 language = "en"
-smartquotes = False  # `--option` stays as it is
 
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 4

@@ -139,12 +139,12 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-403": CatalogueEntry(
         "not finite",
-        "An upload holds NaN or infinity.",
+        "An upload holds NaN, infinity, or values so large that their squares overflow.",
         "Lower the learning rate or clip gradients; the upload is counted and ignored.",
     ),
     "GMR-404": CatalogueEntry(
         "wrong sample count",
-        "An upload claims zero, negative or non-finite samples.",
+        "An upload claims zero, negative, non-finite or more than 2^53 samples.",
         "Check the client; the upload is counted and ignored.",
     ),
     "GMR-405": CatalogueEntry(

@@ -36,10 +36,12 @@ from fedgmr_plugin.kernels import ModelLayout, build_layout, rank, scores
 few = settings(max_examples=max(10, settings().max_examples // 5))
 
 
-# -- batches -------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
-def plan(batch_size: int = 4, steps: int | None = 3, epochs: int = 1, shuffle: bool = True, seed: int = 0) -> BatchPlan:
+def plan(
+    batch_size: int = 4, steps: int | None = 3, epochs: int = 1, shuffle: bool = True, seed: int = 0
+) -> BatchPlan:
     return BatchPlan(batch_size, steps, epochs, shuffle, seed)
 
 
@@ -70,8 +72,12 @@ def test_a_client_walks_through_permutations_one_after_another(
     assert walked(plan(batch_size, steps * dispatches, seed=seed), size, 1) == seen
 
 
-@given(size=st.integers(1, 30), batch_size=st.integers(1, 12), epochs=st.integers(1, 3), count=st.integers(0, 3))
-def test_with_epochs_a_dispatch_makes_whole_passes(size: int, batch_size: int, epochs: int, count: int) -> None:
+@given(
+    size=st.integers(1, 30), batch_size=st.integers(1, 12), epochs=st.integers(1, 3), count=st.integers(0, 3)
+)
+def test_with_epochs_a_dispatch_makes_whole_passes(
+    size: int, batch_size: int, epochs: int, count: int
+) -> None:
     batches = list(plan(batch_size, None, epochs).batches(0, size, count))
     assert len(batches) == epochs * -(-size // batch_size)
     seen = [int(i) for b in batches for i in b]
@@ -82,10 +88,10 @@ def test_with_epochs_a_dispatch_makes_whole_passes(size: int, batch_size: int, e
 
 def test_epochs_differ_from_each_other_and_between_clients_and_seeds() -> None:
     p = plan(50, 1)
-    first, second = (list(p.batches(0, 50, count))[0].tolist() for count in (0, 1))
-    other_client = list(p.batches(1, 50, 0))[0].tolist()
-    other_seed = list(plan(50, 1, seed=1).batches(0, 50, 0))[0].tolist()
-    again = list(plan(50, 1).batches(0, 50, 0))[0].tolist()
+    first, second = (next(iter(p.batches(0, 50, count))).tolist() for count in (0, 1))
+    other_client = next(iter(p.batches(1, 50, 0))).tolist()
+    other_seed = next(iter(plan(50, 1, seed=1).batches(0, 50, 0))).tolist()
+    again = next(iter(plan(50, 1).batches(0, 50, 0))).tolist()
     assert len({tuple(x) for x in (first, second, other_client, other_seed)}) == 4 and again == first
     passes = [b.tolist() for count in (0, 1) for b in plan(50, None, 1).batches(0, 50, count)]
     assert passes == [first, second]
@@ -103,7 +109,7 @@ def test_batches_may_be_asked_for_in_any_order() -> None:
     assert [b.tolist() for b in p.batches(2, 7, 9)] == late
 
 
-# -- samples -------------------------------------------------------------------------------------------------------
+# -- samples ---------------------------------------------------------------------------------------
 
 
 def samples(count: int, features: int = 4, classes: int = 3, seed: int = 0, **shape: Any) -> TensorSamples:
@@ -112,8 +118,12 @@ def samples(count: int, features: int = 4, classes: int = 3, seed: int = 0, **sh
     return TensorSamples(x, torch.randint(0, classes, (count,), generator=generator))
 
 
-@given(size=st.integers(1, 200), fraction=st.floats(0, 0.99), seed=st.integers(0, 99), client=st.integers(0, 9))
-def test_the_validation_split_is_a_seeded_partition(size: int, fraction: float, seed: int, client: int) -> None:
+@given(
+    size=st.integers(1, 200), fraction=st.floats(0, 0.99), seed=st.integers(0, 99), client=st.integers(0, 9)
+)
+def test_the_validation_split_is_a_seeded_partition(
+    size: int, fraction: float, seed: int, client: int
+) -> None:
     data = TensorSamples(torch.arange(size), torch.arange(size))
     train, held = split(data, fraction, seed, client)
     assert len(train) == size - int(fraction * size) > 0
@@ -157,7 +167,7 @@ def test_a_list_of_batches_is_a_sequence_that_reads_when_asked() -> None:
         batches[3]
 
 
-# -- the built-in trainer ------------------------------------------------------------------------------------------
+# -- the built-in trainer --------------------------------------------------------------------------
 
 
 def mlp(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
@@ -167,7 +177,11 @@ def mlp(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
 
 def some_masks(model: nn.Module, seed: int, share: float = 0.5) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {n: torch.rand(p.shape, generator=generator) < share for n, p in model.named_parameters() if n[0] == "0"}
+    return {
+        n: torch.rand(p.shape, generator=generator) < share
+        for n, p in model.named_parameters()
+        if n[0] == "0"
+    }
 
 
 def apply_masks(model: nn.Module, masks: dict[str, Tensor] | None) -> None:
@@ -313,7 +327,7 @@ def test_a_masked_weight_with_an_infinite_slope_at_zero_does_not_move() -> None:
         model.hidden.weight.copy_((model.hidden.weight.abs() + 0.5) * mask)
     batches = some_batches(2, dtype=torch.float32)
     BuiltinTrainer().train(model, batches, {"hidden.weight": mask}, learning_rate=0.1, client=0)
-    assert float(model.hidden.weight[2, 1]) == 0.0
+    assert float(model.hidden.weight.detach()[2, 1]) == 0.0
     assert torch.isfinite(model.hidden.weight).all()
 
 
@@ -387,7 +401,7 @@ def test_accuracy_of_sequences_is_a_share_of_positions() -> None:
     assert metrics.accuracy == 5 / 8 and metrics.samples == 2
 
 
-# -- one dispatch --------------------------------------------------------------------------------------------------
+# -- one dispatch ----------------------------------------------------------------------------------
 
 
 class Dropping(nn.Module):
@@ -481,7 +495,9 @@ def test_the_update_is_the_trained_sub_model_on_its_support(rung: int, form: str
     x_D = layout.gather(model)
     index_S = sent.index_S
     is_buffer = index_S >= layout.parameters
-    wanted = x_D[index_S] if form == "replacement" else torch.where(is_buffer, x_D[index_S], x_D[index_S] - kept)
+    wanted = (
+        x_D[index_S] if form == "replacement" else torch.where(is_buffer, x_D[index_S], x_D[index_S] - kept)
+    )
     assert torch.equal(update.values_S, wanted) and torch.equal(sent.values_S, kept)
     assert is_buffer.any() and not torch.equal(x_D[index_S][is_buffer], kept[is_buffer])
     outside = ~sent.ranking.mask(rung)
@@ -591,15 +607,25 @@ def test_the_bias_of_a_masked_unit_is_masked_and_stays_zero() -> None:
     bias = layout.by_name["first.bias"]
     assert not bool(sent.ranking.mask(0)[bias.offset + 3])
     carried_out(sent, model, layout)
-    assert float(model.first.bias[3]) == 0.0 and float(model.first.bias.abs().sum()) > 0  # type: ignore[operator,index,union-attr]
+    bias = model.first.bias.detach()  # type: ignore[union-attr]
+    assert float(bias[3]) == 0.0 and float(bias.abs().sum()) > 0
 
 
-# -- seeds -----------------------------------------------------------------------------------------------------------
+# -- seeds -----------------------------------------------------------------------------------------
 
 
 def test_seeds_depend_on_nothing_but_their_address() -> None:
     assert derive(1, "batches", 2, 3) == derive(1, "batches", 2, 3)
-    addresses = [(1, "a", 2), (1, "a", 3), (1, "b", 2), (2, "a", 2), (1, "a", "2"), (1, "a", 2, 0), (1, "a"), (12, "a")]
+    addresses = [
+        (1, "a", 2),
+        (1, "a", 3),
+        (1, "b", 2),
+        (2, "a", 2),
+        (1, "a", "2"),
+        (1, "a", 2, 0),
+        (1, "a"),
+        (12, "a"),
+    ]
     assert len({derive(seed, *rest) for seed, *rest in addresses}) == len(addresses)
     assert all(0 <= derive(s, "x") < 2**63 for s in range(50))
     assert numpy_generator(1, "a").random() == numpy_generator(1, "a").random()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def network(densities: Sequence[float], megabytes: float, seed: int = 0, **optio
     return VirtualNetwork(config, densities, megabytes, LogNormalLinks(config, densities, seed))
 
 
-def traced(densities: Sequence[float], megabytes: float, traces: list[Trace], **options: Any) -> VirtualNetwork:
+def traced(
+    densities: Sequence[float], megabytes: float, traces: list[Trace], **options: Any
+) -> VirtualNetwork:
     config = FedGMRConfig(densities=tuple(densities), **options)
     return VirtualNetwork(config, densities, megabytes, TraceLinks(config, densities, 3, traces))
 
@@ -61,10 +64,12 @@ class Loop:
         return self
 
 
-# -- the published clock -------------------------------------------------------------------------------------------
+# -- the published clock ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("megabytes", "published"), [(25.98, 9.29), (37.2, 12.66), (43.1, 14.43), (17.26, 6.68)])
+@pytest.mark.parametrize(
+    ("megabytes", "published"), [(25.98, 9.29), (37.2, 12.66), (43.1, 14.43), (17.26, 6.68)]
+)
 def test_without_jitter_every_window_has_the_published_length(megabytes: float, published: float) -> None:
     loop = Loop(network(HIGH, megabytes, **STILL)).run(12)
     for window in loop.windows:
@@ -76,7 +81,7 @@ def test_without_jitter_every_window_has_the_published_length(megabytes: float, 
 def test_windows_follow_each_other_without_gaps() -> None:
     windows = Loop(network(HIGH, 37.2)).run(10).windows
     assert windows[0].start == 0.0
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in pairwise(windows):
         assert after.start == before.end
     for w in windows:
         assert w.start < w.close and w.end == pytest.approx(w.close + 0.5)
@@ -119,13 +124,17 @@ def test_a_client_of_small_density_is_as_fast_as_the_dense_one() -> None:
         assert [a.client for a in window.arrivals] == list(range(10))
 
 
-# -- the fluid -----------------------------------------------------------------------------------------------------
+# -- the fluid -------------------------------------------------------------------------------------
 
 
 def replay(loop: Loop, dispatch: int, not_before: float) -> float:
     """When the last byte of a flight arrives: small steps of its phases over the windows' constant rates."""
     client, _, megabytes = loop.sent[dispatch]
-    phases = [("down", megabytes), ("train", loop.net._train_seconds(client, loop.held[client])), ("up", megabytes)]
+    phases = [
+        ("down", megabytes),
+        ("train", train_seconds(loop.net.config, client, loop.held[client])),
+        ("up", megabytes),
+    ]
     time = not_before
     for phase, amount in phases:
         left = amount
@@ -158,7 +167,13 @@ def test_no_byte_is_lost_or_gained_across_windows(
     initial = [1.0, *(min(d, 0.3) for d in held[1:])]
     held[0] = 1.0
     net = network(
-        initial, megabytes, seed, client_jitter=sigma, server_jitter=0.1, server_download=1e9, client_download=1.0
+        initial,
+        megabytes,
+        seed,
+        client_jitter=sigma,
+        server_jitter=0.1,
+        server_download=1e9,
+        client_download=1.0,
     )
     loop = Loop(net, held).run(12)
     assert loop.arrived
@@ -209,7 +224,7 @@ def test_an_upload_that_misses_the_close_waits_for_the_next_window() -> None:
     assert late.time == pytest.approx(4.25) and late.dispatch == 1
 
 
-# -- when a window closes --------------------------------------------------------------------------------------------
+# -- when a window closes --------------------------------------------------------------------------
 
 
 def test_a_window_waits_for_every_client_of_the_densest_class() -> None:
@@ -264,7 +279,7 @@ def test_a_dropped_flight_never_arrives_and_frees_the_channel() -> None:
     assert [a.dispatch for a in window.arrivals] == [1] and window.close == pytest.approx(0.5 + 0.5 + 2 + 0.5)
 
 
-# -- the server's links ----------------------------------------------------------------------------------------------
+# -- the server's links ----------------------------------------------------------------------------
 
 
 def test_with_splitting_each_increment_leaves_once_and_without_it_every_sub_model() -> None:
@@ -336,7 +351,7 @@ def test_payload_by_support_uses_the_share_of_coordinates() -> None:
     assert network((0.5,), 10.0, **STILL).dispatch(0, 0, 0.5, 0.8) == 5.0
 
 
-# -- compute time ------------------------------------------------------------------------------------------------------
+# -- compute time ----------------------------------------------------------------------------------
 
 
 def test_training_time_may_depend_on_the_device_and_on_the_density() -> None:
@@ -347,7 +362,7 @@ def test_training_time_may_depend_on_the_device_and_on_the_density() -> None:
     assert times[1] == pytest.approx(2.0 / 5.0 + 0.5 * 6 * 0.5 + 2.0 / 1.25)
 
 
-# -- jitter --------------------------------------------------------------------------------------------------------------
+# -- jitter ----------------------------------------------------------------------------------------
 
 
 def test_rates_jitter_around_the_log_normal_mean_and_have_seeds_of_their_own() -> None:
@@ -364,7 +379,9 @@ def test_rates_jitter_around_the_log_normal_mean_and_have_seeds_of_their_own() -
     correlation = np.corrcoef(np.hstack([draws, server]).T) - np.eye(6)
     assert np.abs(correlation).max() < 0.12
     again = LogNormalLinks(config, (1.0, 0.5), 0)
-    assert again.server(7) == links.server(7) and LogNormalLinks(config, (1.0, 0.5), 1).server(7) != links.server(7)
+    assert again.server(7) == links.server(7) and LogNormalLinks(config, (1.0, 0.5), 1).server(
+        7
+    ) != links.server(7)
 
 
 def test_mean_window_length_is_near_the_published_one_with_jitter() -> None:
@@ -373,7 +390,7 @@ def test_mean_window_length_is_near_the_published_one_with_jitter() -> None:
     assert mean == pytest.approx(12.66, rel=0.05)
 
 
-# -- traces --------------------------------------------------------------------------------------------------------------
+# -- traces ----------------------------------------------------------------------------------------
 
 
 def megabytes_by_time(links: TraceLinks, client: int, direction: int, grid: np.ndarray) -> np.ndarray:
@@ -449,7 +466,12 @@ def test_a_client_without_bandwidth_for_a_while_only_waits() -> None:
 
 @pytest.mark.parametrize(
     ("times", "rate"),
-    [([0.0, 1.0, 1.0], [1.0, 1.0, 1.0]), ([1.0, 0.0], [1.0, 1.0]), ([0.0, 1.0], [0.0, 0.0]), ([0.0, 1.0], [1.0, -1.0])],
+    [
+        ([0.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
+        ([1.0, 0.0], [1.0, 1.0]),
+        ([0.0, 1.0], [0.0, 0.0]),
+        ([0.0, 1.0], [1.0, -1.0]),
+    ],
 )
 def test_traces_that_cannot_be_followed_are_refused(times: list[float], rate: list[float]) -> None:
     with pytest.raises(ValueError, match="trace"):
@@ -482,13 +504,15 @@ def test_measured_traces_carry_a_run(fedgmr_data_dir: Path) -> None:
         assert arrival.time == pytest.approx(time, rel=1e-9)
 
 
-# -- state -----------------------------------------------------------------------------------------------------------------
+# -- state -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["jitter", "traces", "sync", "whole"])
 def test_a_stored_state_continues_with_the_same_windows(kind: str) -> None:
     """At every window: through JSON into a new network, before and after the dispatches."""
-    options: dict[str, Any] = {"sync": {"schedule": "sync"}, "whole": {"incremental_splitting": False}}.get(kind, {})
+    options: dict[str, Any] = {"sync": {"schedule": "sync"}, "whole": {"incremental_splitting": False}}.get(
+        kind, {}
+    )
     initial, held = (1.0, 0.5, 0.2, 0.05), (1.0, 1.0, 1.0, 0.5)
 
     def fresh() -> VirtualNetwork:

@@ -29,11 +29,22 @@ from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.snapshot import Snapshot, restore, snapshot
 from fedgmr_plugin.errors import UpdateRejected
-from fedgmr_plugin.kernels import MaskedUpdate, ModelLayout, build_layout, merge, rank, scores, staleness_weight
+from fedgmr_plugin.kernels import (
+    MaskedUpdate,
+    ModelLayout,
+    build_layout,
+    merge,
+    rank,
+    scores,
+    staleness_weight,
+)
 from fedgmr_plugin.protocol.schema import RECORDS, problems
 
 #: Keys that the loop around the server adds to its records.
-ADDED = {"dispatch": {"bytes_down"}, "window": {"bytes_up", "bytes_down", "server_bytes_down", "learning_rate"}}
+ADDED = {
+    "dispatch": {"bytes_down"},
+    "window": {"bytes_up", "bytes_down", "server_bytes_down", "learning_rate"},
+}
 
 
 def tiny() -> tuple[ModelLayout, Tensor]:
@@ -121,7 +132,7 @@ def dispatched(effects: Iterable[Effect]) -> list[int]:
     return [e.client for e in effects if isinstance(e, Dispatch)]
 
 
-# -- dispatches ------------------------------------------------------------------------------------------------------
+# -- dispatches ------------------------------------------------------------------------------------
 
 
 def test_everybody_gets_its_sub_model_at_the_start() -> None:
@@ -132,7 +143,13 @@ def test_everybody_gets_its_sub_model_at_the_start() -> None:
         (1, 1, 0, 0, 0.5),
         (2, 2, 0, 0, 0.2),
     ]
-    ranking = rank(world.layout, server.w_D, scores("magnitude", world.layout, server.w_D), (0.2, 0.5, 1.0), layer_floor=0.02)
+    ranking = rank(
+        world.layout,
+        server.w_D,
+        scores("magnitude", world.layout, server.w_D),
+        (0.2, 0.5, 1.0),
+        layer_floor=0.02,
+    )
     for sent in world.sent.values():
         mask = ranking.mask(ranking.rung(sent.density))
         assert torch.equal(sent.index_S.sort().values, mask.nonzero().squeeze(1))
@@ -145,7 +162,9 @@ def test_a_dispatch_record_measures_what_the_mask_leaves_out() -> None:
     w_D = world.server.w_D
     for record, sent in zip(records(world.log, "dispatch"), world.sent.values(), strict=True):
         mask = sent.ranking.mask(sent.rung)
-        prunable = torch.cat([torch.arange(e.offset, e.offset + e.size) for e in world.layout.of_kind("prunable")])
+        prunable = torch.cat(
+            [torch.arange(e.offset, e.offset + e.size) for e in world.layout.of_kind("prunable")]
+        )
         parameters = torch.arange(world.layout.parameters)
         for name, where in (("", prunable), ("full_", parameters)):
             w = w_D[where].double()
@@ -203,7 +222,7 @@ def test_a_dense_start_gives_everybody_the_whole_model() -> None:
     assert all(len(s.values_S) == world.layout.size for s in world.sent.values())
 
 
-# -- admission -------------------------------------------------------------------------------------------------------
+# -- admission -------------------------------------------------------------------------------------
 
 
 def bad(values_S: Tensor, value: float) -> Tensor:
@@ -229,6 +248,8 @@ REJECTIONS: dict[str, tuple[str, Any, bool]] = {
     "negative samples": ("GMR-404", lambda w: w.upload(1, samples=-3), True),
     "NaN samples": ("GMR-404", lambda w: w.upload(1, samples=math.nan), True),
     "infinite samples": ("GMR-404", lambda w: w.upload(1, samples=math.inf), True),
+    "unbelievable samples": ("GMR-404", lambda w: w.upload(1, samples=1e308), True),
+    "huge values": ("GMR-403", lambda w: w.upload(1, values_S=bad(w.upload(1).values_S, 3e38)), True),
 }
 
 
@@ -312,7 +333,7 @@ def test_a_lost_clients_upload_is_not_awaited_nor_taken() -> None:
     assert torch.equal(world.server.w_D, w_D) and dispatched(effects) == [1, 2]
 
 
-# -- merging ---------------------------------------------------------------------------------------------------------
+# -- merging ---------------------------------------------------------------------------------------
 
 
 def test_a_window_merges_what_arrived_weighted_by_staleness_and_samples() -> None:
@@ -336,7 +357,11 @@ def test_a_window_merges_what_arrived_weighted_by_staleness_and_samples() -> Non
     assert torch.equal(world.server.w_D, wanted.w_D)
 
     arrivals = records(effects, "arrival")
-    assert [(a["client"], a["dispatch"], a["staleness"]) for a in arrivals] == [(0, 4, 0), (1, 1, 2), (2, 2, 2)]
+    assert [(a["client"], a["dispatch"], a["staleness"]) for a in arrivals] == [
+        (0, 4, 0),
+        (1, 1, 2),
+        (2, 2, 2),
+    ]
     held_ND = torch.zeros(3, world.layout.size, dtype=torch.float64)
     for row, u in zip(held_ND, updates, strict=True):
         row[u.index_S] = 1
@@ -465,8 +490,30 @@ def test_finite_uploads_cannot_make_the_model_infinite() -> None:
         effects = world.close()
         assert torch.isfinite(world.server.w_D).all()
     assert torch.equal(world.server.w_D, w_D)
-    assert {r["code"] for r in records(effects, "rejected")} == {"GMR-403"}
+    assert {r["code"] for r in records(world.log, "rejected")} == {"GMR-403"}
     assert world.server.rejected >= 2 and records(effects, "window")[0]["arrivals"] == 0
+
+
+def test_one_client_cannot_make_the_uploads_of_others_be_thrown_away() -> None:
+    """A lie about samples or a huge value is refused by itself; the window's other uploads count."""
+    for lie in ({"samples": 1e308}, {"samples": 2.0**60}, {"values": 3e38}, {"values": 1e25}):
+        world, reference = World((1.0, 1.0)).start(), World((1.0, 1.0)).start()
+        size = world.layout.size
+        values = {"values_S": torch.full((size,), lie["values"])} if "values" in lie else {}
+        world.handle(world.upload(1, **values, **{k: v for k, v in lie.items() if k == "samples"}))
+        for w in (world, reference):
+            w.handle(w.upload(0))
+            w.close()
+        assert torch.equal(world.server.w_D, reference.server.w_D)
+
+
+def test_a_hook_that_breaks_the_model_leaves_it_untouched() -> None:
+    world = World(hooks={"after_merge": lambda window, w_D: w_D * math.nan}).start()
+    w_D = world.server.w_D.clone()
+    effects = world.window()
+    assert torch.equal(world.server.w_D, w_D) and records(effects, "window")[0]["arrivals"] == 0
+    assert len(records(effects, "rejected")) == world.server.rejected == 3
+    assert dispatched(effects) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("rule", ["mask_aware", "global_average"])
@@ -484,7 +531,7 @@ def test_an_ancient_upload_with_a_steep_staleness_rule_is_still_merged_soundly(r
         assert all(0 < a["pibar"] <= 1 for a in records(effects, "arrival"))
 
 
-# -- the schedule ----------------------------------------------------------------------------------------------------
+# -- the schedule ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("windows", "interval"), [(1, 1), (5, 2), (7, 3), (6, 10), (4, 1)])
@@ -547,23 +594,36 @@ def test_between_intervals_the_stored_masks_cut_the_new_model() -> None:
     old, new = world.sent[1], world.sent[4]
     assert (old.client, new.client, new.version) == (1, 1, 1)
     assert torch.equal(old.index_S, new.index_S)
-    assert torch.equal(new.values_S, world.server.w_D[new.index_S]) and not torch.equal(old.values_S, new.values_S)
+    assert torch.equal(new.values_S, world.server.w_D[new.index_S]) and not torch.equal(
+        old.values_S, new.values_S
+    )
 
 
 def test_a_restored_coordinate_starts_at_the_servers_value() -> None:
-    world = World((1.0, 0.2), windows=20, interval=1, trigger="time", time_fractions=(0.05,), time_floors=(1.0,))
+    world = World(
+        (1.0, 0.2), windows=20, interval=1, trigger="time", time_fractions=(0.05,), time_floors=(1.0,)
+    )
     world.start()
     effects = world.window()
     (restored,) = records(effects, "restoration")
-    assert (restored["client"], restored["cause"], restored["before"], restored["after"]) == (1, "time", 0.2, 1.0)
+    assert (restored["client"], restored["cause"], restored["before"], restored["after"]) == (
+        1,
+        "time",
+        0.2,
+        1.0,
+    )
     assert problems(restored) == [] and restored["floor"] == 1.0 and restored["window"] == 1
     sent = world.sent[3]
     assert sent.client == 1 and sent.density == 1.0
-    assert torch.equal(sent.values_S, world.server.w_D[sent.index_S]) and len(sent.values_S) == world.layout.size
+    assert (
+        torch.equal(sent.values_S, world.server.w_D[sent.index_S]) and len(sent.values_S) == world.layout.size
+    )
 
 
 def test_a_flight_keeps_the_density_and_mask_that_it_was_sent_with() -> None:
-    world = World((1.0, 0.2), windows=20, interval=1, trigger="time", time_fractions=(0.05,), time_floors=(1.0,))
+    world = World(
+        (1.0, 0.2), windows=20, interval=1, trigger="time", time_fractions=(0.05,), time_floors=(1.0,)
+    )
     world.start()
     world.window([0])
     assert world.server.gmr.densities == (1.0, 1.0) and world.server.flights[1].density == 0.2
@@ -584,11 +644,13 @@ def test_the_validated_candidate_is_the_one_to_ship() -> None:
     assert World(evaluate="global").server.candidate == "global"
 
 
-# -- scores over time ------------------------------------------------------------------------------------------------
+# -- scores over time ------------------------------------------------------------------------------
 
 
 def test_the_weight_change_score_uses_the_change_over_the_last_interval() -> None:
-    world = World((1.0, 0.3), windows=20, interval=2, score="weight_change", trigger="none", layer_floor=0.0).start()
+    world = World(
+        (1.0, 0.3), windows=20, interval=2, score="weight_change", trigger="none", layer_floor=0.0
+    ).start()
     server, layout = world.server, world.layout
     first_D = server.w_D.clone()
     magnitude = rank(layout, first_D, scores("magnitude", layout, first_D), (0.3, 0.5, 1.0))
@@ -596,7 +658,12 @@ def test_the_weight_change_score_uses_the_change_over_the_last_interval() -> Non
     for _ in range(2):
         world.window()
     for _ in range(2):
-        wanted = rank(layout, server.w_D, scores("weight_change", layout, server.w_D, change_D=server.w_D - first_D), (0.3,))
+        wanted = rank(
+            layout,
+            server.w_D,
+            scores("weight_change", layout, server.w_D, change_D=server.w_D - first_D),
+            (0.3,),
+        )
         assert torch.equal(server.ranking.mask(server.ranking.rung(0.3)), wanted.mask(0))
         first_D = server.w_D.clone()
         world.window()
@@ -620,7 +687,7 @@ def test_the_per_cost_score_uses_the_plans_costs() -> None:
     assert torch.equal(server.ranking.mask(server.ranking.rung(0.3)), wanted.mask(0))
 
 
-# -- models ----------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 def test_the_scaled_model_is_the_plain_mean_of_the_latest_sub_models() -> None:
@@ -647,7 +714,7 @@ def test_the_scaled_model_is_w_once_everybody_holds_everything() -> None:
     assert torch.equal(world.server.model("scaled"), world.server.w_D)
 
 
-# -- records ---------------------------------------------------------------------------------------------------------
+# -- records ---------------------------------------------------------------------------------------
 
 
 def test_records_are_complete_typed_and_json() -> None:
@@ -681,7 +748,7 @@ def test_densities_of_a_run_only_rise_and_every_rise_is_recorded() -> None:
     assert world.server.gmr.densities == (1.0, 1.0, 1.0)
 
 
-# -- snapshots -------------------------------------------------------------------------------------------------------
+# -- snapshots -------------------------------------------------------------------------------------
 
 SNAPSHOT_OPTIONS: list[dict[str, Any]] = [
     {},

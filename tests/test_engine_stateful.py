@@ -13,7 +13,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.events import ClientLost, Dispatch, Effect, Record, UploadArrived, Validated, WindowClosed
+from fedgmr_plugin.engine.events import (
+    ClientLost,
+    Dispatch,
+    Effect,
+    Record,
+    UploadArrived,
+    Validated,
+    WindowClosed,
+)
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.snapshot import Snapshot, restore, snapshot
@@ -69,7 +77,7 @@ class ServerMachine(RuleBasedStateMachine):
         self.restored = 0
         self._note(self.server.start())
 
-    # -- what the network does ---------------------------------------------------------------------------
+    # -- what the network does ---------------------------------------------------------------------
 
     def _upload(self, dispatch: int, seed: int, **changes: Any) -> UploadArrived:
         sent = self.sent[dispatch]
@@ -140,7 +148,7 @@ class ServerMachine(RuleBasedStateMachine):
         self.open.discard(dispatch)
         self.arrived.pop(dispatch, None)
 
-    # -- what the clock does -----------------------------------------------------------------------------
+    # -- what the clock does -----------------------------------------------------------------------
 
     @precondition(lambda self: self.server.phase == "collecting")
     @rule(seconds=st.floats(0.1, 10))
@@ -222,7 +230,7 @@ class ServerMachine(RuleBasedStateMachine):
             self.sent[e.dispatch] = e
             self.open.add(e.dispatch)
 
-    # -- what always holds -------------------------------------------------------------------------------
+    # -- what always holds -------------------------------------------------------------------------
 
     @invariant()
     def accounts_agree(self) -> None:
@@ -257,7 +265,9 @@ class ServerMachine(RuleBasedStateMachine):
         fresh = Server(self.config, self.plan, LAYOUT, torch.full_like(W, 7.0))
         restore(fresh, Snapshot(json.loads(text), tensors))
         assert json.dumps(snapshot(fresh).meta) == text
-        assert {k: t.tolist() for k, t in snapshot(fresh).tensors.items()} == {k: t.tolist() for k, t in tensors.items()}
+        assert {k: t.tolist() for k, t in snapshot(fresh).tensors.items()} == {
+            k: t.tolist() for k, t in tensors.items()
+        }
         self.server = fresh
 
 

@@ -299,7 +299,7 @@ def test_the_result_is_a_new_vector_of_the_old_type(dtype: torch.dtype) -> None:
     assert w_D.tolist() == [1.0] * 3 and update.values_S.tolist() == [1.0] * 3
 
 
-# -- staleness ---------------------------------------------------------------------------------------------------
+# -- staleness -------------------------------------------------------------------------------------
 
 
 def test_staleness_weights_are_those_of_the_method_page() -> None:

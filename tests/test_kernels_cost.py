@@ -20,7 +20,12 @@ from fedgmr_plugin.kernels.cost import (
 )
 
 #: Model sizes of the paper's data sets in MB, and the length of a window that goes with them.
-TABLE = {"FEMNIST": (25.98, 9.29), "CIFAR-10": (37.20, 12.66), "ImageNet-100": (43.10, 14.43), "StackOverflow": (17.26, 6.68)}
+TABLE = {
+    "FEMNIST": (25.98, 9.29),
+    "CIFAR-10": (37.20, 12.66),
+    "ImageNet-100": (43.10, 14.43),
+    "StackOverflow": (17.26, 6.68),
+}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -69,7 +74,7 @@ def test_rates_are_arguments() -> None:
     assert window == 2.0 + 4.0 + 7.0
 
 
-# -- max-min fairness ------------------------------------------------------------------------------------------------
+# -- max-min fairness ------------------------------------------------------------------------------
 
 rates = st.lists(st.integers(0, 1000).map(lambda i: i / 8), max_size=8)
 
@@ -86,7 +91,9 @@ def test_shares_are_max_min_fair(capacity: float, demands: list[float]) -> None:
 
 
 @given(capacity=st.floats(0.5, 100), demands=rates, data=st.data())
-def test_shares_do_not_depend_on_the_order(capacity: float, demands: list[float], data: st.DataObject) -> None:
+def test_shares_do_not_depend_on_the_order(
+    capacity: float, demands: list[float], data: st.DataObject
+) -> None:
     order = data.draw(st.permutations(range(len(demands))))
     moved = fair_shares(capacity, [demands[i] for i in order])
     shares = fair_shares(capacity, demands)
@@ -99,7 +106,7 @@ def test_shares_of_a_known_case() -> None:
     assert fair_shares(5.0, []) == []
 
 
-# -- operations per weight ---------------------------------------------------------------------------------------------
+# -- operations per weight -------------------------------------------------------------------------
 
 
 def macs(model: nn.Module, example: Tensor) -> dict[str, float]:

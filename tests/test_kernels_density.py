@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.server import gmr_rules
+from fedgmr_plugin.engine.server import restoration_rules
 from fedgmr_plugin.kernels import GMRRules, GMRState, Observation, Restoration, next_density, restoring_pays
 from fedgmr_plugin.kernels import start as gmr_start
 from fedgmr_plugin.kernels import step as gmr_step
@@ -38,7 +38,7 @@ def server_only(*metrics: float | None) -> list[Observation]:
     return [Observation(0.0, m, ()) for m in metrics]
 
 
-# -- steps ---------------------------------------------------------------------------------------------------------
+# -- steps -----------------------------------------------------------------------------------------
 
 
 def test_the_ladder_goes_to_the_next_rung_from_anywhere() -> None:
@@ -76,7 +76,7 @@ def test_a_step_goes_up_and_never_beyond_one(density: float, mode: Any, incremen
     assert density < after <= 1.0 or after == density == 1.0
 
 
-# -- the time trigger ----------------------------------------------------------------------------------------------
+# -- the time trigger ------------------------------------------------------------------------------
 
 
 def means(rules: GMRRules, elapsed: list[float]) -> list[float]:
@@ -118,13 +118,17 @@ def test_a_floor_that_lifts_nobody_is_reported_once_without_a_client() -> None:
 
 def test_mixed_restores_by_time_and_by_plateau() -> None:
     rules = GMRRules(trigger="mixed", patience=1)
-    observations = [Observation(0.0, None, (0.5,)), Observation(0.1, None, (0.5,)), Observation(0.45, None, (0.5,))]
+    observations = [
+        Observation(0.0, None, (0.5,)),
+        Observation(0.1, None, (0.5,)),
+        Observation(0.45, None, (0.5,)),
+    ]
     state, done = run(rules, gmr_start(rules, (0.05,)), observations)
     assert [(c, r.cause, r.after) for c, r in done] == [(2, "client_plateau", 0.1), (3, "time", 0.2)]
     assert state.densities == (0.2,)
 
 
-# -- plateaus ------------------------------------------------------------------------------------------------------
+# -- plateaus --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("patience", [1, 2, 5])
@@ -169,7 +173,11 @@ def test_a_client_at_density_one_does_not_restore_and_its_counter_restarts() -> 
 
 def test_when_the_server_fires_everybody_sleeps_and_starts_again() -> None:
     rules = GMRRules(patience=2)
-    seen = [Observation(0.0, 0.5, (0.5, 0.9)), Observation(0.0, 0.5, (0.6, 0.8)), Observation(0.0, 0.5, (0.6, 0.95))]
+    seen = [
+        Observation(0.0, 0.5, (0.5, 0.9)),
+        Observation(0.0, 0.5, (0.6, 0.8)),
+        Observation(0.0, 0.5, (0.6, 0.95)),
+    ]
     state, done = run(rules, gmr_start(rules, (0.02, 1.0)), seen)
     assert done == [(3, Restoration(0, "server_plateau", 0.02, 0.05))]
     assert [c.sleeps_until for c in state.clients] == [5, 5] and state.server.sleeps_until == 5
@@ -248,13 +256,13 @@ def test_rules_come_from_the_configuration() -> None:
     config = FedGMRConfig(
         trigger="mixed", patience=7, plateau_delta=0.01, trigger_metric="loss", density_min=0.03
     )
-    rules = gmr_rules(config)
+    rules = restoration_rules(config)
     assert (rules.trigger, rules.patience, rules.delta, rules.higher_is_better) == ("mixed", 7, 0.01, False)
     assert (rules.floor, rules.ladder) == (0.03, (0.05, 0.1, 0.2, 0.5, 1.0))
-    assert gmr_rules(FedGMRConfig()).higher_is_better
+    assert restoration_rules(FedGMRConfig()).higher_is_better
 
 
-# -- the gradient trigger --------------------------------------------------------------------------------------------
+# -- the gradient trigger --------------------------------------------------------------------------
 
 
 def test_the_gradient_trigger_is_the_inequality_of_the_method_page() -> None:
@@ -283,11 +291,14 @@ def test_votes_restore_and_cool_down_and_leave_the_floor() -> None:
     rules = GMRRules(trigger="gradient", patience=2)
     seen = [Observation(0.0, 0.1, (), (True, False))] * 6
     state, done = run(rules, gmr_start(rules, (0.05, 0.05)), seen)
-    assert [(c, r.client, r.after, r.cause) for c, r in done] == [(1, 0, 0.1, "gradient"), (6, 0, 0.2, "gradient")]
+    assert [(c, r.client, r.after, r.cause) for c, r in done] == [
+        (1, 0, 0.1, "gradient"),
+        (6, 0, 0.2, "gradient"),
+    ]
     assert state.floor == rules.floor and state.densities == (0.2, 0.05)
 
 
-# -- laws ------------------------------------------------------------------------------------------------------------
+# -- laws ------------------------------------------------------------------------------------------
 
 metric = st.none() | st.floats(0, 1, width=16)
 
@@ -302,7 +313,13 @@ metric = st.none() | st.floats(0, 1, width=16)
     data=st.data(),
 )
 def test_densities_and_floor_never_fall_and_restorations_account_for_every_rise(
-    trigger: Any, mode: Any, patience: int, delta: float, higher: bool, initial: list[float], data: st.DataObject
+    trigger: Any,
+    mode: Any,
+    patience: int,
+    delta: float,
+    higher: bool,
+    initial: list[float],
+    data: st.DataObject,
 ) -> None:
     rules = GMRRules(
         trigger=trigger, density_step=mode, patience=patience, delta=delta, higher_is_better=higher

@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         self.decoder = nn.Linear(8, 7)
 
 
-# -- the prunable rule -----------------------------------------------------------------------------------------
+# -- the prunable rule -----------------------------------------------------------------------------
 
 
 def test_plain_networks_prune_hidden_weights_with_their_biases_and_keep_the_last_linear_layer() -> None:
@@ -92,7 +92,9 @@ def test_a_fully_convolutional_network_has_no_dense_last_layer() -> None:
     assert prunable(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 5, 1))) == {"0.weight", "1.weight"}
 
 
-@pytest.mark.parametrize("name", ["downsample", "shortcut", "convShortcut", "skip_connection", "residual_conv"])
+@pytest.mark.parametrize(
+    "name", ["downsample", "shortcut", "convShortcut", "skip_connection", "residual_conv"]
+)
 def test_one_by_one_shortcut_convolutions_are_dense_but_other_pointwise_ones_are_prunable(name: str) -> None:
     assert prunable(Block(name)) == {"conv.weight", "pointwise.weight"}
 
@@ -123,7 +125,10 @@ def test_mobilenets_pointwise_and_depthwise_convolutions_are_prunable(torchvisio
 def test_vgg_prunes_all_but_its_last_linear_layer(torchvision_models: Any) -> None:
     with torch.device("meta"):
         layout = build_layout(torchvision_models.vgg11())
-    assert {e.name for e in layout.entries if e.kind == "dense"} == {"classifier.6.weight", "classifier.6.bias"}
+    assert {e.name for e in layout.entries if e.kind == "dense"} == {
+        "classifier.6.weight",
+        "classifier.6.bias",
+    }
 
 
 def test_attention_projections_and_embeddings_are_prunable() -> None:
@@ -234,7 +239,7 @@ def test_layers_whose_weight_is_computed_stay_dense() -> None:
         assert layout.by_name["1.bias"].kind == "dense"
 
 
-# -- the vector ------------------------------------------------------------------------------------------------
+# -- the vector ------------------------------------------------------------------------------------
 
 
 def test_parameters_come_first_in_registration_order_then_floating_point_buffers() -> None:
@@ -359,7 +364,7 @@ def test_scatter_keeps_the_graph_out_of_the_parameters() -> None:
     assert all(p.is_leaf and p.requires_grad for p in model.parameters())
 
 
-# -- findings --------------------------------------------------------------------------------------------------
+# -- findings --------------------------------------------------------------------------------------
 
 
 def mixed_types() -> nn.Module:

@@ -86,7 +86,7 @@ def brute_masks(
     return masks
 
 
-# -- ranking -----------------------------------------------------------------------------------------------------
+# -- ranking ---------------------------------------------------------------------------------------
 
 special = st.sampled_from([0.0, -0.0, 1e-45, 1.4e-45, 2.0**-126, 2.0**-149, 1.0, 1.0, 3.4e38])
 plain = st.floats(0, 1e6, width=32)
@@ -103,7 +103,9 @@ def test_rungs_equal_a_stable_sort(score: list[float], shares: list[float], dtyp
     assert _rungs(_sort_key(tensor), counts).tolist() == brute_rungs(tensor.abs().tolist(), counts)
 
 
-@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 3000), levels=st.sampled_from([1, 2, 5, 100, 10**6]))
+@given(
+    seed=st.integers(0, 2**32 - 1), size=st.integers(1, 3000), levels=st.sampled_from([1, 2, 5, 100, 10**6])
+)
 def test_rungs_of_many_elements_equal_a_stable_sort(seed: int, size: int, levels: int) -> None:
     rng = np.random.default_rng(seed)
     score = rng.integers(0, levels, size) / levels * 10.0 ** rng.integers(-30, 30)
@@ -134,7 +136,7 @@ def test_negative_zero_and_subnormals_sort_where_their_values_do() -> None:
         assert key[0] == key[1] == 0 and (key[1:].diff() > 0).all()
 
 
-# -- masks -------------------------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -254,7 +256,7 @@ def test_an_active_weight_that_is_zero_is_held() -> None:
         assert int(prunable_values(layout, ranking.mask(rung)).sum()) == int(density * layout.prunable)
 
 
-# -- scores ------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
 def test_scores_are_what_they_say() -> None:
@@ -262,7 +264,9 @@ def test_scores_are_what_they_say() -> None:
     change_D = torch.randn(layout.size, generator=torch.Generator().manual_seed(9))
     w_P, change_P = prunable_values(layout, w_D), prunable_values(layout, change_D)
     costs = [2.0 ** (i - 3) for i, _ in enumerate(layout.of_kind("prunable"))]
-    cost_P = torch.cat([torch.full((e.size,), c) for e, c in zip(layout.of_kind("prunable"), costs, strict=True)])
+    cost_P = torch.cat(
+        [torch.full((e.size,), c) for e, c in zip(layout.of_kind("prunable"), costs, strict=True)]
+    )
     assert torch.equal(scores("magnitude", layout, w_D), w_P.abs())
     assert torch.equal(scores("weight_change", layout, w_D, change_D=change_D), (w_P * change_P).abs())
     assert torch.equal(scores("per_cost", layout, w_D, cost_of_layer=costs), w_P.abs() / cost_P)
@@ -317,7 +321,7 @@ def test_a_top_k_mask_contracts(seed: int, rung: int) -> None:
     assert float(w_P[~kept_P].square().sum()) <= (1 - share) * float(w_P.square().sum()) + 1e-12
 
 
-# -- digest, coverage ----------------------------------------------------------------------------------------------
+# -- digest, coverage ------------------------------------------------------------------------------
 
 
 def test_equal_weights_give_equal_masks_and_digests() -> None:

@@ -14,6 +14,7 @@ Values are small multiples of 1/8, which floats hold exactly and which shrink to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,22 +33,31 @@ Bools = NDArray[np.bool_]
 FORMS: tuple[Form, ...] = ("delta", "replacement")
 
 
+@lru_cache(maxsize=64)
 def dyadics(low: int = -16, high: int = 16) -> st.SearchStrategy[float]:
     """Multiples of 1/8 between low/8 and high/8."""
     return st.integers(low, high).map(lambda n: n / 8)
 
 
-def vectors(size: int, *, low: int = -16, high: int = 16) -> st.SearchStrategy[Floats]:
-    """Vectors ``[size]`` of `dyadics`."""
-    entries = st.lists(st.integers(low, high), min_size=size, max_size=size)
-    return entries.map(lambda values: np.array(values, dtype=np.float64) / 8)
+@lru_cache(maxsize=256)
+def vectors(size: int, *, limit: int = 16, signed: bool = True) -> st.SearchStrategy[Floats]:
+    """Vectors ``[size]`` of multiples of 1/8 up to limit/8 in absolute value (one draw, so that it is fast)."""
+
+    def decode(raw: bytes) -> Floats:
+        values = np.frombuffer(raw, dtype=np.int8).astype(np.float64)
+        magnitude = np.abs(values) % (limit + 1) / 8
+        return np.sign(values) * magnitude if signed else magnitude
+
+    return st.binary(min_size=size, max_size=size).map(decode)
 
 
+@lru_cache(maxsize=1)
 def densities() -> st.SearchStrategy[float]:
     """Densities, the usual rungs first."""
     return st.sampled_from((1.0, 0.5, 0.2, 0.1, 0.05)) | st.floats(0.01, 1.0)
 
 
+@lru_cache(maxsize=1)
 def weights() -> st.SearchStrategy[float]:
     """Aggregation weights c_n > 0, up to a ratio of 64."""
     return st.integers(1, 64).map(lambda n: n / 8)
@@ -69,12 +79,26 @@ def top_k_masks(draw: st.DrawFn, size: int = 6) -> tuple[Floats, list[Bools]]:
 @st.composite
 def quadratics(draw: st.DrawFn, *, clients: int | None = None, size: int | None = None) -> Quadratic:
     """Quadratic problems ``1/2 (w - a)' B'B (w - a)`` with exact data; B may be singular."""
-    n = draw(st.integers(1, 3)) if clients is None else clients
-    dim = draw(st.integers(1, 4)) if size is None else size
-    roots = [draw(vectors(dim * dim, low=-8, high=8)).reshape(dim, dim) for _ in range(n)]
-    centres = np.stack([draw(vectors(dim)) for _ in range(n)])
-    dense = draw(st.integers(0, dim - 1))
-    return Quadratic(np.stack([b.T @ b for b in roots]), centres, draw(vectors(dim)), dense=dense)
+    n = draw(_small(1, 3)) if clients is None else clients
+    dim = draw(_small(1, 4)) if size is None else size
+    roots = draw(vectors(n * dim * dim, limit=8)).reshape(n, dim, dim)
+    centres, start = np.split(draw(vectors((n + 1) * dim)).reshape(n + 1, dim), [n])
+    dense = draw(_small(0, dim - 1))
+    return Quadratic(roots.transpose(0, 2, 1) @ roots, centres, start[0], dense=dense)
+
+
+_ETA = st.sampled_from((0.5, 0.125, 0.03125))
+
+
+@lru_cache(maxsize=64)
+def _small(low: int, high: int) -> st.SearchStrategy[int]:
+    return st.integers(low, high)
+
+
+@lru_cache(maxsize=64)
+def _subsets(count: int, least: int) -> st.SearchStrategy[list[int]]:
+    """Distinct numbers below `count`, in any order."""
+    return st.lists(_small(0, count - 1), unique=True, min_size=least)
 
 
 class OneWindow(NamedTuple):
@@ -97,28 +121,32 @@ class OneWindow(NamedTuple):
 
 
 @st.composite
-def windows(draw: st.DrawFn, *, noise: bool = True, uniform: bool = False, nested: bool = False) -> OneWindow:
+def windows(
+    draw: st.DrawFn, *, noise: bool = True, uniform: bool = False, nested: bool = False, least: int = 0
+) -> OneWindow:
     """A window with arrivals of any staleness, density and weight.
 
     Args:
         noise: add arbitrary noise to the minibatch gradients.
         uniform: all weights are 1.
         nested: all masks are cut from one ranking (else from the ranking of each one's own model).
+        least: fewest arrivals, 0 or 1.
     """
     problem = draw(quadratics())
-    dim, steps = problem.size, draw(st.integers(1, 3))
-    eta = draw(st.sampled_from((0.5, 0.125, 0.03125)))
-    history = [draw(vectors(dim)) for _ in range(draw(st.integers(1, 3)))]
-    common = ranking(draw(vectors(dim)), problem.prunable)
+    dim, steps = problem.size, draw(_small(1, 3))
+    eta = draw(_ETA)
+    age = draw(_small(1, 3))
+    history = list(draw(vectors(age * dim)).reshape(age, dim))
+    common = ranking(draw(vectors(dim)), problem.prunable) if nested else None
     arrivals = []
-    for client in draw(st.lists(st.integers(0, problem.clients - 1), unique=True, max_size=problem.clients)):
-        start = draw(st.sampled_from(history))
-        order = common if nested else ranking(start, problem.prunable)
+    for client in draw(_subsets(problem.clients, least)):
+        start = history[draw(_small(0, age - 1))]
+        order = ranking(start, problem.prunable) if common is None else common
         keep = mask(problem, order, draw(densities()))
         x = np.where(keep, start, 0.0)
         path, grads = [], []
-        for _ in range(steps):
-            error = draw(vectors(dim, low=-8, high=8)) if noise else np.zeros(dim)
+        errors = draw(vectors(steps * dim, limit=8)).reshape(steps, dim) if noise else np.zeros((steps, dim))
+        for error in errors:
             grad = problem.grad(client, x) + error
             path.append(x)
             grads.append(grad)

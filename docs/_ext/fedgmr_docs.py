@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -47,8 +47,9 @@ def inline(text: str) -> list[nodes.Node]:
 
 
 def paragraph(text: str, *classes: str) -> nodes.paragraph:
-    """One paragraph of such text."""
-    return nodes.paragraph("", "", *inline(" ".join(text.split())), classes=list(classes))
+    """One paragraph of such text, in which --option keeps its two hyphens."""
+    content = inline(" ".join(text.split()))
+    return nodes.paragraph("", "", *content, classes=list(classes), support_smartquotes=False)
 
 
 def note(directive: SphinxDirective, kind: str, name: str, anchor: str) -> None:
@@ -66,9 +67,9 @@ def interval(form: Mapping[str, Any]) -> str:
     high = form.get("exclusiveMaximum", form.get("maximum"))
     if low is None and high is None:
         return ""
-    left = "(" if "exclusiveMinimum" in form or low is None else "["
-    right = ")" if "exclusiveMaximum" in form or high is None else "]"
-    return f" in {left}{'-inf' if low is None else f'{low:g}'}, {'inf' if high is None else f'{high:g}'}{right}"
+    left = "(-inf" if low is None else f"({low:g}" if "exclusiveMinimum" in form else f"[{low:g}"
+    right = "inf)" if high is None else f"{high:g})" if "exclusiveMaximum" in form else f"{high:g}]"
+    return f" in {left}, {right}"
 
 
 def allowed(form: Mapping[str, Any], *, plural: bool = False) -> str:
@@ -219,7 +220,7 @@ class OptionalTocTree(TocTree):
 
 def _check(app: Sphinx, env: BuildEnvironment) -> None:
     described = cast(StandardDomain, env.get_domain("std")).objects
-    expected = {
+    expected: dict[str, Iterable[str]] = {
         "config-key": keys(),
         "error-code": CATALOGUE,
         "fedgmr-command": commands(),

@@ -43,6 +43,17 @@ def restructured(lines: list[str]) -> list[str]:
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     if name.startswith("fedgmr_plugin"):
         lines[:] = restructured(lines)
+        if what in ("attribute", "data", "property"):
+            _whole[name] = list(lines)
+
+
+#: Texts of attributes and properties, of which napoleon would take what precedes a colon for a type.
+_whole: dict[str, list[str]] = {}
+
+
+def _give_back(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    if what in ("attribute", "data", "property"):
+        lines[:] = _whole.pop(name, lines)
 
 
 def _skip(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
@@ -51,7 +62,8 @@ def _skip(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Run before napoleon, which reads the sections."""
+    """Run before napoleon, which reads the sections, and after it."""
     app.connect("autodoc-process-docstring", _process, priority=400)
+    app.connect("autodoc-process-docstring", _give_back, priority=600)
     app.connect("autodoc-skip-member", _skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,6 +14,8 @@ from fedgmr_plugin.kernels.masks import Ranking
 
 #: Refusals that still answer their dispatch: the client is free again.
 ANSWERED = frozenset({"GMR-402", "GMR-403", "GMR-404"})
+#: Largest sample count that is believed: integers up to it are exact in float64.
+MOST_SAMPLES = 2.0**53
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +67,8 @@ def admit(
         raise UpdateRejected("GMR-402", f"shape={tuple(upload.values_S.shape)} instead of {wanted}")
     if upload.values_S.dtype != dtype:
         raise UpdateRejected("GMR-402", f"dtype={upload.values_S.dtype} instead of {dtype}")
-    if not (math.isfinite(upload.samples) and upload.samples > 0):
-        raise UpdateRejected("GMR-404", f"samples={upload.samples} is not a positive number")
-    if not bool(torch.isfinite(upload.values_S).all()):
-        raise UpdateRejected("GMR-403", "the update holds NaN or infinity")
+    if not 0 < upload.samples <= MOST_SAMPLES:
+        raise UpdateRejected("GMR-404", f"samples={upload.samples} is not in (0, {MOST_SAMPLES:g}]")
+    if not bool((upload.values_S.abs() <= math.sqrt(torch.finfo(dtype).max)).all()):
+        raise UpdateRejected("GMR-403", "the update holds NaN, infinity, or a value whose square overflows")
     return Admitted(flight, upload)

@@ -208,7 +208,7 @@ class BuiltinTrainer:
         model.train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         masked = [
-            (p, masks[n]) for n, p in model.named_parameters() if masks and n in masks and p.requires_grad
+            (p, ~masks[n]) for n, p in model.named_parameters() if masks and n in masks and p.requires_grad
         ]
         start = [p.detach().clone() for p in parameters]
         optimizer = self._optimizer(parameters, learning_rate)
@@ -222,9 +222,9 @@ class BuiltinTrainer:
             optimizer.zero_grad(set_to_none=True)
             loss = self.loss_of(model(x), y)
             loss.backward()
-            for parameter, mask in masked:
+            for parameter, is_masked in masked:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(mask)
+                    parameter.grad.masked_fill_(is_masked, 0.0)
             if self.gradient_clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
             optimizer.step()

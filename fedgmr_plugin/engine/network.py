@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.seeds import numpy_generator
-from fedgmr_plugin.kernels.cost import fair_shares
+from fedgmr_plugin.kernels.cost import fair_shares, flight_seconds
 
 #: Rate at a time, and the time until which it holds: (MB/s, seconds).
 RateFunction = Callable[[float], tuple[float, float]]
@@ -191,10 +191,9 @@ class VirtualNetwork:
             density: of the sub-model.
             share: its share of all coordinates, used when `payload_rule` is ``support``.
         """
-        megabytes = self.model_megabytes * (density if self.config.payload_rule == "density" else share)
-        self.flights[dispatch] = Flight(
-            dispatch, client, megabytes, megabytes, self._train_seconds(client, density), megabytes, self.now
-        )
+        megabytes = payload_megabytes(self.config, self.model_megabytes, density, share)
+        training = train_seconds(self.config, client, density)
+        self.flights[dispatch] = Flight(dispatch, client, megabytes, megabytes, training, megabytes, self.now)
         self._receivers.append(dispatch)
         return megabytes
 
@@ -219,7 +218,9 @@ class VirtualNetwork:
         )
 
         finished = {d: self._finish(f, rates[d]) for d, f in self.flights.items()}
-        close = self._closing_time(finished) + self.config.window_slack
+        close = self._closing_time(finished)
+        if self.config.schedule == "async":
+            close += self.config.window_slack
         end = close + self.config.aggregation_seconds
         arrivals = sorted(
             (
@@ -254,25 +255,33 @@ class VirtualNetwork:
 
     # -- the fluid ------------------------------------------------------------------------------------
 
-    def _train_seconds(self, client: int, density: float) -> float:
-        slowdown = self.config.compute_slowdown[client] if self.config.compute_slowdown else 1.0
-        return float(self.config.compute_seconds * slowdown * density**self.config.compute_density_exponent)
-
     def _rates(self) -> tuple[float, dict[int, tuple[RateFunction, RateFunction]]]:
-        """The server's upload rate and each flight's two rates, capped by the server's share."""
+        """The server's upload rate and each flight's two rates, capped by the server's share.
+
+        The server's downlink is shared by the flights that can begin their upload before the window would
+        close without sharing; its uplink, unless increments are sent once for all, by those that download.
+        """
         server_up, server_down = self.links.server(self.window)
-        raw = {d: self.links.client(self.window, f.client) for d, f in self.flights.items()}
-        uploads = fair_shares(server_down, [up(self.now)[0] for _, up in raw.values()])
-        caps = dict.fromkeys(raw, server_up)
+        rates = {d: self.links.client(self.window, f.client) for d, f in self.flights.items()}
+        caps = dict.fromkeys(rates, server_up)
         if not self.config.incremental_splitting:
-            receivers = [d for d in raw if self.flights[d].down_left > 0]
-            shares = fair_shares(server_up, [raw[d][0](self.now)[0] for d in receivers])
+            receivers = [d for d in rates if self.flights[d].down_left > 0]
+            shares = fair_shares(server_up, [rates[d][0](self.now)[0] for d in receivers])
             caps.update(zip(receivers, shares, strict=True))
-        capped = {
-            d: (_capped(down, caps[d]), up if share >= up(self.now)[0] else _capped(up, share))
-            for (d, (down, up)), share in zip(raw.items(), uploads, strict=True)
-        }
-        return server_up, capped
+        rates = {d: (_capped(down, caps[d]), up) for d, (down, up) in rates.items()}
+
+        unshared = {d: self._finish(f, rates[d]) for d, f in self.flights.items()}
+        close = self._closing_time(unshared) + self.config.window_slack
+        uploading = [
+            d
+            for d, f in self.flights.items()
+            if f.arrived is None and self._uploads_from(f, rates[d]) < close
+        ]
+        demands = [rates[d][1](self.now)[0] for d in uploading]
+        for d, demand, share in zip(uploading, demands, fair_shares(server_down, demands), strict=True):
+            if share < demand:
+                rates[d] = (rates[d][0], _capped(rates[d][1], share))
+        return server_up, rates
 
     def _closing_time(self, finished: dict[int, float]) -> float:
         """Arrival of the last flight that the window waits for."""
@@ -289,9 +298,11 @@ class VirtualNetwork:
         """Second of the last byte if this window's rates went on."""
         if flight.arrived is not None:
             return flight.arrived
-        time = max(self.now, flight.not_before)
-        time = _done_at(rates[0], flight.down_left, time) + flight.train_left
-        return _done_at(rates[1], flight.up_left, time)
+        return _done_at(rates[1], flight.up_left, self._uploads_from(flight, rates))
+
+    def _uploads_from(self, flight: Flight, rates: tuple[RateFunction, RateFunction]) -> float:
+        """Second at which its download and training are done."""
+        return _done_at(rates[0], flight.down_left, max(self.now, flight.not_before)) + flight.train_left
 
     def _advance(self, flight: Flight, rates: tuple[RateFunction, RateFunction], until: float) -> Flight:
         """The flight at second `until`."""
@@ -334,11 +345,27 @@ def _moved(rate: RateFunction, time: float, end: float) -> float:
     return total
 
 
-def clock_rules(config: FedGMRConfig) -> dict[str, float]:
-    """The configuration's arguments of `fedgmr_plugin.kernels.cost.flight_seconds`."""
-    return {
-        "client_download": config.client_download,
-        "client_upload": config.client_upload,
-        "server_upload": config.server_upload,
-        "compute_seconds": config.compute_seconds,
-    }
+def payload_megabytes(config: FedGMRConfig, model_megabytes: float, density: float, share: float) -> float:
+    """MB of a sub-model on the simulated link: S * d, or S times its share of all coordinates."""
+    return model_megabytes * (density if config.payload_rule == "density" else share)
+
+
+def train_seconds(config: FedGMRConfig, client: int, density: float) -> float:
+    """Seconds that a client trains a sub-model of `density` for one dispatch."""
+    slowdown = config.compute_slowdown[client] if config.compute_slowdown else 1.0
+    return float(config.compute_seconds * slowdown * density**config.compute_density_exponent)
+
+
+def mean_flight_seconds(
+    config: FedGMRConfig, megabytes: float, client: int, density: float, initial_density: float
+) -> float:
+    """Seconds from a client's dispatch to its arrival at mean rates: download, training, upload."""
+    return flight_seconds(
+        megabytes,
+        1.0,
+        initial_density,
+        client_download=config.client_download,
+        client_upload=config.client_upload,
+        server_upload=config.server_upload,
+        compute_seconds=train_seconds(config, client, density),
+    )

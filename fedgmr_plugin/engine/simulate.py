@@ -38,11 +38,16 @@ from fedgmr_plugin.engine.events import (
     Validated,
     WindowClosed,
 )
-from fedgmr_plugin.engine.network import Arrival, VirtualNetwork, Window, clock_rules
+from fedgmr_plugin.engine.network import (
+    Arrival,
+    VirtualNetwork,
+    Window,
+    mean_flight_seconds,
+    payload_megabytes,
+)
 from fedgmr_plugin.engine.probe import Gradient, Probe, probe_set
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Server
-from fedgmr_plugin.kernels.cost import flight_seconds
 from fedgmr_plugin.kernels.density import next_density, restoring_pays
 from fedgmr_plugin.kernels.layout import ModelLayout
 
@@ -133,7 +138,7 @@ class Simulation:
         self._test_batches, self._record = test_batches, record
         self._execute = executor or self.train_in_turn
         self._evaluator = evaluate or training.trainer.evaluate
-        self._integers = [b.clone() for b in model.buffers() if not b.is_floating_point()]
+        self._fixed = [(b, b.clone()) for n, b in model.named_buffers() if n not in self.layout.by_name]
         self.pending: dict[int, Dispatch] = {}
         self.bytes_up = self.bytes_down = 0.0
         self._window_down = 0.0
@@ -176,10 +181,7 @@ class Simulation:
 
     def train(self, sent: Dispatch) -> LocalUpdate:
         """Train one dispatch on the scratch model."""
-        for buffer, initial in zip(
-            (b for b in self.model.buffers() if not b.is_floating_point()), self._integers, strict=True
-        ):
-            buffer.copy_(initial)
+        self._reset_buffers()
         return train_dispatch(
             sent,
             model=self.model,
@@ -229,11 +231,21 @@ class Simulation:
             "rejected": self.server.rejected,
         }
 
+    def place(self, w_D: Tensor) -> None:
+        """Put the vector `w_D` [D] into the scratch model; other buffers as they were at the start."""
+        self.layout.scatter(self.model, w_D)
+        self._reset_buffers()
+
+    def _reset_buffers(self) -> None:
+        """Buffers that are not in the layout (integers, not persistent) start every training anew."""
+        for buffer, initial in self._fixed:
+            buffer.copy_(initial)
+
     # -- measuring ------------------------------------------------------------------------------------
 
     def measure(self, w_D: Tensor, batches: Iterable[Batch], evaluate: Evaluator | None = None) -> Metrics:
         """Metrics of the vector `w_D` on `batches`; random transforms see the same draws each time."""
-        self.layout.scatter(self.model, w_D)
+        self.place(w_D)
         with isolated_rng(derive(self.clients.seed, "measure")):
             return (evaluate or self.training.trainer.evaluate)(self.model, batches)
 
@@ -262,7 +274,7 @@ class Simulation:
                 "samples": shipped.samples,
                 "bytes_up": self.bytes_up,
                 "bytes_down": self.bytes_down,
-                "metrics": shipped.extra,
+                "metrics": dict(shipped.extra),
             }
         )
 
@@ -351,7 +363,7 @@ class Simulation:
         """bool [D]: coordinates that no update of the coming merge holds."""
         uncovered_D = torch.ones(self.layout.size, dtype=torch.bool, device=self.server.w_D.device)
         merged = {a.upload.client: a.flight for a in self.server.staged.values()}
-        if self.config.update_scope == "buffer":
+        if self.config.update_scope == "buffer" and merged:
             merged = {**{n: a.flight for n, a in self.server.buffer.items()}, **merged}
         for flight in merged.values():
             uncovered_D[flight.ranking.support(flight.rung)] = False
@@ -371,14 +383,16 @@ class Simulation:
             after = next_density(server.rules, density)
             inside = held[min(server.ranking.rung(density), len(held) - 1)]
             gained = held[min(server.ranking.rung(after), len(held) - 1)] - inside
-            seconds = [
-                flight_seconds(
-                    self.network.model_megabytes, d, self.network.densities[n], **clock_rules(self.config)
-                )
-                for d in (density, after)
-            ]
+            seconds = [self._mean_seconds(n, d) for d in (density, after)]
             votes.append(density < 1.0 and restoring_pays(inside, gained, *seconds))
         return votes
+
+    def _mean_seconds(self, client: int, density: float) -> float:
+        """T(d): mean seconds of one flight of `client` at `density`."""
+        ranking, network = self.server.ranking, self.network
+        share = ranking.ends[ranking.rung(density)] / self.layout.size
+        megabytes = payload_megabytes(self.config, network.model_megabytes, density, share)
+        return mean_flight_seconds(self.config, megabytes, client, density, network.densities[client])
 
 
 def model_sha256(w_D: Tensor) -> str:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.network import clock_rules
-from fedgmr_plugin.kernels.cost import flight_seconds
+from fedgmr_plugin.engine.network import mean_flight_seconds, payload_megabytes
 from fedgmr_plugin.kernels.layout import build_layout, validate
 from fedgmr_plugin.kernels.masks import rank, scores
 from fedgmr_plugin.runtimes import single_process
@@ -117,16 +116,15 @@ def plan_run(config: FedGMRConfig, clients: int, model: nn.Module) -> RunPlan:
     shares = {d: end / layout.size for d, end in zip(densities, ranking.ends, strict=True)}
 
     def payload(density: float) -> float:
-        return megabytes * (density if config.payload_rule == "density" else shares[density])
+        return payload_megabytes(config, megabytes, density, shares[density])
 
     def seconds(client: int, density: float) -> float:
-        slowdown = config.compute_slowdown[client] if config.compute_slowdown else 1.0
-        rules = clock_rules(config)
-        rules["compute_seconds"] *= slowdown * density**config.compute_density_exponent
-        return flight_seconds(payload(density), 1.0, initial[client], **rules)
+        return mean_flight_seconds(config, payload(density), client, density, initial[client])
 
-    awaited = [n for n in range(clients) if config.schedule == "sync" or initial[n] == max(initial)]
-    window = max(seconds(n, start[n]) for n in awaited) + config.window_slack + config.aggregation_seconds
+    is_sync = config.schedule == "sync"
+    awaited = [n for n in range(clients) if is_sync or initial[n] == max(initial)]
+    slack = 0.0 if is_sync else config.window_slack
+    window = max(seconds(n, start[n]) for n in awaited) + slack + config.aggregation_seconds
     classes = []
     for d0 in sorted(set(initial), reverse=True):
         members = tuple(n for n in range(clients) if initial[n] == d0)

@@ -77,7 +77,7 @@ class SingleProcess:
             self.end = {**end, "wall_seconds": time.monotonic() - started}
             writer.write(self.end)
         shipped = server.model(server.candidate)
-        self.simulation.layout.scatter(self.model, shipped)
+        self.simulation.place(shipped)
         state = server.layout.state_dict(self.model, shipped)
         save_file(
             {k: v.cpu().contiguous() for k, v in state.items()}, str(self.directory / "model.safetensors")

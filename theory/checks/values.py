@@ -260,10 +260,8 @@ def fewest_holders(frame: Frame) -> Finding:
     fewest, arrivals = table["gamma_min"], table["arrivals"]
     bad = (fewest > arrivals) | ((fewest < 1) & (arrivals > 0)) | (fewest < 0)
     return law(
-        "fewest_holders",
-        title, bad, place_of(frame, "window"), applies=~np.isnan(fewest) & frame.arrivals_only,
-        lhs=fewest,
-        rhs=arrivals, reason="gamma_min is not logged",
+        "fewest_holders", title, bad, place_of(frame, "window"), lhs=fewest, rhs=arrivals,
+        applies=~np.isnan(fewest) & frame.arrivals_only, reason="gamma_min is not logged",
     )  # fmt: skip
 
 

@@ -1,0 +1,450 @@
+"""FedGMR through FedML's own objects: arguments, data sets, trainers, aggregators; and FedAvg as a special case."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fedgmr_plugin.engine.simulate import model_sha256
+from fedgmr_plugin.errors import ConfigError, DataError, FedGMRError, HostError, ModelError
+from fedgmr_plugin.kernels.layout import build_layout
+from fedgmr_plugin.protocol.runlog import read_run
+from fedgmr_plugin.runtimes import registration
+from fedgmr_plugin.runtimes.planning import plan_run
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    registration.register()
+    yield
+    registration.unregister()
+
+
+def network(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3))
+
+
+def arguments(tmp_path: Path, options: dict[str, Any] | None = None, **keys: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{
+            "training_type": "simulation",
+            "backend": "sp",
+            "federated_optimizer": "fedgmr",
+            "random_seed": 3,
+            "dataset": "synthetic",
+            "client_num_in_total": 4,
+            "client_num_per_round": 4,
+            "comm_round": 6,
+            "epochs": 2,
+            "batch_size": 5,
+            "client_optimizer": "sgd",
+            "learning_rate": 0.2,
+            "weight_decay": 0.0,
+            "frequency_of_the_test": 2,
+            "using_gpu": False,
+            "enable_wandb": False,
+            "using_mlops": False,
+            "rank": 0,
+            "run_id": "0",
+            "fedgmr_args": {
+                "interval": 2,
+                "output_dir": str(tmp_path / "runs"),
+                "progress": False,
+                **(options or {}),
+            },
+            **keys,
+        }
+    )
+
+
+def batches(seed: int, count: int, size: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 6, generator=generator)
+    y = (x[:, :3].argmax(dim=1)).long()
+    return [(x[i : i + size], y[i : i + size]) for i in range(0, count, size)]
+
+
+def dataset(sizes: tuple[int, ...] = (20, 25, 30, 15)) -> list[Any]:
+    train = {n: batches(n, size) for n, size in enumerate(sizes)}
+    test = {n: batches(100 + n, 10) for n in range(len(sizes))}
+    counts = dict(enumerate(sizes))
+    return [sum(sizes), 40, batches(200, 10), batches(201, 40), counts, train, test, 3]
+
+
+def run(
+    args: SimpleNamespace, data: list[Any] | None = None, model: nn.Module | None = None, **parts: Any
+) -> Any:
+    from fedml.simulation import SimulatorSingleProcess
+
+    simulator = SimulatorSingleProcess(args, "cpu", data or dataset(), model or network(), **parts)
+    simulator.run()
+    return simulator.fl_trainer
+
+
+# -- FedAvg ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["replacement", "delta"])
+def test_with_every_density_1_and_sync_it_is_fedmls_fedavg(tmp_path: Path, form: str) -> None:
+    """On the same batches (FedML walks a list of batches in order), to 1e-6."""
+    from fedml.simulation.sp.fedavg import FedAvgAPI
+
+    import fedml
+
+    fedml.init(arguments(tmp_path), should_init_logs=False)
+    theirs = network()
+    simulator = FedAvgAPI(arguments(tmp_path), torch.device("cpu"), dataset(), theirs)
+    # FedML's first round hands out the live model instead of a copy, so that its clients train one after another
+    # on each other's result. Copies are what it means, and what it does from the second round on.
+    live = simulator.model_trainer.get_model_params
+    simulator.model_trainer.get_model_params = lambda: copy.deepcopy(live())
+    simulator.train()
+
+    options = {
+        "heterogeneity": "none",
+        "schedule": "sync",
+        "trigger": "none",
+        "validation_fraction": 0,
+        "staleness": "constant",
+        "local_steps": "epochs",
+        "shuffle": False,
+        "update_form": form,
+    }
+    ours = network()
+    run(arguments(tmp_path, options), model=ours)
+    assert distance(theirs, ours) < 1e-6 < 1e-2 < distance(theirs, network())
+
+
+def distance(a: nn.Module, b: nn.Module) -> float:
+    """Largest difference of two models' parameters."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
+
+
+# -- determinism -------------------------------------------------------------------------------------------
+
+
+def loaders(shuffle: bool = True) -> list[Any]:
+    plain = dataset()
+
+    def loader(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> DataLoader[Any]:
+        x, y = (torch.cat(part) for part in zip(*pairs, strict=True))
+        return DataLoader(TensorDataset(x, y), batch_size=5, shuffle=shuffle)
+
+    return [
+        *plain[:2],
+        loader(plain[2]),
+        loader(plain[3]),
+        plain[4],
+        {n: loader(p) for n, p in plain[5].items()},
+        {n: loader(p) for n, p in plain[6].items()},
+        3,
+    ]
+
+
+def test_same_seed_same_model_whatever_the_global_generators_and_the_loader(tmp_path: Path) -> None:
+    shas = set()
+    for state, data in ((1, loaders()), (2, loaders()), (3, loaders(shuffle=False)), (4, dataset())):
+        torch.manual_seed(state), np.random.seed(state), random.seed(state)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        shas.add(run(arguments(tmp_path), data).end["model_sha256"])
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
+    assert len(shas) == 1
+    assert run(arguments(tmp_path, random_seed=4)).end["model_sha256"] not in shas
+
+
+def test_the_number_of_threads_belongs_to_the_run(tmp_path: Path) -> None:
+    shas = set()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        shas.add(run(arguments(tmp_path)).end["model_sha256"])
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    assert len(shas) == 1
+
+
+# -- what a run leaves behind ----------------------------------------------------------------------------
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    model = network()
+    finished = run(arguments(tmp_path, {"trigger": "time", "probe": True}), model=model)
+    assert finished.directory == tmp_path / "runs" / "run-001"
+    assert run(arguments(tmp_path)).directory.name == "run-002"
+    log = read_run(finished.directory)
+    assert log.end is not None and log.end["windows"] == 6 and not log.torn
+    assert log.count("window") == 6 and log.count("probe") == 3
+    assert log.count("evaluation") == 4  # windows 0, 2, 4 as in FedML, and the last
+    assert log.count("restoration") > 0
+    saved = load_file(str(finished.directory / "model.safetensors"))
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    if log.end["shipped"] == "global" or min(finished.simulation.server.gmr.densities) == 1:
+        assert model_sha256(build_layout(model).gather(model)) == log.end["model_sha256"]
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    run(arguments(tmp_path, {"run_name": "mine"}))
+    with pytest.raises(ConfigError, match="GMR-110"):
+        run(arguments(tmp_path, {"run_name": "mine"}))
+
+
+# -- every option runs ---------------------------------------------------------------------------------------
+
+
+class WithBatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.drop = nn.Dropout(0.2)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.drop(torch.relu(self.norm(self.hidden(x)))))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score": "weight_change"},
+        {"score": "per_cost"},
+        {"score": "random", "prune_biases": False, "layer_floor": 0},
+        {"trigger": "gradient"},
+        {"trigger": "mixed", "patience": 1, "density_step": "proportional"},
+        {"trigger": "plateau", "patience": 1, "trigger_metric": "loss", "density_step": "fixed"},
+        {"trigger": "none", "validation_fraction": 0, "evaluate": "global"},
+        {"evaluate": "validation", "update_scope": "buffer", "mixing": True},
+        {"update_form": "replacement", "aggregation": "plain_average"},
+        {"update_form": "replacement", "aggregation": "global_average", "update_scope": "buffer"},
+        {"aggregation": "global_average", "server_step": 0.5, "staleness": "hinge"},
+        {"loss": "bce", "client_momentum": 0.9, "gradient_clip": 1.0, "warmup_windows": 3},
+        {"dense_start": True, "schedule": "sync", "trigger": "none"},
+        {"payload_rule": "support", "incremental_splitting": False, "min_updates": 3},
+        {"compute_slowdown": [1, 2, 3, 4], "compute_density_exponent": 1.0, "time_budget": 5.0},
+        {"local_steps": "epochs", "cpu_threads": 0},
+    ],
+    ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_every_option_runs_and_learns_something(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = WithBatchNorm()
+    before = copy.deepcopy(model.state_dict())
+    end = run(arguments(tmp_path, options, client_optimizer="sgd", weight_decay=1e-4), model=model).end
+    assert end["windows"] >= 1 and end["rejected"] == 0
+    state = model.state_dict()
+    assert all(bool(torch.isfinite(v).all()) for v in state.values())
+    assert not torch.equal(state["hidden.weight"], before["hidden.weight"])
+    assert int(state["norm.num_batches_tracked"]) == 0  # integer buffers are never averaged
+
+
+def test_fewer_clients_in_flight_than_clients(tmp_path: Path) -> None:
+    finished = run(arguments(tmp_path, client_num_per_round=2, comm_round=12))
+    log = read_run(finished.directory)
+    assert max(log.column("window", "in_flight")) <= 2
+    assert set(log.column("dispatch", "client").tolist()) == {0, 1, 2, 3}
+
+
+def test_bandwidth_traces(tmp_path: Path) -> None:
+    path = tmp_path / "traces.npz"
+    np.savez(
+        path,
+        time_s=np.array([0.0, 1, 2, 0, 2, 5]),
+        mbit_s=np.array([1.0, 0, 3, 2, 2, 8]),
+        offset=np.array([0, 3, 6]),
+        family=np.array(["a", "b"]),
+    )
+    plain = run(arguments(tmp_path)).end["time"]
+    traced = run(arguments(tmp_path, {"bandwidth_traces": str(path), "model_megabytes": 26.0})).end["time"]
+    assert traced > plain
+    assert run(arguments(tmp_path, {"bandwidth_traces": str(path), "trace_family": "b"})).end["windows"] == 6
+
+
+# -- a user's own parts ------------------------------------------------------------------------------------
+
+
+def test_a_users_trainer_and_aggregator_are_honoured(tmp_path: Path) -> None:
+    from fedml.core import ClientTrainer, ServerAggregator
+
+    calls: list[str] = []
+
+    class Trainer(ClientTrainer):  # type: ignore[misc]
+        def get_model_params(self) -> Any:
+            return self.model.state_dict()
+
+        def set_model_params(self, model_parameters: Any) -> None:
+            self.model.load_state_dict(model_parameters)
+
+        def train(self, train_data: Any, device: Any, args: Any) -> None:
+            calls.append("train")
+            optimizer = torch.optim.SGD(
+                self.model.parameters(), lr=args.learning_rate, momentum=0.9, weight_decay=0.01
+            )
+            for _ in range(args.epochs):
+                for x, y in train_data:
+                    optimizer.zero_grad()
+                    nn.functional.cross_entropy(self.model(x), y).backward()
+                    optimizer.step()
+
+        def test(self, test_data: Any, device: Any, args: Any) -> dict[str, float]:
+            calls.append("trainer.test")
+            pairs = [(self.model(x).argmax(1) == y, y) for x, y in test_data]
+            return {
+                "test_correct": float(sum(int(hit.sum()) for hit, _ in pairs)),
+                "test_total": float(sum(len(y) for _, y in pairs)),
+                "test_loss": 1.0,
+            }
+
+    class Aggregator(ServerAggregator):  # type: ignore[misc]
+        def get_model_params(self) -> Any:
+            return self.model.state_dict()
+
+        def set_model_params(self, model_parameters: Any) -> None:
+            self.model.load_state_dict(model_parameters)
+
+        def on_before_aggregation(self, raw_client_model_or_grad_list: Any) -> Any:
+            calls.append(f"before {len(raw_client_model_or_grad_list)}")
+            return raw_client_model_or_grad_list[1:], list(range(1, len(raw_client_model_or_grad_list)))
+
+        def on_after_aggregation(self, aggregated_model_or_grad: Any) -> Any:
+            calls.append("after")
+            aggregated_model_or_grad["4.bias"] = torch.full_like(aggregated_model_or_grad["4.bias"], 0.5)
+            return aggregated_model_or_grad
+
+        def test(self, test_data: Any, device: Any, args: Any) -> tuple[float, float, None, None]:
+            calls.append(f"test {args.round_idx}")
+            return 0.25, 2.0, None, None
+
+    args = arguments(tmp_path)
+    model = network()
+    finished = run(
+        args,
+        model=model,
+        client_trainer=Trainer(model, args),
+        server_aggregator=Aggregator(copy.deepcopy(model), args),
+    )
+    assert {"train", "trainer.test", "before 4", "after", "test 0", "test 5"} <= set(calls)
+    assert torch.equal(model[4].bias, torch.full((3,), 0.5))
+    log = read_run(finished.directory)
+    assert set(log.column("evaluation", "accuracy").tolist()) == {0.25}
+    assert set(log.column("arrival", "steps").tolist()) == {5}
+    small = log.column("arrival", "density") < 1
+    assert small.any() and (log.column("arrival", "change_sq")[small] > 0).all()
+
+
+def test_nan_from_a_client_is_rejected_counted_and_harmless(tmp_path: Path) -> None:
+    data = dataset()
+    data[5][2] = [(x * float("nan"), y) for x, y in data[5][2]]
+    finished = run(arguments(tmp_path, {"trigger": "none"}), data)
+    log = read_run(finished.directory)
+    assert finished.end["rejected"] == log.count("rejected") > 0
+    assert {(r["client"], r["code"]) for r in log.records("rejected")} == {(2, "GMR-403")}
+    assert 2 not in log.column("arrival", "client").tolist()
+    assert bool(torch.isfinite(finished.simulation.server.w_D).all())
+
+
+# -- bad input ---------------------------------------------------------------------------------------------
+
+
+def empty_client() -> list[Any]:
+    data = dataset()
+    data[5][1] = []
+    return data
+
+
+def zero_samples() -> list[Any]:
+    data = dataset()
+    data[4][3] = 0
+    return data
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "change"),
+    [
+        ("GMR-301", DataError, {"data": empty_client()}),
+        ("GMR-301", DataError, {"data": zero_samples()}),
+        ("GMR-302", DataError, {"data": dataset()[:7]}),
+        ("GMR-302", DataError, {"keys": {"client_num_in_total": 5, "client_num_per_round": 5}}),
+        ("GMR-201", ModelError, {"model": nn.Sequential(nn.Linear(6, 3))}),
+        ("GMR-202", ModelError, {"model": network().half()}),
+        (
+            "GMR-503",
+            HostError,
+            {"keys": {"enable_defense": True, "defense_type": "krum", "byzantine_client_num": 1}},
+        ),
+        ("GMR-504", HostError, {"keys": {"enable_fhe": True}}),
+        ("GMR-103", ConfigError, {"keys": {"client_optimizer": "lion"}}),
+        ("GMR-102", ConfigError, {"keys": {"learning_rate": "1e-3"}}),
+        ("GMR-104", ConfigError, {"keys": {"learning_rate": 0.0}}),
+        ("GMR-104", ConfigError, {"keys": {"client_num_per_round": 9}}),
+        ("GMR-107", ConfigError, {"keys": {"comm_round": None, "batch_size": None}}),
+        ("GMR-109", ConfigError, {"options": {"densities": [1.0, 0.5]}}),
+        ("GMR-109", ConfigError, {"options": {"compute_slowdown": [1.0]}}),
+        ("GMR-101", ConfigError, {"options": {"pacience": 3}}),
+        ("GMR-104", ConfigError, {"options": {"density_min": 1.3}}),
+        ("GMR-105", ConfigError, {"options": {"density_ladder": [0.5, 0.2, 1.0]}}),
+        ("GMR-303", DataError, {"options": {"bandwidth_traces": "no/such.npz"}}),
+    ],
+)
+def test_bad_input_is_refused_before_training(
+    tmp_path: Path, code: str, kind: type[FedGMRError], change: dict[str, Any]
+) -> None:
+    args = arguments(tmp_path, change.get("options"), **change.get("keys", {}))
+    with pytest.raises(kind, match=code):
+        security_of(args)
+        try:
+            run(args, change.get("data"), change.get("model"))
+        finally:
+            security_of(arguments(tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+def security_of(args: Any) -> None:
+    """FedML's security singletons belong to the process: set them from `args`."""
+    from fedml.core.fhe.fhe_agg import FedMLFHE
+    from fedml.core.security.fedml_defender import FedMLDefender
+
+    FedMLDefender.get_instance().is_enabled = False
+    FedMLFHE.get_instance().is_enabled = False
+    if getattr(args, "enable_defense", False):
+        FedMLDefender.get_instance().init(args)
+
+
+def test_probe_needs_the_built_in_trainer(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="GMR-106"):
+        run(arguments(tmp_path, {"probe": True}), client_trainer=object())
+
+
+# -- planning ------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_agrees_with_the_run(tmp_path: Path) -> None:
+    options = {"client_jitter": 0, "server_jitter": 0, "model_megabytes": 37.2, "trigger": "none"}
+    finished = run(arguments(tmp_path, options))
+    log = read_run(finished.directory)
+    plan = plan_run(finished.simulation.config, 4, network())
+    assert plan.window_seconds == pytest.approx(12.66, abs=1e-9)
+    assert log.column("window", "end")[0] == pytest.approx(plan.window_seconds, abs=1e-9)
+    arrived = dict(
+        zip(log.column("arrival", "client").tolist(), log.column("arrival", "time").tolist(), strict=True)
+    )
+    first = {n: t for n, t in arrived.items()}
+    assert len(first) == 4
+    sizes = {s.density: s.coordinates for s in plan.sub_models}
+    for record in log.records("dispatch")[:4]:
+        assert record["support"] == sizes[record["density"]]
+        assert record["bytes_down"] == pytest.approx(37.2e6 * record["density"])
