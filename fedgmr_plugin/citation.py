@@ -6,8 +6,8 @@ from fedgmr_plugin import __version__
 
 _METHOD = """\
 @inproceedings{ma2026fedgmr,
-  title         = {{FedGMR}: Federated Learning with Gradual Model Restoration under Asynchrony
-                   and Model Heterogeneity},
+  title         = {Breaking the Capacity Bottleneck in Model-Heterogeneous Federated Learning via
+                   Gradual Model Restoration},
   author        = {Ma, Chengjie and Oh, Seungeun and Park, Jihong and Kim, Seong-Lyun},
   booktitle     = {International Conference on Machine Learning ({ICML})},
   year          = {2026},

@@ -339,7 +339,9 @@ def test_clipping_sees_only_the_sub_models_gradient() -> None:
     batch = some_batches(1)
     start = [p.detach().clone() for p in model.parameters()]
     BuiltinTrainer(gradient_clip=1e-3).train(model, batch, masks, learning_rate=1.0, client=0)
-    moved = sum(float((a - b).square().sum()) for a, b in zip(model.parameters(), start, strict=True))
+    moved = sum(
+        float((a.detach() - b).square().sum()) for a, b in zip(model.parameters(), start, strict=True)
+    )
     assert moved**0.5 == pytest.approx(1e-3, rel=1e-2)
 
 

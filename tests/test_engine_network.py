@@ -15,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.network import Arrival, LogNormalLinks, TraceLinks, VirtualNetwork, Window
+from fedgmr_plugin.engine.network import (
+    Arrival,
+    LogNormalLinks,
+    TraceLinks,
+    VirtualNetwork,
+    Window,
+    train_seconds,
+)
 from fedgmr_plugin.kernels.cost import flight_seconds, window_seconds
 from fedgmr_plugin.runtimes.traces import load_traces
 
@@ -248,7 +255,7 @@ def test_sync_waits_for_everybody() -> None:
         assert [a.client for a in window.arrivals] == [0, 1]
         last = max(a.time for a in window.arrivals)
         assert last - window.start == pytest.approx(slowest)
-        assert last <= window.close <= last + 0.5 + 1e-9
+        assert window.close == last and window.end == pytest.approx(last + 0.5)
     assert not net.flights
 
 

@@ -241,26 +241,30 @@ def test_the_order_of_training_does_not_matter() -> None:
 
 
 class Counting(nn.Module):
-    """Its output depends on buffers that are not part of the vector: an integer and a non-persistent one."""
+    """Its output depends on a buffer that is not part of the vector: an integer or a non-persistent one."""
 
-    def __init__(self, persistent: bool) -> None:
+    def __init__(self, persistent: bool, in_place: bool) -> None:
         super().__init__()
         with isolated_rng(0):
             self.hidden, self.out = nn.Linear(6, 10), nn.Linear(10, 3)
         kind = torch.int64 if persistent else torch.float32
         self.register_buffer("steps", torch.zeros((), dtype=kind), persistent=persistent)
+        self.in_place = in_place
         self.steps: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.steps += 1
+        if self.training and self.in_place:
+            self.steps.add_(1)
+        elif self.training:
+            self.steps = self.steps + 1
         return self.out(torch.tanh(self.hidden(x)) / (1.0 + 0.1 * self.steps))
 
 
+@pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "replaced"])
 @pytest.mark.parametrize("persistent", [True, False], ids=["integer", "non-persistent"])
-def test_no_state_leaks_from_one_client_to_the_next(persistent: bool) -> None:
+def test_no_state_leaks_from_one_client_to_the_next(persistent: bool, in_place: bool) -> None:
     """What a dispatch returns depends on the dispatch, not on who trained on the scratch model before."""
-    ends = [World(model=Counting(persistent), executor=e).run() for e in (None, Reversed)]
+    ends = [World(model=Counting(persistent, in_place), executor=e).run() for e in (None, Reversed)]
     assert ends[0]["model_sha256"] == ends[1]["model_sha256"]
 
 

@@ -50,10 +50,8 @@ def test_telescoped_is_the_sum_of_descents() -> None:
     f0, f1, f2, g0, g1, e0, e1 = sympy.symbols("f0 f1 f2 g0 g1 e0 e1", real=True)
     descent = BOUNDS["descent"]
     slack = descent.rhs - descent.lhs
-    rows = [
-        slack.subs({s.F: f, s.F_next: n, s.grad_sq: g, s.e_sq: e})
-        for f, n, g, e in ((f0, f1, g0, e0), (f1, f2, g1, e1))
-    ]
+    windows = ((f0, f1, g0, e0), (f1, f2, g1, e1))
+    rows = [slack.subs({s.F: f, s.F_next: n, s.grad_sq: g, s.e_sq: e}) for f, n, g, e in windows]
     mean = 2 * (f0 - f2) / (2 * s.gamma) + (e0 + e1) / 2 - (g0 + g1) / 2
     assert zero(sum(rows) / s.gamma - mean)
 
@@ -68,12 +66,9 @@ def test_expectation_step() -> None:
 
 def test_noise_coefficient_is_twice_what_one_window_pays() -> None:
     """One window pays L gamma^2 E||z||^2; dividing by gamma/2 gives 2 L gamma sigma^2/K sum pibar^2."""
-    noise = BOUNDS["noise"].rhs
-    rhs = BOUNDS["expectation"].rhs
-    assert zero(
-        rhs.coeff(s.WindowMean(s.ArrivalSum(s.pibar**2)))
-        - (s.L * s.gamma**2 * s.sigma_sq / s.K) / (s.gamma / 2)
-    )
+    noise, rhs = BOUNDS["noise"].rhs, BOUNDS["expectation"].rhs
+    coefficient = rhs.coeff(s.WindowMean(s.ArrivalSum(s.pibar**2)))
+    assert zero(coefficient - (s.L * s.gamma**2 * s.sigma_sq / s.K) / (s.gamma / 2))
     assert zero(noise - s.sigma_sq / s.K * s.ArrivalSum(s.pibar**2))
 
 
@@ -127,7 +122,7 @@ def test_bounds_are_well_formed(name: str) -> None:
 
 
 def test_equation_numbers_are_consecutive_and_every_symbol_is_described() -> None:
-    assert [int(bound.number) for bound in BOUNDS.values()] == [n for n in range(2, len(BOUNDS) + 2)]
+    assert [int(bound.number) for bound in BOUNDS.values()] == list(range(2, len(BOUNDS) + 2))
     for name, info in TABLE.items():
         assert info.symbol.name == name and info.meaning and info.unit and info.latex
 

@@ -6,6 +6,7 @@ function from `theory.numeric`, so that a wrong constant in `theory.bounds` show
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,7 @@ def test_update(window: OneWindow) -> None:
 @many
 @given(st.lists(vectors(3), min_size=2, max_size=6))
 def test_path(models: list[np.ndarray]) -> None:
-    steps = sum(sq(b - a) for a, b in zip(models, models[1:], strict=False))
+    steps = sum(sq(b - a) for a, b in pairwise(models))
     assert below(sq(models[-1] - models[0]), numeric.path(tau=len(models) - 1, path_sq=steps))
 
 
@@ -293,7 +294,7 @@ def test_the_gap_with_its_own_shares_can_rise_under_restoration() -> None:
 @given(top_k_masks(size=6), vectors(6))
 def test_a_larger_mask_leaves_out_less(drawn: tuple[np.ndarray, list[np.ndarray]], w: np.ndarray) -> None:
     _, masks = drawn
-    for small, large in zip(masks, masks[1:], strict=False):
+    for small, large in pairwise(masks):
         assert np.all(large[small])
         assert sq(w[~large]) <= sq(w[~small])
 

@@ -41,7 +41,7 @@ def dyadics(low: int = -16, high: int = 16) -> st.SearchStrategy[float]:
 
 @lru_cache(maxsize=256)
 def vectors(size: int, *, limit: int = 16, signed: bool = True) -> st.SearchStrategy[Floats]:
-    """Vectors ``[size]`` of multiples of 1/8 up to limit/8 in absolute value (one draw, so that it is fast)."""
+    """Vectors ``[size]`` of multiples of 1/8, at most limit/8 in absolute value; one draw, which is fast."""
 
     def decode(raw: bytes) -> Floats:
         values = np.frombuffer(raw, dtype=np.int8).astype(np.float64)
