@@ -20,12 +20,13 @@ def zero(expression: sympy.Expr) -> bool:
 def test_error_is_the_square_of_minus_step_over_gamma_minus_gradient() -> None:
     g, step, gamma = sympy.symbols("g step gamma", real=True, nonzero=True)
     square = (-step / gamma - g) ** 2
-    ours = IDENTITY.subs({s.step_sq: step**2, s.grad_dot_step: g * step, s.grad_sq: g**2, s.gamma: gamma})
+    values = {s.step_sq: step**2, s.grad_dot_step: g * step, s.grad_sq: g**2, s.gamma: gamma}
+    ours = IDENTITY.subs(values)
     assert zero(square - ours)
 
 
 def test_descent_from_the_descent_lemma() -> None:
-    """F' = F + <g,d> + L/2 ||d||^2 with gamma L <= 1 leaves exactly gamma/2 (1 - gamma L) ||d/gamma||^2 of slack."""
+    """F' = F + <g,d> + L/2 ||d||^2 leaves exactly gamma/2 (1 - gamma L) ||d/gamma||^2 of slack."""
     smooth = Symbol("l", real=True)
     bound = BOUNDS["descent"]
     after = s.F + s.grad_dot_step + smooth / 2 * s.step_sq
@@ -57,7 +58,7 @@ def test_telescoped_is_the_sum_of_descents() -> None:
 
 
 def test_expectation_step() -> None:
-    """-gamma <g, g+b> + L gamma^2 ||g+b||^2 <= -gamma/2 ||g||^2 + gamma/2 ||b||^2 as soon as 2 L gamma <= 1."""
+    """-gamma <g, g+b> + L gamma^2 ||g+b||^2 <= gamma/2 (||b||^2 - ||g||^2) as soon as 2 L gamma <= 1."""
     g, b, gamma, L = sympy.symbols("g b gamma L", real=True)
     left = -gamma * g * (g + b) + L * gamma**2 * (g + b) ** 2
     right = -gamma / 2 * g**2 + gamma / 2 * b**2

@@ -38,7 +38,7 @@ from fedgmr_plugin.runtimes.data import FederatedData, read_dataset
 from fedgmr_plugin.runtimes.progress import Progress
 from fedgmr_plugin.runtimes.settings import FedMLKeys, as_mapping, fedml_keys, options
 from fedgmr_plugin.runtimes.traces import load_traces
-from fedgmr_plugin.runtimes.trainer import FedMLTrainer
+from fedgmr_plugin.runtimes.trainer import FedMLTrainer, is_known
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("fedgmr", "fedml", "torch", "torchvision", "numpy")
@@ -168,8 +168,7 @@ def build(
     def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
         """With the user's ServerAggregator; with the trainer where its `test` returns no metrics."""
         metrics = bridge.test(model, batches, round_index=server.version - 1)
-        known = metrics.accuracy is not None or metrics.loss is not None
-        return metrics if known else trainer.evaluate(model, batches)
+        return metrics if is_known(metrics) else trainer.evaluate(model, batches)
 
     directory = run_directory(config)
     run: SingleProcess
@@ -263,7 +262,8 @@ def _trainer(
                 f"{key} needs the built-in trainer: a ClientTrainer does not give its loss",
                 where="fedgmr_args",
             )
-        return FedMLTrainer(client_trainer, args, device, data=data)
+        fallback = BuiltinTrainer(device=device, loss=config.loss)
+        return FedMLTrainer(client_trainer, args, device, data=data, fallback=fallback)
     return BuiltinTrainer(
         device=device,
         loss=config.loss,

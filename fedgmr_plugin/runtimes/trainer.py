@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgmr_plugin.engine.client import Batch, LocalStats, Metrics
+from fedgmr_plugin.engine.client import Batch, LocalStats, LocalTrainer, Metrics
 from fedgmr_plugin.errors import FedGMRError, HostError
 from fedgmr_plugin.runtimes.data import FederatedData
 from fedgmr_plugin.runtimes.watch import Watch
@@ -49,6 +49,7 @@ class FedMLTrainer:
         data: the data set that the clients come from; ``set_id`` then gets FedML's client id, and
             ``update_dataset`` the client's test data and number of samples. Without it they get the
             engine's client number, None, and the number of batches times ``args.batch_size``.
+        fallback: measures models where the trainer's ``test`` returns no metrics.
 
     Raises:
         HostError: GMR-504 if homomorphic encryption is enabled.
@@ -61,12 +62,14 @@ class FedMLTrainer:
         device: torch.device | None = None,
         *,
         data: FederatedData | None = None,
+        fallback: LocalTrainer | None = None,
     ) -> None:
         refuse_encryption(args)
         self.trainer = trainer
         self._args = args
         self._device = torch.device("cpu") if device is None else device
         self._data = data
+        self._fallback = fallback
         self._warned = False
 
     def train(
@@ -117,7 +120,7 @@ class FedMLTrainer:
         )
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
-        """Measure `model` with the trainer's ``test``; all metrics None where it returns nothing.
+        """Measure `model` with the trainer's ``test``, or the fallback where that returns no metrics.
 
         Raises:
             HostError: GMR-506 if ``test`` raises (its exception is the cause).
@@ -128,7 +131,10 @@ class FedMLTrainer:
             self._working_model(model)
             result = self.trainer.test(data, self._device, self._args)
         model.to(home).train(mode)
-        return metrics_of(result)
+        metrics = metrics_of(result)
+        return (
+            metrics if is_known(metrics) or self._fallback is None else self._fallback.evaluate(model, data)
+        )
 
     @contextmanager
     def _blamed(self, what: str, client: int | None) -> Iterator[None]:
@@ -208,6 +214,11 @@ def refuse_encryption(args: Any) -> None:
 
 
 # -- metrics -------------------------------------------------------------------------------------------
+
+
+def is_known(metrics: Metrics) -> bool:
+    """Whether a measurement says anything."""
+    return metrics.accuracy is not None or metrics.loss is not None
 
 
 def metrics_of(result: Any, samples: int = 0) -> Metrics:

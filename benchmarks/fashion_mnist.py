@@ -1,0 +1,265 @@
+"""Does restoration pay? FedGMR, the same without GMR, and dense FedAvg on Fashion-MNIST, at equal virtual time.
+
+    python -m benchmarks.fashion_mnist run   [--seeds 0 1 2] [--jobs 2] [--budget 20000]
+    python -m benchmarks.fashion_mnist table
+
+Ten clients of high heterogeneity, Dirichlet(0.6) label skew, the fast client has least data; all 60,000
+training images, all 10,000 test images; `strided_cnn`; clock of the paper's FEMNIST setting (S = 25.98 MB).
+Each run goes through FedML's own single-process simulator in a process of its own, one thread each. Runs of
+one seed share initial weights, partition, batches per client and dispatch, and bandwidth draws.
+
+A run's figure is the mean test accuracy of the shipped model (chosen without the test set) over its last
+`LAST` evaluations within the budget. Methods are compared seed by seed: mean difference and its 95 % interval
+(Student's t over seeds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results" / "fashion_mnist.json"
+RUNS = Path("fedgmr_runs") / "fashion_mnist"
+#: Evaluations that a run's figure is the mean of.
+LAST = 8
+
+COMMON: dict[str, Any] = {
+    "heterogeneity": "high",
+    "model_megabytes": 25.98,
+    "trigger": "none",
+}
+BUFFERED = {"update_scope": "buffer", "update_form": "replacement"}
+METHODS: dict[str, dict[str, Any]] = {
+    "fedgmr": {**BUFFERED, "trigger": "plateau", "interval": 25, "patience": 5},
+    "fedgmr_delta": {"trigger": "plateau", "interval": 25, "patience": 5},
+    "frozen": {},
+    "frozen_buffered": {**BUFFERED},
+    "fedavg": {"dense_start": True, "schedule": "sync", "update_form": "replacement", "interval": 5},
+}
+TITLES = {
+    "fedgmr": "FedGMR (buffer, replacement form)",
+    "fedgmr_delta": "FedGMR (arrivals, delta form)",
+    "frozen": "without GMR (arrivals, delta form)",
+    "frozen_buffered": "without GMR (buffer, replacement form)",
+    "fedavg": "dense FedAvg, synchronous",
+}
+
+
+def train(method: str, seed: int, budget: float) -> None:
+    """One run, in this process."""
+    from fedgmr_plugin.runtimes.registration import register
+
+    register()
+    import fedml
+    import torch
+
+    from benchmarks import data, models
+
+    args = SimpleNamespace(
+        training_type="simulation",
+        backend="sp",
+        random_seed=seed,
+        dataset="fashion_mnist",
+        federated_optimizer="fedgmr",
+        client_num_in_total=10,
+        client_num_per_round=10,
+        comm_round=1_000_000,
+        epochs=1,
+        batch_size=20,
+        client_optimizer="sgd",
+        learning_rate=0.1,
+        weight_decay=0.0,
+        frequency_of_the_test=2 if method == "fedavg" else 25,
+        using_gpu=False,
+        enable_wandb=False,
+        using_mlops=False,
+        rank=0,
+        run_id="0",
+        fedgmr_args={
+            **COMMON,
+            **METHODS[method],
+            "time_budget": budget,
+            "output_dir": str(RUNS),
+            "run_name": name(method, seed),
+        },
+    )
+    args = fedml.init(args, should_init_logs=False)
+    images = data.fashion_mnist()
+    parts = data.partition(images, "dirichlet", 10, seed, alpha=0.6, smallest=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = models.strided_cnn()
+    dataset = data.federated(images, parts, 500, seed=seed)
+    fedml.FedMLRunner(args, torch.device("cpu"), dataset, model).run()
+
+
+def name(method: str, seed: int) -> str:
+    """Name of a run's directory."""
+    return f"{method}-{seed}"
+
+
+def run_all(methods: list[str], seeds: list[int], budget: float, jobs: int) -> None:
+    """All runs that are not finished yet, at most `jobs` at a time; then the results file."""
+    waiting = deque((m, s) for s in seeds for m in methods if not finished(m, s))
+    running: list[subprocess.Popen[bytes]] = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            method, seed = waiting.popleft()
+            print(f"start {name(method, seed)}", flush=True)
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.fashion_mnist",
+                "one",
+                method,
+                str(seed),
+                str(budget),
+            ]
+            running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        time.sleep(1)
+        for process in [p for p in running if p.poll() is not None]:
+            running.remove(process)
+            if process.returncode:
+                raise SystemExit(f"a run failed with status {process.returncode}")
+    write_results(methods, seeds, budget)
+
+
+def finished(method: str, seed: int) -> bool:
+    """Whether a run's log has its end record; an unfinished run's directory is set aside."""
+    from fedgmr_plugin.protocol.runlog import read_run
+
+    path = RUNS / name(method, seed)
+    if not (path / "run.jsonl").exists():
+        return False
+    if read_run(path).end is not None:
+        return True
+    path.rename(path.with_name(f"{path.name}-unfinished-{int(time.time())}"))
+    return False
+
+
+def write_results(methods: list[str], seeds: list[int], budget: float) -> None:
+    """Distil the run logs into `RESULTS`."""
+    from fedgmr_plugin.protocol.runlog import read_run
+
+    runs = []
+    for method in methods:
+        for seed in seeds:
+            log = read_run(RUNS / name(method, seed))
+            accuracy = log.column("evaluation", "accuracy")
+            runs.append(
+                {
+                    "method": method,
+                    "seed": seed,
+                    "accuracy": float(np.mean(accuracy[-LAST:])),
+                    "accuracy_global": float(np.mean(log.column("evaluation", "global.accuracy")[-LAST:])),
+                    "accuracy_scaled": float(np.mean(log.column("evaluation", "scaled.accuracy")[-LAST:])),
+                    "best": float(np.max(accuracy)),
+                    "windows": log.count("window"),
+                    "mean_density": float(np.mean(log.column("window", "mean_density"))),
+                    "final_density": float(log.column("window", "mean_density")[-1]),
+                    "mean_staleness": float(np.mean(log.column("arrival", "staleness"))),
+                    "arrivals_per_window": log.count("arrival") / log.count("window"),
+                    "gigabytes_up": float(np.sum(log.column("window", "bytes_up"))) / 1e9,
+                    "wall_seconds": log.end["wall_seconds"] if log.end else None,
+                    "model_sha256": log.end["model_sha256"] if log.end else None,
+                    "curve": [
+                        [round(float(t)), round(float(a), 4)]
+                        for t, a in zip(
+                            log.column("evaluation", "time").tolist(), accuracy.tolist(), strict=True
+                        )
+                    ],
+                }
+            )
+    content = {"budget": budget, "last": LAST, "machine": machine(), "methods": METHODS, "runs": runs}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(table())
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads_per_run": 1,
+    }
+
+
+def table() -> str:
+    """The results as Markdown."""
+    from scipy import stats
+
+    content = json.loads(RESULTS.read_text(encoding="utf-8"))
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for run in content["runs"]:
+        by_method.setdefault(run["method"], []).append(run)
+
+    def mean(runs: list[dict[str, Any]], key: str) -> float:
+        return float(np.mean([run[key] for run in runs]))
+
+    lines = [
+        "| method | accuracy % (each seed) | w alone % | final density | arrivals a window | mean staleness |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for method, runs in by_method.items():
+        each = ", ".join(f"{100 * run['accuracy']:.2f}" for run in runs)
+        lines.append(
+            f"| {TITLES[method]} | **{100 * mean(runs, 'accuracy'):.2f}** ({each}) "
+            f"| {100 * mean(runs, 'accuracy_global'):.2f} | {mean(runs, 'final_density'):.2f} "
+            f"| {mean(runs, 'arrivals_per_window'):.2f} | {mean(runs, 'mean_staleness'):.2f} |"
+        )
+    lines += ["", "| difference, paired by seed | mean, points | 95 % interval |", "| --- | --- | --- |"]
+    for ours in ("fedgmr", "fedgmr_delta"):
+        for other in ("frozen", "frozen_buffered", "fedavg"):
+            if ours in by_method and other in by_method:
+                pairs = zip(by_method[ours], by_method[other], strict=True)
+                gains = 100 * np.array([a["accuracy"] - b["accuracy"] for a, b in pairs])
+                half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
+                lines.append(
+                    f"| {TITLES[ours]} - {TITLES[other]} | {gains.mean():+.2f} "
+                    f"| [{gains.mean() - half:+.2f}, {gains.mean() + half:+.2f}] |"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="FedGMR against its ablation and FedAvg on Fashion-MNIST")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    run.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    run.add_argument("--budget", type=float, default=20_000.0, help="virtual seconds")
+    run.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    one = commands.add_parser("one")
+    one.add_argument("method")
+    one.add_argument("seed", type=int)
+    one.add_argument("budget", type=float)
+    commands.add_parser("table")
+    options = parser.parse_args()
+    if options.command == "one":
+        train(options.method, options.seed, options.budget)
+    elif options.command == "table":
+        print(table())
+    else:
+        run_all(options.methods, options.seeds, options.budget, options.jobs)
+
+
+if __name__ == "__main__":
+    main()

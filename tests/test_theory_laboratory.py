@@ -1,0 +1,140 @@
+"""The laboratory: gradients, constants and the decomposition are what they claim to be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from theory.laboratory import (
+    Logistic,
+    Problem,
+    Quadratic,
+    ReluNetwork,
+    Schedule,
+    client_grads,
+    mask,
+    mean_loss,
+    ranking,
+    simulate,
+)
+from theory.log import parse
+from theory.strategies import runs
+
+
+def problems() -> list[Problem]:
+    rng = np.random.default_rng(3)
+    return [
+        Quadratic.random(rng, clients=3, size=8, smoothness=2.0, sigma=0.5, dense=2),
+        Quadratic.random(rng, clients=2, size=5, alike=True),
+        Logistic.random(rng, clients=3, size=6, dense=1),
+        Logistic.random(rng, clients=2, size=4, batch=0),
+        ReluNetwork.random(rng, clients=3, inputs=3, hidden=4),
+    ]
+
+
+@pytest.mark.parametrize("problem", problems(), ids=lambda p: type(p).__name__)
+def test_gradients_are_derivatives(problem: Problem) -> None:
+    rng = np.random.default_rng(0)
+    w, step = problem.start, 1e-6
+    for n in range(problem.clients):
+        grad = problem.grad(n, w)
+        for direction in rng.standard_normal((3, problem.size)):
+            slope = (problem.loss(n, w + step * direction) - problem.loss(n, w - step * direction)) / (
+                2 * step
+            )
+            assert slope == pytest.approx(grad @ direction, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("problem", problems(), ids=lambda p: type(p).__name__)
+def test_smoothness_and_infimum(problem: Problem) -> None:
+    if problem.smoothness is None:
+        assert isinstance(problem, ReluNetwork)
+        return
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        x, y = 4 * rng.standard_normal((2, problem.size))
+        for n in range(problem.clients):
+            change = np.linalg.norm(problem.grad(n, x) - problem.grad(n, y))
+            assert change <= problem.smoothness * np.linalg.norm(x - y) * (1 + 1e-12)
+        assert mean_loss(problem, x) >= problem.infimum
+
+
+def test_the_quadratic_smoothness_is_attained() -> None:
+    problem = Quadratic.random(np.random.default_rng(0), clients=2, size=6, smoothness=3.0)
+    assert problem.smoothness == pytest.approx(3.0, rel=1e-9)
+    gap = client_grads(problem, problem.optimum).mean(axis=0)
+    assert np.linalg.norm(gap) < 1e-12
+
+
+def test_the_logistic_optimum_is_stationary() -> None:
+    problem = Logistic.random(np.random.default_rng(0), clients=3, size=5)
+    assert np.linalg.norm(client_grads(problem, problem.optimum).mean(axis=0)) < 1e-12
+
+
+@pytest.mark.parametrize("problem", problems(), ids=lambda p: type(p).__name__)
+def test_noise_is_unbiased_and_bounded(problem: Problem) -> None:
+    rng = np.random.default_rng(5)
+    exact = problem.grad(0, problem.start)
+    draws = np.stack([problem.noisy(0, problem.start, rng) - exact for _ in range(4000)])
+    variance = float(np.square(draws).sum(axis=1).mean())
+    assert np.linalg.norm(draws.mean(axis=0)) <= 5 * np.sqrt(variance / len(draws)) + 1e-15
+    assert variance <= problem.noise_sq * (1 + 5 / np.sqrt(len(draws))) + 1e-15
+    if isinstance(problem, Quadratic):
+        assert variance == pytest.approx(problem.noise_sq, rel=0.05)
+
+
+def test_masks_are_nested_and_drop_whole_rows_biases() -> None:
+    problem = ReluNetwork.random(np.random.default_rng(0), clients=1, inputs=3, hidden=4)
+    order = ranking(problem.start, problem.prunable)
+    magnitude = np.abs(problem.start[order])
+    assert np.all(np.diff(magnitude) <= 0)
+    before = np.zeros(problem.size, dtype=bool)
+    for density in (0.05, 0.2, 0.5, 1.0):
+        keep = mask(problem, order, density)
+        assert (keep & problem.prunable).sum() == int(density * problem.prunable.sum())
+        assert np.all(keep[before])
+        for bias, row in problem.rows:
+            assert keep[bias] == keep[list(row)].any()
+        assert keep[-problem.hidden :].all()
+        before = keep
+    assert before.all()
+
+
+def test_a_layer_floor_ranks_first() -> None:
+    w = np.array([9.0, 8.0, 7.0, 6.0, 0.4, 0.3, 0.2, 0.1])
+    order = ranking(w, np.ones(8, dtype=bool), floor=0.5, layers=(4, 4))
+    assert order.tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+@pytest.mark.parametrize("form", ["delta", "replacement"])
+@pytest.mark.parametrize("problem", problems(), ids=lambda p: type(p).__name__)
+def test_the_identity_closes(problem: Problem, form: str) -> None:
+    clients = problem.clients
+    schedule = Schedule(
+        windows=25, form=form, densities=(1.0, 0.5, 0.2)[:clients], delays=(0, 1, 3)[:clients], delay_grows=True,
+        restorations=((8, 1, 1.0),), interval=4, staleness="polynomial", local_steps=3,
+    )  # fmt: skip
+    trace = simulate(problem, schedule)
+    for found in trace.decompositions:
+        assert np.linalg.norm(found.residual) <= 1e-10 * np.linalg.norm(found.e)
+    assert any(np.any(d.M) for d in trace.decompositions) and any(np.any(d.S) for d in trace.decompositions)
+    assert any(np.any(d.rho) for d in trace.decompositions) == (form == "replacement")
+    assert mean_loss(problem, trace.models[-1]) < mean_loss(problem, trace.models[0])
+
+
+@settings(max_examples=100)
+@given(runs())
+def test_logs_are_valid_and_reproducible(drawn: tuple[Quadratic, Schedule]) -> None:
+    problem, schedule = drawn
+    first, second = simulate(problem, schedule).lines(), simulate(problem, schedule).lines()
+    assert first == second
+    log = parse(first)
+    assert log.ended and len(log["window"]) == schedule.windows == len(log["terms"]) == len(log["probe"])
+
+
+def test_clients_are_busy_for_their_delay() -> None:
+    problem = Quadratic.random(np.random.default_rng(0), clients=2, size=4)
+    trace = simulate(problem, Schedule(windows=7, densities=(1.0, 0.5), delays=(0, 2)))
+    arrivals = [r for r in trace.records if r["type"] == "arrival" and r["client"] == 1]
+    assert [r["window"] for r in arrivals] == [2, 5] and all(r["staleness"] == 2 for r in arrivals)
