@@ -1,6 +1,6 @@
-"""Does restoration pay? FedGMR, the same without GMR, and dense FedAvg on Fashion-MNIST, at equal virtual time.
+"""Does restoration pay? FedGMR, the same without GMR, and dense FedAvg on Fashion-MNIST at one budget.
 
-    python -m benchmarks.fashion_mnist run   [--seeds 0 1 2] [--jobs 2] [--budget 20000]
+    python -m benchmarks.fashion_mnist run   [--seeds 1 2 3] [--jobs 2] [--budget 30000]
     python -m benchmarks.fashion_mnist table
 
 Ten clients of high heterogeneity, Dirichlet(0.6) label skew, the fast client has least data; all 60,000
@@ -10,7 +10,8 @@ one seed share initial weights, partition, batches per client and dispatch, and 
 
 A run's figure is the mean test accuracy of the shipped model (chosen without the test set) over its last
 `LAST` evaluations within the budget. Methods are compared seed by seed: mean difference and its 95 % interval
-(Student's t over seeds).
+(Student's t over seeds). Settings (patience, buffer, form, staleness)
+were chosen by validation accuracy on seed 0, which is not among the seeds reported.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ COMMON: dict[str, Any] = {
     "heterogeneity": "high",
     "model_megabytes": 25.98,
     "trigger": "none",
+    "interval": 25,
+    "patience": 3,
+    "validation_fraction": 0.05,
 }
-BUFFERED = {"update_scope": "buffer", "update_form": "replacement"}
+BUFFERED = {"update_scope": "buffer", "update_form": "replacement", "staleness": "constant"}
 METHODS: dict[str, dict[str, Any]] = {
-    "fedgmr": {**BUFFERED, "trigger": "plateau", "interval": 25, "patience": 5},
-    "fedgmr_delta": {"trigger": "plateau", "interval": 25, "patience": 5},
+    "fedgmr": {**BUFFERED, "trigger": "plateau"},
     "frozen": {},
+    "fedavg": {"dense_start": True, "schedule": "sync", "update_form": "replacement"},
+    "fedgmr_delta": {"trigger": "plateau"},
     "frozen_buffered": {**BUFFERED},
-    "fedavg": {"dense_start": True, "schedule": "sync", "update_form": "replacement", "interval": 5},
 }
 TITLES = {
     "fedgmr": "FedGMR (buffer, replacement form)",
@@ -80,7 +84,7 @@ def train(method: str, seed: int, budget: float) -> None:
         client_optimizer="sgd",
         learning_rate=0.1,
         weight_decay=0.0,
-        frequency_of_the_test=2 if method == "fedavg" else 25,
+        frequency_of_the_test=2 if method == "fedavg" else 50,
         using_gpu=False,
         enable_wandb=False,
         using_mlops=False,
@@ -214,7 +218,7 @@ def table() -> str:
         return float(np.mean([run[key] for run in runs]))
 
     lines = [
-        "| method | accuracy % (each seed) | w alone % | final density | arrivals a window | mean staleness |",
+        "| method | accuracy % (seeds) | w alone % | final density | arrivals a window | mean staleness |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for method, runs in by_method.items():
@@ -243,9 +247,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="FedGMR against its ablation and FedAvg on Fashion-MNIST")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
-    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    run.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     run.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    run.add_argument("--budget", type=float, default=20_000.0, help="virtual seconds")
+    run.add_argument("--budget", type=float, default=30_000.0, help="virtual seconds")
     run.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     one = commands.add_parser("one")
     one.add_argument("method")

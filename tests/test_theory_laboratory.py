@@ -112,9 +112,16 @@ def test_a_layer_floor_ranks_first() -> None:
 def test_the_identity_closes(problem: Problem, form: str) -> None:
     clients = problem.clients
     schedule = Schedule(
-        windows=25, form=form, densities=(1.0, 0.5, 0.2)[:clients], delays=(0, 1, 3)[:clients], delay_grows=True,
-        restorations=((8, 1, 1.0),), interval=4, staleness="polynomial", local_steps=3,
-    )  # fmt: skip
+        windows=25,
+        form="delta" if form == "delta" else "replacement",
+        densities=(1.0, 0.5, 0.2)[:clients],
+        delays=(0, 1, 3)[:clients],
+        delay_grows=True,
+        restorations=((8, 1, 1.0),),
+        interval=4,
+        staleness="polynomial",
+        local_steps=3,
+    )
     trace = simulate(problem, schedule)
     for found in trace.decompositions:
         assert np.linalg.norm(found.residual) <= 1e-10 * np.linalg.norm(found.e)

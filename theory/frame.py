@@ -145,12 +145,20 @@ class Frame:
 
     def _common(self, values: Floats) -> Floats:
         """The one value that a window's arrivals share, ``[W]``; nan where there are several or none."""
-        inside = self.arrival_window >= 0
-        rows, values = self.arrival_window[inside], values[inside]
-        low, high = np.full(self.windows, np.inf), np.full(self.windows, -np.inf)
-        np.minimum.at(low, rows, values)
-        np.maximum.at(high, rows, values)
+        low, high = self.least(values), self.most(values)
         return np.where(low == high, low, np.nan)
+
+    def least(self, values: Floats, rows: Bools | None = None) -> Floats:
+        """Smallest value of each window's arrivals (those in `rows`), ``[W]``; inf for none, nan spreads."""
+        inside = self.arrival_window >= 0 if rows is None else rows & (self.arrival_window >= 0)
+        result = np.full(self.windows, np.inf)
+        with np.errstate(invalid="ignore"):
+            np.minimum.at(result, self.arrival_window[inside], values[inside])
+        return result
+
+    def most(self, values: Floats, rows: Bools | None = None) -> Floats:
+        """Largest value of each window's arrivals (those in `rows`), ``[W]``; -inf for none, nan spreads."""
+        return np.asarray(-self.least(-values, rows))
 
     @property
     def arrivals_only(self) -> bool:
@@ -264,14 +272,10 @@ class Frame:
         """Whether the arrivals of each window below density 1 share one ranking, ``[W]``."""
         code = gather(self.log["dispatch"].codes["ranking"].astype(np.float64), self.arrival_dispatch)
         density = self.sent("density")
-        sparse = (self.arrival_window >= 0) & (density < 1)
-        rows = self.arrival_window[sparse]
-        low, high = np.full(self.windows, np.inf), np.full(self.windows, -np.inf)
-        np.minimum.at(low, rows, code[sparse])
-        np.maximum.at(high, rows, code[sparse])
-        unknown = np.zeros(self.windows, dtype=bool)
-        unknown[rows[np.isnan(code[sparse]) | (code[sparse] < 0)]] = True
-        return np.asarray(((low == high) | np.isinf(low)) & ~unknown)
+        code = np.where(code < 0, np.nan, code)
+        sparse = density < 1
+        low, high = self.least(code, sparse), self.most(code, sparse)
+        return np.asarray((low == high) | np.isposinf(low))
 
     @cached_property
     def holders(self) -> tuple[Floats, Floats]:

@@ -103,12 +103,16 @@ class Interval:
     def reciprocal(self) -> Interval:
         """1/x; ``[-inf, inf]`` where the interval holds zero."""
         holds_zero = (self.lo <= 0) & (self.hi >= 0)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             lo, hi = _down(1.0 / self.hi), _up(1.0 / self.lo)
         return Interval(np.where(holds_zero, -np.inf, lo), np.where(holds_zero, np.inf, hi))
 
     def __truediv__(self, other: Any) -> Interval:
-        return self * _interval(other).reciprocal()
+        o = _interval(other)
+        holds_zero = (o.lo <= 0) & (o.hi >= 0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            quotient = self * o.reciprocal()
+        return Interval(np.where(holds_zero, -np.inf, quotient.lo), np.where(holds_zero, np.inf, quotient.hi))
 
     def __pow__(self, exponent: int) -> Interval:
         if exponent < 0:
@@ -187,6 +191,8 @@ def evaluate(
             result = walk(node.args[0])
             for argument in node.args[1:]:
                 value = walk(argument)
+                if isinstance(value, _Rows):  # mpmath.iv raises where it should defer to the other operand
+                    result, value = value, result
                 result = result + value if node.is_Add else result * value
             return result
         if node.is_Pow and node.exp.is_Integer:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from theory.bounds import Bound
 from theory.intervals import Interval, constant_interval, evaluate, evaluate_iv, segment_sum, total
-from theory.symbols import TABLE, Expr
+from theory.symbols import TABLE, Expr, WindowSum
 from theory.verdict import VACUOUS_FACTOR, Finding, Verdict, Witness, undetermined
 
 Floats = NDArray[np.float64]
@@ -137,12 +137,15 @@ class Case:
     def exactly(self, i: int) -> tuple[bool, bool]:
         """(holds, fails) of check i by mpmath.iv."""
         boxes: dict[str, object] = {}
+        over_windows = bool(self.bound.difference.has(WindowSum))
         for name, value in self.values.items():
             if value.lo.ndim == 0:
                 boxes[name] = (float(value.lo), float(value.hi))
+            elif over_windows:
+                boxes[name] = list(zip(value.lo.tolist(), value.hi.tolist(), strict=True))
             elif self.segment is not None and TABLE[name].axis in ("arrival", "dispatch"):
                 rows = np.flatnonzero(self.segment == i)
-                boxes[name] = [(float(value.lo[r]), float(value.hi[r])) for r in rows]
+                boxes[name] = list(zip(value.lo[rows].tolist(), value.hi[rows].tolist(), strict=True))
             else:
                 boxes[name] = (float(value.lo[i]), float(value.hi[i]))
         slack = evaluate_iv(self.bound.difference, boxes)

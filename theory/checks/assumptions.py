@@ -173,17 +173,18 @@ def step_expected(frame: Frame) -> Finding:
     if len(gamma) == 0 or not smooth_at.known:
         return _open("A4E", "gamma or L is not known")
     product = 2 * float(gamma.max()) * (smooth_at.value if smooth_at.kind == "given" else smooth_at.low)
-    text = f"2 gamma L = {product:.6g}"
+    source = "given" if smooth_at.kind == "given" else "measured from below"
+    text = f"2 gamma L = {product:.6g}, with L {source}"
     if product > 1:
         i = int(np.nanargmax(frame.gamma))
         where = Witness(
             window=int(frame.window_number[i]), line=frame.line("window", i), lhs=product, rhs=1.0,
             detail="2 gamma L against 1",
         )  # fmt: skip
-        return _refuted("A4E", f"{text} already with the {smooth_at.kind} of L", where)
+        return _refuted("A4E", text, where)
     if smooth_at.kind == "given":
         return _holds("A4E", text)
-    return _open("A4E", f"{text} with a lower bound of L")
+    return _open("A4E", text)
 
 
 def similar(frame: Frame) -> Finding:

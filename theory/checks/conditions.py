@@ -202,9 +202,7 @@ def uniform(frame: Frame) -> Condition:
 
 def weight_ratio(frame: Frame) -> Floats:
     """kappa_t, the largest over the smallest weight of each window, ``[W]``; 1 where nothing arrived."""
-    weight, inside = frame.log["arrival"]["weight"], frame.arrival_window >= 0
-    low, high = np.full(frame.windows, np.inf), np.full(frame.windows, -np.inf)
-    np.minimum.at(low, frame.arrival_window[inside], weight[inside])
-    np.maximum.at(high, frame.arrival_window[inside], weight[inside])
+    weight = frame.log["arrival"]["weight"]
+    low, high = frame.least(weight), frame.most(weight)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.isinf(low), 1.0, high / low)

@@ -39,9 +39,7 @@ def nested_coverage(run: Run) -> Finding:
     """``sum pibar_n <= 1 + log(sum c / c of the densest)``."""
     frame, arrival = run.frame, run.frame.log["arrival"]
     heavy, _ = frame.holders
-    densest = np.full(frame.windows, np.inf)
-    inside = frame.arrival_window >= 0
-    np.minimum.at(densest, frame.arrival_window[inside], heavy[inside])
+    densest = frame.least(heavy)
     busy = frame.log["window"]["arrivals"] > 0
     with np.errstate(divide="ignore", invalid="ignore"):
         limit = 1 + np.log(frame.per_window(arrival["weight"]) / densest)

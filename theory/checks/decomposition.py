@@ -151,7 +151,7 @@ class TermBounds:
         far, along = self.entry("stale_sq"), self.frame.precision.reduction(path)
         found = self.run.judged(
             "path", {"stale_sq": far, "tau": Interval(tau), "path_sq": along}, self.entry_place,
-            attained=tau <= 1, reason="no terms records, or step_sq is not logged",
+            applies=tau > 0, attained=tau <= 1, reason="no terms records, or step_sq is not logged",
         )  # fmt: skip
         apart = (far.hi < along.lo) | (along.hi < far.lo)
         equal = law(

@@ -224,7 +224,7 @@ def shares(frame: Frame) -> Finding:
     title, table = "shares lie between their weight and one", frame.log["arrival"]
     weight_sum = gather(frame.per_window(table["weight"]), frame.arrival_window)
     least = table["weight"] / weight_sum
-    pibar, known = table["pibar"], ~np.isnan(table["pibar"])
+    pibar, known = table["pibar"], ~np.isnan(table["pibar"]) & (frame.sent("support") != 0)
     bad = (pibar > 1 + 1e-6) | (pibar <= 0) | (pibar < least * (1 - 1e-6))
     return law(
         "shares", title, bad, place_of(frame, "arrival"), applies=known, lhs=pibar,
@@ -240,7 +240,7 @@ def nested_shares(frame: Frame) -> Finding:
     inside = frame.arrival_window >= 0
     nested[inside] = frame.nested[frame.arrival_window[inside]]
     expected = table["weight"] / heavy
-    known = nested & ~np.isnan(expected) & ~np.isnan(table["pibar"])
+    known = nested & ~np.isnan(expected) & ~np.isnan(table["pibar"]) & (frame.sent("support") != 0)
     bad = np.abs(table["pibar"] - expected) > 1e-6 * expected
     return law(
         "nested_shares",
@@ -258,7 +258,8 @@ def fewest_holders(frame: Frame) -> Finding:
     """1 <= Gamma_t <= |A_t|, and 0 only where nothing arrived."""
     title, table = "Gamma_t is at most |A_t|", frame.log["window"]
     fewest, arrivals = table["gamma_min"], table["arrivals"]
-    bad = (fewest > arrivals) | ((fewest < 1) & (arrivals > 0)) | (fewest < 0)
+    empty = frame.per_window((frame.sent("support") != 0) * 1.0) == 0
+    bad = (fewest > arrivals) | ((fewest < 1) & ~empty) | (fewest < 0)
     return law(
         "fewest_holders", title, bad, place_of(frame, "window"), lhs=fewest, rhs=arrivals,
         applies=~np.isnan(fewest) & frame.arrivals_only, reason="gamma_min is not logged",
@@ -269,9 +270,7 @@ def nested_holders(frame: Frame) -> Finding:
     """With nested masks, Gamma_t is the number of arrivals with the largest mask."""
     title, table = "Gamma_t of nested masks", frame.log["window"]
     _, many = frame.holders
-    expected = np.full(frame.windows, np.inf)
-    inside = (frame.arrival_window >= 0) & ~np.isnan(many)
-    np.minimum.at(expected, frame.arrival_window[inside], many[inside])
+    expected = frame.least(many, frame.sent("support") != 0)
     known = frame.nested & np.isfinite(expected) & ~np.isnan(table["gamma_min"]) & frame.arrivals_only
     return law(
         "nested_holders", title, table["gamma_min"] != expected, place_of(frame, "window"), applies=known,
@@ -288,7 +287,8 @@ def coverage(frame: Frame) -> Finding:
     known = ~np.isnan(found) & ~np.isnan(table["coverage"]) & (not buffered) & frame.arrivals_only
     bad = np.abs(found - table["coverage"]) > 1e-6 * found
     return law(
-        "coverage", title, bad, place_of(frame, "window"), applies=known, lhs=table["coverage"], rhs=found,
+        "mean_coverage", title, bad, place_of(frame, "window"), applies=known, lhs=table["coverage"],
+        rhs=found,
         reason="coverage or support is not logged, or the model has buffers",
     )  # fmt: skip
 
@@ -297,10 +297,7 @@ def uncovered(frame: Frame) -> Finding:
     """A full-density arrival covers everything; nested masks leave what the largest leaves."""
     title, table = "uncovered coordinates fit the arrivals", frame.log["window"]
     size = _unbuffered(frame)
-    widest, densest = np.zeros(frame.windows), np.zeros(frame.windows)
-    inside = frame.arrival_window >= 0
-    np.maximum.at(widest, frame.arrival_window[inside], frame.sent("support")[inside])
-    np.maximum.at(densest, frame.arrival_window[inside], frame.sent("density")[inside])
+    widest, densest = np.maximum(frame.most(frame.sent("support")), 0.0), frame.most(frame.sent("density"))
     buffered = size != frame.log.layout("size")
     exact = frame.nested & ~np.isnan(widest) & (not buffered) & np.isfinite(size)
     expected = np.where(densest == 1, 0.0, np.where(exact, size - widest, np.nan))
