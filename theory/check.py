@@ -25,7 +25,7 @@ from theory.checks.values import values
 from theory.estimators import Estimate
 from theory.frame import Frame
 from theory.log import RunLog, read_log
-from theory.precision import SLACK
+from theory.schema import SLACK
 from theory.verdict import Finding, Verdict
 
 #: Order of the groups in a report.
@@ -100,7 +100,7 @@ def check_runs(
         paths: log files or run directories.
         given: known constants (``L``, ``sigma_sq``, ``sigma_g_sq``, ``F_inf``, ``G_sq``, ``W_sq``), which
             win over the log's own ``constants`` record.
-        slack: see `theory.precision.SLACK`.
+        slack: see `theory.schema.SLACK`.
 
     Raises:
         LogError: a log cannot be read.

@@ -11,8 +11,7 @@ from pathlib import Path
 import click
 
 from theory.errors import LogError
-from theory.frame import CONSTANTS
-from theory.precision import SLACK
+from theory.schema import CONSTANTS, SLACK
 
 _RUNS = click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
 _FILE = click.Path(dir_okay=False, writable=True, path_type=Path)

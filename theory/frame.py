@@ -15,14 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.log import RunLog
-from theory.precision import SLACK, Precision
+from theory.precision import Precision
+from theory.schema import CONSTANTS, SLACK
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-
-#: Constants of the theory that a run cannot prove; known ones come from the log or the command line.
-CONSTANTS = ("L", "sigma_sq", "sigma_g_sq", "F_inf", "G_sq", "W_sq")
 
 
 def rows_of(keys: Floats, wanted: Floats) -> Ints:
@@ -48,7 +46,7 @@ class Frame:
     Attributes:
         log: the run.
         given: known constants, by the names of `CONSTANTS`.
-        slack: see `theory.precision.SLACK`.
+        slack: see `theory.schema.SLACK`.
     """
 
     log: RunLog

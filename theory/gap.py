@@ -29,12 +29,16 @@ Floats = NDArray[np.float64]
 
 
 class Price(NamedTuple):
-    """Arrivals of one density: how many, how stale, how far their models were left out."""
+    """Arrivals of one density: how many and how stale (mean, windows).
+
+    ``restored`` counts those of clients that started sparser, ``restored_staleness`` is their mean.
+    """
 
     density: float
     arrivals: int
     staleness: float
-    windows_away: float
+    restored: int
+    restored_staleness: float | None
 
 
 @dataclass(frozen=True)
@@ -169,14 +173,16 @@ def _mask_error(frame: Frame) -> tuple[Floats, Floats]:
 
 
 def _prices(frame: Frame) -> tuple[Price, ...]:
-    """Staleness by density; `windows_away` counts the window of arrival too."""
+    """Staleness by density, sparse to dense."""
     density, tau = frame.sent("density"), frame.log["arrival"]["staleness"]
     known = np.unique(density[~np.isnan(density)])
     rows = rows_of(known, density)
+    risen = density > frame.initial_density
     entries = []
     for i, value in enumerate(known):
-        own = tau[rows == i]
-        entries.append(Price(float(value), len(own), float(own.mean()), float(own.mean()) + 1.0))
+        own, raised = tau[rows == i], tau[(rows == i) & risen]
+        mean = float(raised.mean()) if len(raised) else None
+        entries.append(Price(float(value), len(own), float(own.mean()), len(raised), mean))
     return tuple(entries)
 
 

@@ -30,11 +30,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from theory.intervals import Interval
 from theory.log import RunLog
+from theory.schema import SLACK
 
 Floats = NDArray[np.float64]
 
-#: Roundings of a forward and backward pass that the model allows for.
-SLACK = 64.0
 #: Relative error of clocks and byte counts.
 CLOCK = 1e-9
 

@@ -37,6 +37,12 @@ def _required(names: str) -> dict[str, Key]:
 #: The seven terms, in the order of the Gram matrix of a ``terms`` record.
 TERMS: tuple[str, ...] = ("z", "D", "M", "S", "H", "U", "rho")
 
+#: Constants of the theory that a run cannot prove; known ones come from the log or the command line.
+CONSTANTS = ("L", "sigma_sq", "sigma_g_sq", "F_inf", "G_sq", "W_sq")
+
+#: Roundings of a forward and backward pass that the tolerance model allows for (`theory.precision`).
+SLACK = 64.0
+
 #: record type -> key -> kind. Keys outside this table are ignored, as the schema demands.
 RECORDS: dict[str, dict[str, Key]] = {
     "dispatch": _required("dispatch client version density")
@@ -64,7 +70,7 @@ RECORDS: dict[str, dict[str, Key]] = {
     | _numbers(" ".join(f"{term}_sq" for term in TERMS))
     | _numbers("e_sq b_sq residual_sq scale_sq")
     | {"grad_dot": _VECTOR, "gram": Key("matrix"), "arrivals": Key("objects")},
-    "constants": _numbers("L sigma_sq sigma_g_sq F_inf G_sq W_sq"),
+    "constants": _numbers(" ".join(CONSTANTS)),
     "end": _numbers("windows time rejected"),
 }
 
@@ -72,19 +78,3 @@ RECORDS: dict[str, dict[str, Key]] = {
 TERM_ARRIVAL: dict[str, Key] = _required("dispatch client") | _numbers(
     "pibar mask_sq stale_sq drift_sq gap_sq D_sq M_sq S_sq"
 )
-
-#: Header keys read by `theory`; only ``type``, ``schema`` and ``clients`` are required.
-HEADER_KEYS = [
-    "schema",
-    "method",
-    "run_name",
-    "seed",
-    "config",
-    "clients",
-    "client_samples",
-    "densities",
-    "layout",
-    "eta",
-    "local_steps",
-    "windows",
-]

@@ -38,14 +38,20 @@ def isolated_rng(seed: int) -> Iterator[None]:
     For code that is not ours: dropout, a user's trainer, random augmentation. The caller's global random
     state is the same afterwards as before.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpu = torch.cuda.is_initialized()
+    gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []
+    # Not torch.manual_seed: without a GPU in use it queues a call, with its traceback, at every seeding.
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if on_gpu:
+        torch.cuda.manual_seed_all(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if on_gpu:
+            torch.cuda.set_rng_state_all(gpu_states)

@@ -240,13 +240,13 @@ def _corollary(run: Run, shared: dict[str, Estimate]) -> _Sides:
     frame, name = run.frame, shared["_"].name
     arrivals, fewest = frame.log["window"]["arrivals"], frame.log["window"]["gamma_min"]
     busy: Bools = arrivals > 0
-    most = int(arrivals.max()) if len(arrivals) else 0
+    most = float(arrivals.max()) if len(arrivals) else 0.0
     pibar = frame.log["arrival"]["pibar"]
     values: dict[str, ArrayLike] = {
         **_start(run, shared), "K": _one(frame.steps, "K"),
         **{key: _constant(shared, key) for key in ("L", "sigma_sq", "sigma_g_sq", "G_sq", "W_sq", "tau_max")},
         "A": arrivals, "Gamma": np.where(busy, fewest, 1.0), "Phi": _constant(shared, "Phi"),
-        "P_max": shared["P_max"].value, "H_max": float(np.sum(1.0 / np.arange(1, most + 1))), "pibar": pibar,
+        "P_max": shared["P_max"].value, "H_max": harmonic(most), "pibar": pibar,
         "rank": frame.rank, "theta": gather(mask_factor(run), frame.arrival_dispatch),
         "bias_sq": np.maximum(frame.sent("full_masked_norm_sq") - frame.sent("masked_norm_sq"), 0.0),
         "U_sq": _every_window(run, "probe", "grad_uncovered_sq"),
@@ -260,6 +260,13 @@ def _corollary(run: Run, shared: dict[str, Estimate]) -> _Sides:
         np.atleast_1d(rhs),
         _measured(shared, "L", "sigma_sq", "sigma_g_sq", "G_sq", "W_sq"),
     )
+
+
+def harmonic(n: float) -> float:
+    """1 + 1/2 + ... + 1/n, from above (exact up to 10,000; then by Euler and Maclaurin)."""
+    if n <= 10_000:
+        return float(np.sum(1.0 / np.arange(1, n + 1)))
+    return float(np.log(n) + np.euler_gamma + 0.5 / n)
 
 
 def mask_factor(run: Run) -> Floats:

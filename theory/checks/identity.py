@@ -35,6 +35,7 @@ def term_laws(frame: Frame) -> Iterator[Finding]:
     yield gram(frame)
     yield against_probe(frame)
     yield against_window(frame)
+    yield against_header(frame)
     yield against_arrivals(frame)
 
 
@@ -147,9 +148,22 @@ def against_window(frame: Frame) -> Finding:
     )  # fmt: skip
 
 
+def against_header(frame: Frame) -> Finding:
+    """The form of a terms record is the run's."""
+    title, table = "the terms are of the run's update form", frame.log["terms"]
+    form = frame.log.config("update_form")
+    if form is None or (table.codes["form"] < 0).all():
+        return undetermined("terms_form", "log", title, "the update form is not logged")
+    texts = np.array([*table.texts["form"], ""], dtype=object)
+    bad = np.asarray(texts[table.codes["form"]] != form, dtype=bool)
+    return law("terms_form", title, bad, place_of(frame, "terms"), applies=table.codes["form"] >= 0)
+
+
 def against_arrivals(frame: Frame) -> Finding:
     """The arrivals inside a terms record are those of the window, with the same numbers."""
     title, table = "the terms name the arrivals of their window", frame.log["term_arrivals"]
+    if len(table) == 0:
+        return undetermined("terms_arrivals", "log", title, "terms records list no arrivals")
     arrival, p = frame.log["arrival"], frame.precision
     rows = arrival_of(frame)
     bad: Bools = rows < 0
@@ -166,7 +180,7 @@ def against_arrivals(frame: Frame) -> Finding:
     if not bad.any() and np.any(short & (window_of(frame) >= 0)):
         return law("terms_arrivals", title, short, place_of(frame, "terms"), detail="number of arrivals")
     place = Place(table.line, table["window"], table["client"], table["dispatch"])
-    return law("terms_arrivals", title, bad, place, reason="terms records list no arrivals")
+    return law("terms_arrivals", title, bad, place)
 
 
 def arrival_of(frame: Frame) -> Ints:
