@@ -1,4 +1,4 @@
-"""Any training loop can be checked: this one is plain numpy, and writes the run log that `fedgmr-theory` reads.
+"""Any training loop can be checked: this one is plain numpy, and writes the log that `fedgmr-theory` reads.
 
 python examples/theory_from_another_framework.py my_run.jsonl
 fedgmr-theory check my_run.jsonl
@@ -26,9 +26,9 @@ for t in range(WINDOWS):
     for n, m in enumerate(masks):
         at = {"dispatch": t * N + n, "client": n, "version": t, "density": DENSITIES[n]}
         whole, left_out = w @ w, w[~m] @ w[~m]
-        records.append({"type": "dispatch", **at, "ranking": str(t), "support": int(m.sum()), "norm_sq": whole,
-                        "masked_norm_sq": left_out, "full_norm_sq": whole,
-                        "full_masked_norm_sq": left_out})  # fmt: skip
+        records.append({"type": "dispatch", **at, "ranking": str(t), "support": int(m.sum()),
+                        "norm_sq": whole, "masked_norm_sq": left_out,
+                        "full_norm_sq": whole, "full_masked_norm_sq": left_out})  # fmt: skip
         path = [w * m]
         for batch in rng.integers(60, size=(K, 10)):
             path.append(path[-1] - ETA * m * ((X[n, batch] @ path[-1] - Y[n, batch]) @ X[n, batch]) / 10)

@@ -473,6 +473,26 @@ def test_a_dispatch_does_not_depend_on_global_random_state_and_leaves_it_alone(r
     assert not torch.equal(later.values_S, results[0].values_S)
 
 
+def test_random_layers_draw_anew_in_every_dispatch_of_every_client() -> None:
+    model, layout, w_D = world()
+    same = BatchPlan(30, 1, 1, False, 0)
+    updates = [
+        train_dispatch(
+            sent_to(layout, w_D, 2, count=count, client=client),
+            model=model,
+            layout=layout,
+            trainer=BuiltinTrainer(),
+            samples=samples(30),
+            plan=same,
+            learning_rate=0.1,
+            form="delta",
+        )
+        for client, count in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
+    first, later, other, again = (u.values_S.tolist() for u in updates)
+    assert first == again and first != later and first != other and later != other
+
+
 def test_a_failing_trainer_leaves_global_random_state_alone() -> None:
     class Failing(BuiltinTrainer):
         def train(self, *args: Any, **keywords: Any) -> LocalStats:

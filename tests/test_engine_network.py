@@ -514,18 +514,28 @@ def test_measured_traces_carry_a_run(fedgmr_data_dir: Path) -> None:
 # -- state -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["jitter", "traces", "sync", "whole"])
+BUSY: dict[str, Any] = {"client_upload": 1000.0, "server_download": 1e9, "compute_seconds": 0.0}
+BUSY |= {"window_slack": 0.0, "aggregation_seconds": 0.0}
+STATES: dict[str, dict[str, Any]] = {
+    "jitter": {},
+    "traces": {},
+    "sync": {"schedule": "sync"},
+    "whole": {"incremental_splitting": False},
+    "busy channel": BUSY,
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
 def test_a_stored_state_continues_with_the_same_windows(kind: str) -> None:
     """At every window: through JSON into a new network, before and after the dispatches."""
-    options: dict[str, Any] = {"sync": {"schedule": "sync"}, "whole": {"incremental_splitting": False}}.get(
-        kind, {}
-    )
     initial, held = (1.0, 0.5, 0.2, 0.05), (1.0, 1.0, 1.0, 0.5)
+    if kind == "busy channel":
+        initial, held = (0.5, 0.4, 0.2, 0.05), (0.5, 1.0, 1.0, 1.0)
 
     def fresh() -> VirtualNetwork:
         if kind == "traces":
             return traced(initial, 12.0, made_traces())
-        return network(initial, 12.0, seed=4, **options)
+        return network(initial, 12.0, seed=4, **STATES[kind])
 
     reference = Loop(fresh(), held).run(10)
     loop = Loop(fresh(), held)

@@ -805,6 +805,8 @@ def test_a_server_restored_at_every_event_continues_to_the_same_bits(options: di
         act(resumed)
         assert torch.equal(resumed.server.w_D, reference.server.w_D)
         assert resumed.server.ranking.digest == reference.server.ranking.digest
+        assert resumed.server.candidate == reference.server.candidate
+        assert resumed.server.elapsed == reference.server.elapsed
     assert reference.server.phase == resumed.server.phase == "finished"
     assert [e.fields for e in reference.log if isinstance(e, Record)] == [
         e.fields for e in resumed.log if isinstance(e, Record)

@@ -74,7 +74,7 @@ class ServerMachine(RuleBasedStateMachine):
         self.densities = self.server.gmr.densities
         self.floor = self.server.gmr.floor
         self.clock = 0.0
-        self.restored = 0
+        self.candidate = self.server.candidate
         self._note(self.server.start())
 
     # -- what the network does ---------------------------------------------------------------------
@@ -215,7 +215,8 @@ class ServerMachine(RuleBasedStateMachine):
         clients = data.draw(st.lists(metric, min_size=n, max_size=n))
         w_D = self.server.w_D.clone()
         self._note(self.server.handle(Validated(candidate, server, tuple(clients))))
-        assert torch.equal(w_D, self.server.w_D) and self.server.candidate == candidate
+        assert torch.equal(w_D, self.server.w_D)
+        self.candidate = candidate
 
     def _note(self, effects: list[Effect]) -> None:
         """New dispatches: one for each idle client that has a slot, cut from the present model and masks."""
@@ -241,6 +242,7 @@ class ServerMachine(RuleBasedStateMachine):
         busy = [f.client for f in server.flights.values()]
         assert len(busy) == len(set(busy)) <= self.plan.in_flight
         assert len(self.applied) == len(set(self.applied))
+        assert server.candidate == self.candidate and server.time == self.clock
 
     @invariant()
     def densities_only_rise(self) -> None:

@@ -1,4 +1,4 @@
-"""FedGMR through FedML's own objects: arguments, data sets, trainers, aggregators; and FedAvg as a special case."""
+"""FedGMR through FedML's own objects: arguments, data sets, trainers, aggregators; FedAvg as a special case."""
 
 from __future__ import annotations
 
@@ -102,15 +102,14 @@ def run(
 @pytest.mark.parametrize("form", ["replacement", "delta"])
 def test_with_every_density_1_and_sync_it_is_fedmls_fedavg(tmp_path: Path, form: str) -> None:
     """On the same batches (FedML walks a list of batches in order), to 1e-6."""
-    from fedml.simulation.sp.fedavg import FedAvgAPI
-
     import fedml
+    from fedml.simulation.sp.fedavg import FedAvgAPI
 
     fedml.init(arguments(tmp_path), should_init_logs=False)
     theirs = network()
     simulator = FedAvgAPI(arguments(tmp_path), torch.device("cpu"), dataset(), theirs)
-    # FedML's first round hands out the live model instead of a copy, so that its clients train one after another
-    # on each other's result. Copies are what it means, and what it does from the second round on.
+    # FedML's first round hands out the live model instead of a copy, so that its clients train one after
+    # another on each other's result. Copies are what it means, and what it does from the second round on.
     live = simulator.model_trainer.get_model_params
     simulator.model_trainer.get_model_params = lambda: copy.deepcopy(live())
     simulator.train()
@@ -439,11 +438,7 @@ def test_the_plan_agrees_with_the_run(tmp_path: Path) -> None:
     plan = plan_run(finished.simulation.config, 4, network())
     assert plan.window_seconds == pytest.approx(12.66, abs=1e-9)
     assert log.column("window", "end")[0] == pytest.approx(plan.window_seconds, abs=1e-9)
-    arrived = dict(
-        zip(log.column("arrival", "client").tolist(), log.column("arrival", "time").tolist(), strict=True)
-    )
-    first = {n: t for n, t in arrived.items()}
-    assert len(first) == 4
+    assert set(log.column("arrival", "client").tolist()) == {0, 1, 2, 3}
     sizes = {s.density: s.coordinates for s in plan.sub_models}
     for record in log.records("dispatch")[:4]:
         assert record["support"] == sizes[record["density"]]

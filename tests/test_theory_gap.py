@@ -62,7 +62,8 @@ def test_restoration_closes_the_gap_and_costs_staleness() -> None:
     by_density = {entry.density: entry for entry in gap.price}
     sparse, full = by_density[0.25], by_density[1.0]
     assert sparse.staleness == 1 and sparse.restored == 0 and sparse.restored_staleness is None
-    assert full.restored_staleness is not None and full.restored_staleness > 1 > full.staleness
+    assert by_density[0.5].restored_staleness == 2.0
+    assert full.restored_staleness is not None and full.restored_staleness > full.staleness
     assert sum(entry.arrivals for entry in gap.price) == np.nansum(gap.arrivals)
 
 

@@ -106,13 +106,11 @@ def gap_text(gaps: Sequence[DensityGap]) -> str:
         lines.append(f"  {'share of the gap that restoration removed':<46}{_number(gap.saving):>12}")
         if not gap.shares_logged:
             lines.append("  pibar is not logged for every arrival: equal shares were used")
-        lines.append(
-            f"  {'density':>9}{'arrivals':>10}{'staleness':>11}{'of them restored':>18}{'staleness':>11}"
-        )
-        lines += [
-            f"  {p.density:>9.3g}{p.arrivals:>10}{p.staleness:>11.3g}{p.restored:>18}{_number(p.restored_staleness):>11}"
-            for p in gap.price
-        ]
+        head = f"  {'density':>9}{'arrivals':>10}{'staleness':>11}"
+        lines.append(f"{head}{'of them restored':>18}{'staleness':>11}")
+        for p in gap.price:
+            risen = f"{p.restored:>18}{_number(p.restored_staleness):>11}"
+            lines.append(f"  {p.density:>9.3g}{p.arrivals:>10}{p.staleness:>11.3g}{risen}")
         lines.append("")
     return "\n".join(lines).rstrip()
 

@@ -175,11 +175,9 @@ class Server:
             del self.flights[admitted.upload.dispatch]
         if self.config.update_scope == "buffer":
             self.buffer.update({a.upload.client: a for a in arrived})
-            merged = [self.buffer[n] for n in sorted(self.buffer)] if arrived else []
+            effects = self._merge([self.buffer[n] for n in sorted(self.buffer)], arrived, event)
         else:
-            merged = arrived
-        updates = [self._weighted(a) for a in merged]
-        effects = self._merge(updates, arrived, event)
+            effects = self._merge(arrived, arrived, event)
         self.version += 1
         self.time = event.end
 
@@ -211,14 +209,10 @@ class Server:
         index_S = admitted.flight.ranking.support(admitted.flight.rung)
         return MaskedUpdate(index_S, admitted.upload.values_S, weight)
 
-    def _merge(
-        self, updates: list[MaskedUpdate], arrived: list[Admitted], event: WindowClosed
-    ) -> list[Effect]:
-        """Merge `updates`; returns the records of `arrived` and of the window."""
-        weights = {a.upload.dispatch: u.weight for a, u in zip(arrived, updates, strict=False)}
-        if self.config.update_scope == "buffer":
-            by_client = dict(zip(sorted(self.buffer), updates, strict=False))
-            weights = {a.upload.dispatch: by_client[a.upload.client].weight for a in arrived}
+    def _merge(self, scope: list[Admitted], arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
+        """Merge the uploads in `scope`, if any `arrived`; returns the records of those and of the window."""
+        updates = [self._weighted(a) for a in scope] if arrived else []
+        weights = {a.upload.dispatch: u.weight for a, u in zip(scope, updates, strict=False)}
         if updates and self.before_merge is not None:
             updates = self.before_merge(self.version, self.w_D, updates)
         merged = Merged(self.layout.parameters)
