@@ -452,7 +452,7 @@ def carried_out(
 
 
 def global_state() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = np.random.get_state()
     return random.getstate(), name, tuple(keys), tuple(rest), tuple(torch.get_rng_state().tolist())
 
 
@@ -462,7 +462,7 @@ def test_a_dispatch_does_not_depend_on_global_random_state_and_leaves_it_alone(r
     results = []
     for seed in (1, 2):
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
+        np.random.seed(seed)
         torch.manual_seed(seed)
         before = global_state()
         results.append(carried_out(sent_to(layout, w_D, rung), model, layout))
@@ -658,7 +658,7 @@ def test_isolation_seeds_all_three_generators_and_restores_them() -> None:
     draws = []
     for _ in range(2):
         with isolated_rng(derive(0, "x")):
-            draws.append((random.random(), np.random.rand(), torch.rand(2).tolist()))  # noqa: NPY002
+            draws.append((random.random(), np.random.rand(), torch.rand(2).tolist()))
     assert draws[0] == draws[1] and global_state() == before
     with isolated_rng(1), isolated_rng(2):
         pass

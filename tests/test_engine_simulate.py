@@ -202,7 +202,7 @@ def test_training_learns() -> None:
 
 
 def global_state() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = np.random.get_state()
     return random.getstate(), name, tuple(keys), tuple(rest), tuple(torch.get_rng_state().tolist())
 
 
@@ -210,7 +210,7 @@ def test_equal_seeds_give_equal_bits_whatever_the_global_generators_hold() -> No
     ends, logs = [], []
     for seed in (1, 2):
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
+        np.random.seed(seed)
         torch.manual_seed(seed)
         before = global_state()
         world = World(model=dropping(), probe=True, probe_interval=2)
@@ -300,7 +300,7 @@ class Augmented:
 
     def take(self, index: np.ndarray) -> Batch:
         x, y = self.base.take(index)
-        noise = torch.randn_like(x) + float(np.random.rand()) + random.random()  # noqa: NPY002
+        noise = torch.randn_like(x) + float(np.random.rand()) + random.random()
         return x + 0.1 * noise, y
 
 
@@ -312,7 +312,7 @@ def test_random_augmentation_draws_from_the_runs_own_seeds() -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
+        np.random.seed(seed)
         world = World(samples=[Augmented(data(40, i)) for i in range(3)], test=test_set, probe=True)
         before = global_state()
         world.run()

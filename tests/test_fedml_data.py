@@ -56,7 +56,7 @@ def everything(samples: Any) -> tuple[Tensor, Tensor]:
 
 def global_state() -> tuple[Any, ...]:
     """Global random states, comparable."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = np.random.get_state()
     return random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state().tolist()
 
 
@@ -78,7 +78,7 @@ class Noisy(Plain):
     """A random transform, from all three global generators."""
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        noise = torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
+        noise = torch.rand(()) + random.random() + np.random.rand()
         return torch.full((2,), float(i)) + noise, i
 
 

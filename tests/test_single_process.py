@@ -1,4 +1,4 @@
-"""FedGMR through FedML's own objects: arguments, data sets, trainers, aggregators; FedAvg as a special case."""
+"""FedGMR through FedML's own objects: arguments, data sets, trainers, aggregators, FedAvg among them."""
 
 from __future__ import annotations
 
