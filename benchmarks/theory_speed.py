@@ -70,12 +70,9 @@ def main() -> None:
     machine = platform.processor() or platform.machine()
     print(f"{machine}, Python {platform.python_version()}, numpy {np.__version__}")
     print(f"{options.windows} windows x {options.clients} arrivals, terms: {options.terms}")
-    print(
-        f"{count} records, {megabytes:.0f} MB: read {found['read_s']:.2f} s, check {found['check_s']:.2f} s"
-    )
-    print(
-        f"{count / seconds:,.0f} records/s, import {found['import_s']:.2f} s, peak {found['peak_mb']:.0f} MB"
-    )
+    print(f"{count} records, {megabytes:.0f} MB")
+    print(f"import {found['import_s']:.2f} s, read {found['read_s']:.2f} s, check {found['check_s']:.2f} s")
+    print(f"{count / seconds:,.0f} records/s, peak {found['peak_mb']:.0f} MB")
     print(f"violated: {found['violated'] or 'nothing'}")
 
 

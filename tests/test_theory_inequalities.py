@@ -6,6 +6,7 @@ function from `theory.numeric`, so that a wrong constant in `theory.bounds` show
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,8 @@ from theory import numeric
 from theory.laboratory import Decomposition, decompose, mask, merge, ranking, shares
 from theory.strategies import OneWindow, dyadics, quadratics, restored, top_k_masks, vectors, weights, windows
 
-EXAMPLES = 10_000 if settings.get_current_profile_name() == "thorough" else 1_000
+THOROUGH = settings.get_current_profile_name() == "thorough"
+EXAMPLES = int(os.environ.get("THEORY_EXAMPLES", 10_000 if THOROUGH else 1_000))
 many = settings(max_examples=EXAMPLES)
 
 

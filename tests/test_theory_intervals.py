@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from theory import symbols as s
 from theory.intervals import Interval, constant_interval, evaluate, evaluate_iv, segment_sum, total
 
-EXAMPLES = 10_000 if settings.get_current_profile_name() == "thorough" else 1_000
+THOROUGH = settings.get_current_profile_name() == "thorough"
+EXAMPLES = int(os.environ.get("THEORY_EXAMPLES", 10_000 if THOROUGH else 1_000))
 finite = st.floats(-1e6, 1e6, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-9 else x)
 radii = st.just(0.0) | st.floats(0, 1e3)
 

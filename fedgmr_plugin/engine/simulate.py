@@ -138,7 +138,7 @@ class Simulation:
         self._test_batches, self._record = test_batches, record
         self._execute = executor or self.train_in_turn
         self._evaluator = evaluate or training.trainer.evaluate
-        self._fixed = [(b, b.clone()) for n, b in model.named_buffers() if n not in self.layout.by_name]
+        self._fixed = {n: b.clone() for n, b in model.named_buffers() if n not in self.layout.by_name}
         self.pending: dict[int, Dispatch] = {}
         self.bytes_up = self.bytes_down = 0.0
         self._window_down = 0.0
@@ -238,8 +238,9 @@ class Simulation:
 
     def _reset_buffers(self) -> None:
         """Buffers that are not in the layout (integers, not persistent) start every training anew."""
-        for buffer, initial in self._fixed:
-            buffer.copy_(initial)
+        for name, buffer in self.model.named_buffers():
+            if name in self._fixed:
+                buffer.copy_(self._fixed[name])
 
     # -- measuring ------------------------------------------------------------------------------------
 

@@ -80,13 +80,13 @@ def merge(
     parameters = size if parameters is None else parameters
     sum_D = torch.zeros(size, dtype=torch.float64, device=w_D.device)
     weight_D = torch.zeros(size, dtype=torch.float64, device=w_D.device)
+    unit = updates[0].weight if len(updates) == 1 else 1.0  # a lone client's values pass without rounding
     for update in updates:
-        sum_D.index_add_(0, update.index_S, update.values_S.to(torch.float64), alpha=update.weight)
-        weight_D.index_add_(
-            0, update.index_S, torch.full_like(update.index_S, 1, dtype=torch.float64), alpha=update.weight
-        )
+        c = update.weight / unit
+        sum_D.index_add_(0, update.index_S, update.values_S.to(torch.float64), alpha=c)
+        weight_D.index_add_(0, update.index_S, torch.ones_like(update.index_S, dtype=torch.float64), alpha=c)
     held_D = weight_D > 0
-    total = sum(update.weight for update in updates)
+    total = sum(update.weight for update in updates) / unit
 
     old_D = w_D.to(torch.float64)
     merged_D = torch.where(held_D, sum_D / weight_D, old_D)  # mean over the holders
@@ -105,7 +105,7 @@ def merge(
         merged_D = participation * merged_D + (1.0 - participation) * old_D
     if rule != "plain_average":
         merged_D = torch.where(held_D, merged_D, old_D)
-    return Merge(merged_D.to(w_D.dtype), weight_D)
+    return Merge(merged_D.to(w_D.dtype), weight_D * unit)
 
 
 def holders(updates: Sequence[MaskedUpdate], size: int) -> Tensor:
