@@ -119,6 +119,12 @@ def mutants(module: str, functions: Sequence[str]) -> Iterator[Mutant]:
             yield Mutant(module, node.lineno, what, changed, text)
 
 
+def unchanged(module: str) -> Mutant:
+    """The module as it is, which the tests must accept."""
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    return Mutant(module, 0, "nothing", ast.unparse(ast.parse(path.read_text(encoding="utf-8"))), "")
+
+
 def _places(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
     for parent in ast.walk(tree):
         for field, value in ast.iter_fields(parent):
@@ -205,6 +211,8 @@ def main() -> None:
             for mutant in found:
                 print(f"{module}:{mutant.line}: {mutant.what}: {mutant.text}")
             continue
+        if killed(unchanged(module), tests, options.limit):
+            sys.exit(f"{module}: its tests fail or take too long without any change")
         survivors = [mutant for mutant in found if not killed(mutant, tests, options.limit)]
         known = [m for m in survivors if (module, f"{m.what}: {m.text}") in EQUIVALENT]
         total, dead, excused = total + len(found), dead + len(found) - len(survivors), excused + len(known)

@@ -8,9 +8,9 @@ Legend: D coordinates of the global vector, N clients, S support of one sub-mode
              Validated    -> restore densities, rebuild masks, Dispatch ...
              ... until the budget is spent: Finish.
 
-Uploads are merged in the order (client, dispatch), whatever order they arrived in. An upload is merged by the
-first window that closes after its arrival and by no other; with `update_scope` ``buffer``, every client's last
-upload takes part in every merge. See the method page, sections 3 to 6.
+Uploads are merged in the order (client, dispatch), whatever order they arrived in. An upload is merged by
+the first window that closes after its arrival and by no other; with `update_scope` ``buffer``, every
+client's last upload takes part in every merge. See the method page, sections 3 to 6.
 """
 
 from __future__ import annotations
