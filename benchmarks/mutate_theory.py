@@ -73,8 +73,8 @@ _COMPARE = {
     ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq,
 }
-_NAMES = {"minimum": "maximum", "maximum": "minimum", "min": "max", "max": "min", "least": "most", "most": "least",
-          "mean": "sum", "lo": "hi", "hi": "lo", "floor": "ceil", "ceil": "floor"}  # fmt: skip
+_PAIRS = (("minimum", "maximum"), ("min", "max"), ("least", "most"), ("lo", "hi"), ("floor", "ceil"))
+_NAMES = {"mean": "sum"} | {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
 
 
 def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:

@@ -25,10 +25,13 @@ class Contender(NamedTuple):
 COMMON: dict[str, Any] = {
     "heterogeneity": "high",
     "model_megabytes": 25.98,
-    "time_budget": 2500.0,
+    "time_budget": 2000.0,
     "interval": 10,
-    "patience": 5,
+    "patience": 3,
     "validation_fraction": 0.15,
+    "update_scope": "buffer",
+    "update_form": "replacement",
+    "staleness": "constant",
 }
 CONTENDERS = (
     Contender("fedgmr", "FedGMR", {}),
@@ -36,7 +39,7 @@ CONTENDERS = (
     Contender(
         "fedavg",
         "dense FedAvg",
-        {"trigger": "none", "dense_start": True, "schedule": "sync", "update_form": "replacement"},
+        {"trigger": "none", "dense_start": True, "schedule": "sync"},
     ),
 )
 

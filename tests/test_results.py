@@ -1,0 +1,22 @@
+"""The figures in the documentation are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks import fashion_mnist
+
+
+def test_the_fashion_mnist_tables_of_the_docs_are_generated(repository: Path) -> None:
+    page = (repository / "docs" / "results.md").read_text(encoding="utf-8")
+    for line in fashion_mnist.table().splitlines():
+        assert line in page, "run `python -m benchmarks.fashion_mnist table` and copy the tables"
+
+
+def test_the_readme_says_what_the_results_say(repository: Path) -> None:
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    runs = json.loads(fashion_mnist.RESULTS.read_text(encoding="utf-8"))["runs"]
+    for method in ("fedgmr", "frozen", "fedavg"):
+        accuracies = [run["accuracy"] for run in runs if run["method"] == method]
+        assert f"{100 * sum(accuracies) / len(accuracies):.2f} %" in readme
