@@ -28,6 +28,7 @@ COMMON: dict[str, Any] = {
     "time_budget": 2000.0,
     "interval": 10,
     "patience": 3,
+    "trigger_metric": "loss",
     "validation_fraction": 0.15,
     "update_scope": "buffer",
     "update_form": "replacement",
