@@ -164,6 +164,19 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.mutant.source, f"<{self.mutant.what}>", "exec"), module.__dict__)  # noqa: S102
 
 
+def _without_shrinking() -> None:
+    """A failing example is enough; the smallest one is not looked for, and nothing is stored."""
+    from hypothesis import Phase, settings
+
+    register = settings.register_profile
+    quick = {"phases": (Phase.explicit, Phase.generate), "database": None}
+
+    def quickly(name: str, *rest: object, **more: object) -> None:
+        register(name, *rest, **{**more, **quick})
+
+    type.__setattr__(settings, "register_profile", staticmethod(quickly))  # the class refuses assignment
+
+
 def killed(mutant: Mutant, tests: Sequence[str], limit: float) -> bool:
     """Whether the tests notice, in a forked child; a child that takes too long has noticed."""
     child = os.fork()
@@ -172,6 +185,7 @@ def killed(mutant: Mutant, tests: Sequence[str], limit: float) -> bool:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
+        _without_shrinking()
         files = [str(ROOT / "tests" / f"test_theory_{name}.py") for name in tests]
         import pytest
 

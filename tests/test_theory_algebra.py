@@ -120,6 +120,7 @@ def test_bounds_are_well_formed(name: str) -> None:
     known = {info.symbol for info in TABLE.values()}
     assert (bound.lhs.free_symbols | bound.rhs.free_symbols) <= known
     assert bound.latex.count("{") == bound.latex.count("}")
+    assert (r" \le " in bound.latex) == (bound.relation == "<=")
 
 
 def test_equation_numbers_are_consecutive_and_every_symbol_is_described() -> None:

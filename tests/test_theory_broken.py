@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -401,6 +402,22 @@ def test_end_counts_are_checked() -> None:
     records = copy.deepcopy(good())
     records[-1]["rejected"] = 1
     assert "complete" in violated(records)
+
+
+def test_a_dense_start_overrides_the_headers_densities() -> None:
+    """With dense_start the header's densities are bandwidth classes, and every sub-model is whole."""
+    problem = Quadratic.random(np.random.default_rng(0), clients=2, size=6)
+    records = simulate(problem, Schedule(windows=3, densities=(1.0, 1.0), delays=(0, 0))).records
+    records[0]["densities"] = [1.0, 0.5]
+    assert violated(records) == {"restorations", "mean_density"}
+    records[0]["config"]["dense_start"] = True
+    assert violated(records) == set()
+
+
+def test_the_documentation_counts_right() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "theory.md").read_text(encoding="utf-8")
+    laws = [f for f in check(good()).values() if f.group == "log"]
+    assert f"({len(laws)} laws)" in page and f"{len(FORGERIES)} forged logs" in page
 
 
 def test_a_replacement_log_read_as_delta_is_found() -> None:

@@ -324,7 +324,12 @@ class Frame:
         return self.header_density(self.log["arrival"]["client"])
 
     def header_density(self, client: Floats) -> Floats:
-        """The header's initial density of each of `client`; nan where it has none."""
+        """The initial density of each of `client`; nan where the header does not say.
+
+        With ``dense_start`` every client starts whole, and the header's densities are bandwidth classes.
+        """
+        if self.log.config("dense_start") is True:
+            return np.ones(len(client))
         start = self.log.header.get("densities")
         if not isinstance(start, list) or not all(isinstance(d, (int, float)) for d in start):
             return np.full(len(client), np.nan)

@@ -196,9 +196,8 @@ def restorations(frame: Frame) -> Finding:
 def mean_density(frame: Frame) -> Finding:
     """A window's mean density is that of the header and the restorations up to it."""
     title = "the mean density follows the restorations"
-    start = frame.log.header.get("densities")
     window, raised = frame.log["window"], frame.log["restoration"]
-    if not isinstance(start, list) or not window.logged("mean_density"):
+    if not isinstance(frame.log.header.get("densities"), list) or not window.logged("mean_density"):
         return undetermined("mean_density", "log", title, "densities or mean_density are not logged")
     events = raised.take(
         ~np.isnan(raised["client"]) & ~np.isnan(raised["after"]) & ~np.isnan(raised["before"])
@@ -206,7 +205,8 @@ def mean_density(frame: Frame) -> Finding:
     order = np.argsort(events["window"], kind="stable")
     gains = np.concatenate([[0.0], np.cumsum((events["after"] - events["before"])[order])])
     at = np.searchsorted(events["window"][order], window["window"], side="right")
-    expected = (float(np.sum(start)) + gains[at]) / frame.log.clients
+    total = frame.header_density(np.arange(frame.log.clients, dtype=np.float64)).sum()
+    expected = (total + gains[at]) / frame.log.clients
     return law(
         "mean_density", title, ~_close(window["mean_density"], expected), place_of(frame, "window"),
         lhs=window["mean_density"], rhs=expected,
