@@ -25,7 +25,6 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -62,50 +61,26 @@ TITLES = {
 
 def train(method: str, seed: int, budget: float) -> None:
     """One run, in this process."""
-    from fedgmr_plugin.runtimes.registration import register
-
-    register()
-    import fedml
     import torch
 
     from benchmarks import data, models
+    from fedgmr_plugin.runtimes.launch import simulate
 
-    args = SimpleNamespace(
-        training_type="simulation",
-        backend="sp",
-        random_seed=seed,
-        dataset="fashion_mnist",
-        federated_optimizer="fedgmr",
-        client_num_in_total=10,
-        client_num_per_round=10,
-        comm_round=1_000_000,
-        epochs=1,
-        batch_size=20,
-        client_optimizer="sgd",
-        learning_rate=0.1,
-        weight_decay=0.0,
-        frequency_of_the_test=2 if method == "fedavg" else 50,
-        using_gpu=False,
-        enable_wandb=False,
-        using_mlops=False,
-        rank=0,
-        run_id="0",
-        fedgmr_args={
-            **COMMON,
-            **METHODS[method],
-            "time_budget": budget,
-            "output_dir": str(RUNS),
-            "run_name": name(method, seed),
-        },
-    )
-    args = fedml.init(args, should_init_logs=False)
+    options = {
+        **COMMON,
+        **METHODS[method],
+        "time_budget": budget,
+        "output_dir": str(RUNS),
+        "run_name": name(method, seed),
+    }
     images = data.fashion_mnist()
     parts = data.partition(images, "dirichlet", 10, seed, alpha=0.6, smallest=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = models.strided_cnn()
     dataset = data.federated(images, parts, 500, seed=seed)
-    fedml.FedMLRunner(args, torch.device("cpu"), dataset, model).run()
+    interval = 2 if method == "fedavg" else 50
+    simulate(dataset, model, options, seed, frequency_of_the_test=interval)
 
 
 def name(method: str, seed: int) -> str:

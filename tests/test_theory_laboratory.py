@@ -13,6 +13,8 @@ from theory.laboratory import (
     ReluNetwork,
     Schedule,
     client_grads,
+    decompose,
+    local_steps,
     mask,
     mean_loss,
     ranking,
@@ -128,6 +130,79 @@ def test_the_identity_closes(problem: Problem, form: str) -> None:
     assert any(np.any(d.M) for d in trace.decompositions) and any(np.any(d.S) for d in trace.decompositions)
     assert any(np.any(d.rho) for d in trace.decompositions) == (form == "replacement")
     assert mean_loss(problem, trace.models[-1]) < mean_loss(problem, trace.models[0])
+
+
+@pytest.mark.parametrize("form", ["delta", "replacement"])
+def test_every_term_against_a_loop_over_coordinates(form: str) -> None:
+    """The decomposition once more, coordinate by coordinate, from the definitions."""
+    rng = np.random.default_rng(9)
+    problem = Quadratic.random(rng, clients=3, size=7, sigma=0.4)
+    w, old, eta = rng.standard_normal(7), rng.standard_normal(7), 0.1
+    held = [
+        np.array(bits, dtype=bool)
+        for bits in ((1, 1, 1, 0, 0, 1, 0), (1, 1, 0, 0, 0, 0, 0), (1, 0, 0, 0, 1, 0, 0))
+    ]
+    starts, weight = (old, w, old), (2.0, 1.0, 4.0)
+    uploads = [
+        local_steps(problem, n, starts[n], held[n], eta=eta, steps=3, weight=weight[n], rng=rng)
+        for n in range(3)
+    ]
+    found = decompose(problem, w, uploads, gamma=3 * eta, form="delta" if form == "delta" else "replacement")
+    full = np.mean([problem.grad(n, w) for n in range(3)], axis=0)
+    want = {name: np.zeros(7) for name in ("z", "D", "M", "S", "H", "U", "rho")}
+    for j in range(7):
+        total = sum(weight[n] for n in range(3) if held[n][j])
+        if total == 0:
+            want["U"][j] = -full[j]
+            continue
+        want["H"][j] = -full[j]
+        for n, upload in enumerate(uploads):
+            if not held[n][j]:
+                continue
+            share = weight[n] / total
+            at = [problem.grad(n, x)[j] for x in (*upload.path_KD, starts[n], w)]
+            path, (start, now) = at[:3], at[3:]
+            want["z"][j] += share * np.mean([upload.grads_KD[k][j] - path[k] for k in range(3)])
+            want["D"][j] += share * np.mean([g - path[0] for g in path])
+            want["M"][j] += share * (path[0] - start)
+            want["S"][j] += share * (start - now)
+            want["H"][j] += share * now
+            if form == "replacement":
+                want["rho"][j] += share * (starts[n][j] - w[j])
+    for name, vector in want.items():
+        assert np.allclose(found.terms[name], vector, rtol=1e-12, atol=1e-14), name
+    assert np.array_equal(found.grad, full)
+    scales = []
+    for n, (part, upload) in enumerate(zip(found.parts, uploads, strict=True)):
+        grads = np.stack([problem.grad(n, x) for x in upload.path_KD])
+        start, now, m = problem.grad(n, starts[n]), problem.grad(n, w), held[n]
+        scales += [*np.square(grads).sum(axis=1), start @ start, now @ now]
+        moved = upload.path_KD - upload.path_KD[0]
+        by_hand = {
+            "D_sq": np.square((grads.mean(axis=0) - grads[0])[m]).sum(),
+            "M_sq": np.square((grads[0] - start)[m]).sum(),
+            "S_sq": np.square((start - now)[m]).sum(),
+            "mask_sq": np.square(starts[n][~m]).sum(),
+            "stale_sq": np.square(w - starts[n]).sum(),
+            "drift_sq": np.square(moved).sum() / 3,
+            "gap_sq": np.square(now - full).sum(),
+            "change_sq": np.square(eta * upload.grads_KD.sum(axis=0)[m]).sum(),
+        }
+        for key, value in by_hand.items():
+            assert part[key] == pytest.approx(value, rel=1e-12), key
+    assert found.scale_sq == pytest.approx(max(scales), rel=1e-12)
+    assert [part["pibar"] for part in found.parts] == pytest.approx([1.0, 1 / 3, 1.0])
+
+
+def test_local_steps_never_leave_the_mask() -> None:
+    problem = Quadratic.random(np.random.default_rng(1), clients=1, size=6, sigma=1.0)
+    keep = np.array([1, 0, 1, 1, 0, 0], dtype=bool)
+    upload = local_steps(problem, 0, problem.start, keep, eta=0.1, steps=4, rng=np.random.default_rng(2))
+    assert upload.weight == 1.0
+    assert np.array_equal(upload.path_KD[0], np.where(keep, problem.start, 0.0))
+    assert not np.any(upload.path_KD[:, ~keep]) and not np.any(upload.end_D[~keep])
+    steps = np.diff(np.vstack([upload.path_KD, upload.end_D]), axis=0)
+    assert np.allclose(steps, -0.1 * np.where(keep, upload.grads_KD, 0.0), rtol=0, atol=1e-15)
 
 
 @settings(max_examples=100)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 from fedgmr_plugin.datasets import DigitsCNN, digits
-from fedgmr_plugin.runtimes.registration import register
+from fedgmr_plugin.runtimes.launch import simulate
 
 
 class Contender(NamedTuple):
@@ -51,41 +50,11 @@ def run_demo(output_dir: Path, seed: int) -> Iterator[tuple[Contender, Path]]:
     Same initial weights, same partition (Dirichlet 0.6, the fast client has least data), same batches per
     client and dispatch, same bandwidth draws.
     """
-    register()
-    import fedml
-
     for contender in CONTENDERS:
-        args = SimpleNamespace(
-            training_type="simulation",
-            backend="sp",
-            random_seed=seed,
-            dataset="digits",
-            federated_optimizer="fedgmr",
-            client_num_in_total=10,
-            client_num_per_round=10,
-            comm_round=100_000,
-            epochs=1,
-            batch_size=20,
-            client_optimizer="sgd",
-            learning_rate=0.1,
-            weight_decay=0.0,
-            frequency_of_the_test=10 if contender.name != "fedavg" else 1,
-            using_gpu=False,
-            enable_wandb=False,
-            using_mlops=False,
-            rank=0,
-            run_id="0",
-            fedgmr_args={
-                **COMMON,
-                **contender.options,
-                "output_dir": str(output_dir),
-                "run_name": contender.name,
-            },
-        )
-        args = fedml.init(args, should_init_logs=False)
-        device = fedml.device.get_device(args)
+        options = {**COMMON, **contender.options, "output_dir": str(output_dir), "run_name": contender.name}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = DigitsCNN()
-        fedml.FedMLRunner(args, device, digits(seed=seed), model).run()
+        interval = 1 if contender.name == "fedavg" else 10
+        simulate(digits(seed=seed), model, options, seed, frequency_of_the_test=interval)
         yield contender, output_dir / contender.name
