@@ -36,7 +36,7 @@ HETEROGENEITY: dict[str, tuple[tuple[float, int], ...]] = {
 
 
 class FedGMRConfig(BaseModel):
-    """Options of FedGMR; the defaults are the paper's where it gives them (docs/method.md)."""
+    """Options of FedGMR; docs/method.md, section 8, says where the defaults are the paper's and where not."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
