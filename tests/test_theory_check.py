@@ -203,6 +203,15 @@ def test_expectations_over_seeds(sigma: float) -> None:
     assert (single["expectation"].verdict is HOLDS) == (sigma == 0.0)
 
 
+def test_runs_that_are_no_seeds_are_not_averaged() -> None:
+    problem = quadratic()
+    first = run(problem, UNIFORM)
+    same_seed = check_logs([first, run(problem, UNIFORM)])["expectation"]
+    assert same_seed.verdict is UNDETERMINED and "same seed" in same_seed.reason
+    other = check_logs([first, run(problem, replace(UNIFORM, eta=0.04, seed=1))])["expectation"]
+    assert other.verdict is UNDETERMINED and "different configurations" in other.reason
+
+
 def test_the_nested_corollary_is_sharper_than_the_uniform_one() -> None:
     """Six clients of distinct densities: Phi = 6, but the harmonic number of 6 is 2.45."""
     problem = Quadratic.random(np.random.default_rng(1), clients=6, size=40, spread=0.5)

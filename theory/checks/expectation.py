@@ -8,7 +8,8 @@ where there is no noise (sigma^2 = 0), because then it is its own expectation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -30,6 +31,11 @@ _T995 = (
 _Z995 = 2.5758293035489004
 
 
+#: Measured side, bound (each one value, or one a window or arrival), and the constants that were measured.
+_Sides = tuple[Floats, Floats, tuple[str, ...]]
+_Build = Callable[[Run, dict[str, Estimate], str], _Sides]
+
+
 def student(degrees: int) -> float:
     """99.5 % quantile of Student's t (Cornish-Fisher above 20 degrees of freedom)."""
     if degrees <= len(_T995):
@@ -40,20 +46,17 @@ def student(degrees: int) -> float:
 def expectations(runs: Sequence[Run]) -> Iterator[Finding]:
     """Every bound in expectation."""
     shared = {name: _shared(name, [run.constants[name] for run in runs]) for name in runs[0].constants}
-    builders: dict[str, Callable[[Run, dict[str, Estimate]], _Sides]] = {
+    builders: dict[str, _Build] = {
         "noise": _noise,
         "expectation": _expectation,
-        "drift_a_priori": _drift,
-        "change_a_priori": _change,
+        "drift_a_priori": _a_priori,
+        "change_a_priori": _a_priori,
         "corollary": _corollary,
         "corollary_weighted": _corollary,
         "corollary_nested": _corollary,
     }
     for name, build in builders.items():
         yield _decide(name, runs, shared, build)
-
-
-_Sides = tuple[Floats, Floats, tuple[str, ...]]
 
 
 def _shared(name: str, found: Sequence[Estimate]) -> Estimate:
@@ -68,14 +71,16 @@ def _shared(name: str, found: Sequence[Estimate]) -> Estimate:
 
 def _decide(
     name: str, runs: Sequence[Run], shared: dict[str, Estimate],
-    build: Callable[[Run, dict[str, Estimate]], _Sides],
+    build: _Build,
 ) -> Finding:  # fmt: skip
     first, bound = runs[0], BOUNDS[name]
+    if reason := _not_seeds(runs):
+        return first.undecided(name, reason)
     for run in runs:
         if reason := _inapplicable(name, run):
             return first.undecided(name, reason)
     try:
-        sides = [build(run, shared | {"_": _name(name)}) for run in runs]
+        sides = [build(run, shared, name) for run in runs]
     except MissingData as error:
         return first.undecided(name, str(error))
     below = sides[0][2]
@@ -107,10 +112,6 @@ def _decide(
     )  # fmt: skip
 
 
-def _name(name: str) -> Estimate:
-    return Estimate(name, 0.0, "exact", 0.0, 0.0, 0, "")
-
-
 def _verdict(samples: Floats, lhs: float, rhs: float, *, silent: bool) -> tuple[Verdict, str]:
     """From samples of bound minus measured."""
     count, mean = len(samples), float(samples.mean())
@@ -135,6 +136,27 @@ def _worst(key: str, runs: Sequence[Run]) -> Verdict:
     found = [run.assumed[key].verdict for run in runs]
     order = (Verdict.VIOLATED, Verdict.UNDETERMINED, Verdict.VACUOUS, Verdict.HOLDS)
     return min(found, key=order.index)
+
+
+#: Header and configuration keys in which seeds of one configuration may differ.
+_FREE = ("seed", "run_name", "output_dir", "progress", "type", "versions", "random_seed")
+
+
+def _not_seeds(runs: Sequence[Run]) -> str:
+    """Why the runs are not independent seeds of one configuration, or ''."""
+    headers = [run.frame.log.header for run in runs]
+    seeds = [header["seed"] for header in headers if header.get("seed") is not None]
+    if len(set(map(str, seeds))) < len(seeds):
+        return "two of the runs have the same seed"
+
+    def fixed(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        inner = {k: fixed(v) for k, v in mapping.items() if isinstance(v, dict)}
+        rest = {k: v for k, v in mapping.items() if k not in _FREE}
+        return {**rest, **{k: v for k, v in inner.items() if k in rest}}
+
+    if any(fixed(header) != fixed(headers[0]) for header in headers[1:]):
+        return "the runs have different configurations"
+    return ""
 
 
 def _inapplicable(name: str, run: Run) -> str:
@@ -180,7 +202,7 @@ def _sum(run: Run, values: Floats) -> Floats:
     return result
 
 
-def _noise(run: Run, shared: dict[str, Estimate]) -> _Sides:
+def _noise(run: Run, shared: dict[str, Estimate], name: str) -> _Sides:
     """Equation 4, window by window."""
     lhs = _every_window(run, "terms", "z_sq")
     steps = _one(run.frame.steps, "K")
@@ -189,11 +211,11 @@ def _noise(run: Run, shared: dict[str, Estimate]) -> _Sides:
     return lhs, rhs, _measured(shared, "sigma_sq")
 
 
-def _expectation(run: Run, shared: dict[str, Estimate]) -> _Sides:
+def _expectation(run: Run, shared: dict[str, Estimate], name: str) -> _Sides:
     """I2."""
     pibar = run.frame.log["arrival"]["pibar"]
     rhs = evaluate(
-        BOUNDS["expectation"].rhs,
+        BOUNDS[name].rhs,
         {
             **_start(run, shared), "L": _constant(shared, "L"), "sigma_sq": _constant(shared, "sigma_sq"),
             "K": _one(run.frame.steps, "K"), "pibar": pibar, "b_sq": _every_window(run, "terms", "b_sq"),
@@ -216,7 +238,9 @@ def _start(run: Run, shared: dict[str, Estimate]) -> dict[str, float]:
     }
 
 
-def _a_priori(run: Run, shared: dict[str, Estimate], name: str, key: str) -> _Sides:
+def _a_priori(run: Run, shared: dict[str, Estimate], name: str) -> _Sides:
+    """Equations 31 and 32, arrival by arrival."""
+    key = {"drift_a_priori": "drift_sq", "change_a_priori": "change_sq"}[name]
     values = run.frame.log["arrival"][key]
     if len(values) == 0 or np.isnan(values).any():
         raise MissingData(f"{key} is not logged for every arrival")
@@ -225,19 +249,9 @@ def _a_priori(run: Run, shared: dict[str, Estimate], name: str, key: str) -> _Si
     return values, np.atleast_1d(rhs), _measured(shared, "G_sq")
 
 
-def _drift(run: Run, shared: dict[str, Estimate]) -> _Sides:
-    """Equation 31."""
-    return _a_priori(run, shared, "drift_a_priori", "drift_sq")
-
-
-def _change(run: Run, shared: dict[str, Estimate]) -> _Sides:
-    """Equation 32."""
-    return _a_priori(run, shared, "change_a_priori", "change_sq")
-
-
-def _corollary(run: Run, shared: dict[str, Estimate]) -> _Sides:
+def _corollary(run: Run, shared: dict[str, Estimate], name: str) -> _Sides:
     """Equations 33 to 35."""
-    frame, name = run.frame, shared["_"].name
+    frame = run.frame
     arrivals, fewest = frame.log["window"]["arrivals"], frame.log["window"]["gamma_min"]
     busy: Bools = arrivals > 0
     most = float(arrivals.max()) if len(arrivals) else 0.0
