@@ -194,6 +194,19 @@ def test_every_term_against_a_loop_over_coordinates(form: str) -> None:
     assert [part["pibar"] for part in found.parts] == pytest.approx([1.0, 1 / 3, 1.0])
 
 
+def test_the_scale_is_the_largest_gradient_on_the_way() -> None:
+    """A step far beyond 2/L diverges, so the last local gradient is the largest of all."""
+    problem = Quadratic.random(np.random.default_rng(1), clients=1, size=4)
+    everything = np.ones(4, dtype=bool)
+    upload = local_steps(
+        problem, 0, problem.start, everything, eta=5.0, steps=4, rng=np.random.default_rng(0)
+    )
+    found = decompose(problem, problem.start, [upload], gamma=20.0, form="delta")
+    last = problem.grad(0, upload.path_KD[-1])
+    assert found.scale_sq == pytest.approx(last @ last, rel=1e-12)
+    assert found.scale_sq > 4 * (problem.grad(0, problem.start) @ problem.grad(0, problem.start))
+
+
 def test_local_steps_never_leave_the_mask() -> None:
     problem = Quadratic.random(np.random.default_rng(1), clients=1, size=6, sigma=1.0)
     keep = np.array([1, 0, 1, 1, 0, 0], dtype=bool)
