@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 
 from theory import estimators
 from theory.estimators import bootstrap
 from theory.frame import Frame
+from theory.intervals import Interval
 from theory.laboratory import Logistic, Quadratic, Schedule, simulate
 from theory.log import parse
 
@@ -124,6 +127,127 @@ def test_infimum_of_known_losses() -> None:
     assert not estimators.infimum(Frame.of(parse(bare))).known
     bare[0] = bare[0].replace(b'"aggregation"', b'"loss":"cross_entropy","aggregation"')
     assert estimators.infimum(Frame.of(parse(bare))).value == 0.0
+
+
+def block_bootstrap(values: np.ndarray, statistic: Any, seed: int, draws: int) -> tuple[float, float]:
+    """The moving-block bootstrap once more, as a loop."""
+    n, rng = len(values), np.random.default_rng(seed)
+    block = max(1, round(n ** (1 / 3)))
+    per_draw = -(-n // block)
+    starts = rng.integers(0, n - block + 1, size=(draws, per_draw))
+    results = []
+    for row in starts:
+        drawn = [values[s + i] for s in row for i in range(block)][:n]
+        results.append(statistic(np.array(drawn)))
+    return float(np.quantile(results, 0.025)), float(np.quantile(results, 0.975))
+
+
+def test_the_bootstrap_against_a_loop() -> None:
+    values = np.random.default_rng(3).standard_normal(30)
+    found = bootstrap(values, lambda x: float(x.mean()), np.random.default_rng(5), draws=40)
+    assert found == pytest.approx(block_bootstrap(values, np.mean, 5, 40), rel=1e-12)
+    wide = bootstrap(values, lambda x: float(x.mean()), np.random.default_rng(5), draws=400, level=0.5)
+    assert wide[1] - wide[0] < found[1] - found[0]
+    assert np.isfinite(bootstrap(np.array([1.0, 2.0]), float_mean, np.random.default_rng(0))).all()
+    three = bootstrap(np.array([1.0, 2.0, 4.0]), float_mean, np.random.default_rng(0), draws=50)
+    assert three == pytest.approx(block_bootstrap(np.array([1.0, 2.0, 4.0]), np.mean, 0, 50))
+
+
+def float_mean(x: np.ndarray) -> float:
+    return float(x.mean())
+
+
+def test_reported_intervals_are_reproducible() -> None:
+    run = frame(quadratic(sigma=0.6))
+    noise = run.log["probe"]["noise_sq"]
+    found = estimators.noise(run)
+    assert (found.low, found.high) == pytest.approx(
+        block_bootstrap(noise, np.mean, 20251205, 1000), rel=1e-12
+    )
+    local = SCHEDULE.eta * SCHEDULE.local_steps
+    grads = run.log["arrival"]["change_sq"] / local**2
+    found = estimators.gradient_bound(run)
+    assert (found.low, found.high) == pytest.approx(block_bootstrap(grads, np.max, 20251205, 200), rel=1e-12)
+
+
+def test_rounding_intervals_of_measured_smoothness() -> None:
+    """Exact enclosures: of a square root, of a change whose scale is the larger gradient, of every client."""
+    box = estimators._ratio(
+        Interval(np.array([2.0, 8.0]), np.array([3.0, 9.0])), Interval(np.array([1.0, 4.0]))
+    )
+    for i, (low, high) in enumerate(((2.0, 3.0), (2.0, 2.25))):
+        with mpmath.workdps(40):
+            assert mpmath.mpf(float(box.lo[i])) <= mpmath.sqrt(low) and mpmath.sqrt(high) <= mpmath.mpf(
+                float(box.hi[i])
+            )
+        assert box.lo[i] == pytest.approx(low**0.5, rel=1e-14) and box.hi[i] == pytest.approx(
+            high**0.5, rel=1e-14
+        )
+    rounding = Interval(np.array([-1e-9]), np.array([4.0]))
+    assert estimators._ratio(rounding, Interval(np.array([1.0]))).lo[0] == 0.0
+
+    run = frame(quadratic(sigma=0.3))
+    probe, p = run.log["probe"], run.precision
+    change = p.gradient(probe["grad_change_sq"], np.maximum(probe["grad_sq"], probe["grad_next_sq"]))
+    step = p.reduction(probe["step_sq"])
+    found = estimators.gradient_smoothness(run)
+    moved = probe["step_sq"] > 0
+    assert np.allclose(found.hi[moved] ** 2, (change.hi / step.lo)[moved], rtol=1e-12)
+    assert np.allclose(found.lo[moved] ** 2, (change.lo / step.hi)[moved], rtol=1e-12)
+    single = estimators.client_smoothness(run)
+    known = np.isfinite(single.lo)
+    assert known.any() and np.all(single.lo[known] < single.hi[known])
+
+
+def test_smoothness_uses_the_upper_ends_and_reports_the_lower() -> None:
+    run = frame(quadratic(sigma=0.3))
+    parts = [
+        estimators.directional_smoothness(run),
+        estimators.gradient_smoothness(run),
+        estimators.client_smoothness(run),
+    ]
+    low = max(float(np.nanmax(x.lo[np.isfinite(x.lo)])) for x in parts)
+    high = max(float(np.nanmax(x.hi[np.isfinite(x.hi)])) for x in parts)
+    found = estimators.smoothness(run)
+    assert found.low == low and found.value == found.high == high * (1 + 1e-12)
+    assert found.value > high
+
+
+def test_windows_without_a_step_say_nothing_about_smoothness() -> None:
+    late = replace(SCHEDULE, windows=4, delays=(2, 2, 2))
+    run = frame(quadratic(), late)
+    assert run.log["probe"]["step_sq"].tolist()[:2] == [0.0, 0.0]
+    assert np.isnan(estimators.directional_smoothness(run).lo[:2]).all()
+    assert np.isnan(estimators.gradient_smoothness(run).lo[:2]).all()
+    assert estimators.smoothness(run).known
+
+
+def test_coverage_of_windows_with_several_holders_and_with_none() -> None:
+    same = replace(SCHEDULE, windows=6, densities=(0.5, 0.5, 0.5), delays=(1, 1, 2))
+    run = frame(quadratic(), same)
+    table = run.log["window"]
+    assert table["arrivals"].tolist() == [0, 2, 1, 2, 0, 3] and table["gamma_min"].tolist() == [
+        0,
+        2,
+        1,
+        2,
+        0,
+        3,
+    ]
+    assert estimators.coverage_ratio(run).value == 1.0
+    idle = frame(quadratic(), replace(SCHEDULE, windows=2, delays=(5, 5, 5)))
+    assert estimators.coverage_ratio(idle).value == 0.0
+
+
+def test_counts_and_kinds_of_what_is_not_measured() -> None:
+    run = Frame.of(
+        parse([b'{"type":"header","schema":"1.0","clients":1,"config":{"loss":"bce"}}\n']), {"L": 2.0}
+    )
+    given = estimators.smoothness(run)
+    assert (given.low, given.high, given.samples, given.kind) == (2.0, 2.0, 0, "given")
+    floor = estimators.infimum(run)
+    assert (floor.value, floor.low, floor.high, floor.samples, floor.kind) == (0.0, 0.0, 0.0, 0, "exact")
+    assert estimators.noise(run).samples == 0
 
 
 def test_nothing_logged_is_unknown() -> None:

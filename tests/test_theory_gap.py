@@ -55,6 +55,53 @@ def test_series_against_sums_by_hand() -> None:
         assert gap.mask_share[t] == pytest.approx(float(found.M @ found.M) / whole, rel=1e-9)
 
 
+@pytest.mark.parametrize("form", ["delta", "replacement"])
+def test_shares_of_the_error_against_sums_by_hand(form: str) -> None:
+    """Every window, small errors included; windows without arrivals have no gap."""
+    late = replace(GMR, form="delta" if form == "delta" else "replacement", delays=(2, 1, 3, 2), eta=0.02)
+    problem = Quadratic.random(
+        np.random.default_rng(0), clients=4, size=16, smoothness=0.2, spread=0.1, dense=2
+    )
+    trace = simulate(problem, late)
+    gap = density_gap(parse(trace.lines()))
+    steps = [r["step_sq"] for r in trace.records if r["type"] == "window"]
+    assert (
+        gap.arrivals[0] == 0
+        and np.isnan(gap.gap[0])
+        and np.isnan(gap.average[0])
+        and np.isnan(gap.staleness[0])
+    )
+    small = 0
+    for t, found in enumerate(trace.decompositions):
+        squares = {name: float(v @ v) for name, v in found.terms.items()}
+        whole = sum(v for name, v in squares.items() if name != "rho") + squares["rho"] / found.gamma**2
+        small += whole < 1
+        assert gap.mask_share[t] == pytest.approx(squares["M"] / whole, rel=1e-9)
+        rows = [r for r in trace.records if r["type"] == "arrival" and r["window"] == t]
+        if not rows:
+            continue
+        parts = [0.0, 0.0, 0.0]
+        for r, part in zip(rows, found.parts, strict=True):
+            path = sum(steps[r["version"] : t])
+            parts[0] += part["pibar"] * part["mask_sq"]
+            parts[1] += part["pibar"] * part["drift_sq"]
+            parts[2] += part["pibar"] * r["staleness"] * path
+        assert gap.distance_share[t] == pytest.approx(parts[0] / sum(parts), rel=1e-9)
+        assert gap.staleness[t] == pytest.approx(np.mean([r["staleness"] for r in rows]))
+    assert small > 2 and any(len(d.parts) == 1 for d in trace.decompositions)
+    assert np.nanmax(gap.staleness) >= 2
+
+
+def test_a_dense_run_has_no_gap_to_save() -> None:
+    _, gap = run(replace(GMR, densities=(1.0,) * 4, restorations=()))
+    assert gap.saving is None and gap.total("gap") == 0.0
+    tiny = replace(GMR, restorations=((8, 2, 0.5),))
+    problem = Quadratic.random(np.random.default_rng(0), clients=4, size=16, sigma=0.0, dense=2)
+    small = replace(problem, start=1e-3 * problem.start, centre_ND=1e-3 * problem.centre_ND)
+    found = density_gap(parse(simulate(small, tiny).lines()))
+    assert float(np.nansum(found.frozen)) < 1 and found.saving is not None and 0 < found.saving < 1
+
+
 def test_restoration_closes_the_gap_and_costs_staleness() -> None:
     _, gap = run()
     assert np.nanmax(gap.gap[20:]) == 0.0 and np.nanmin(gap.frozen) > 0
