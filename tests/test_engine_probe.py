@@ -273,7 +273,7 @@ def test_a_window_whose_uploads_are_all_refused_covers_nothing_even_with_a_buffe
 def test_probing_does_not_change_the_run() -> None:
     plain, probed = World(), World(probe_interval=1)
     plain.config = plain.server.config
-    plain.simulation._probe = None
+    plain.simulation._probing = None
     plain.run()
     probed.run()
     assert torch.equal(plain.server.w_D, probed.server.w_D)

@@ -27,6 +27,8 @@ SAMPLES: dict[str, Any] = {
     "object or null": None,
     "[int]": [1, 2],
     "[number]": [1.0, 0.05],
+    "[[number]]": [[1.0, 0.05], [2.0, 3.0]],
+    "[object]": [{"client": 1}],
     "[object or null]": [None, {"accuracy": 1.0}],
 }
 
@@ -67,6 +69,8 @@ def values(kind: str) -> st.SearchStrategy[dict[str, Any]]:
         "object or null": st.none() | plain,
         "[int]": st.lists(integer, max_size=3),
         "[number]": st.lists(number, max_size=3),
+        "[[number]]": st.lists(st.lists(number, max_size=2), max_size=2),
+        "[object]": st.lists(plain, max_size=3),
         "[object or null]": st.lists(st.none() | plain, max_size=3),
     }
     return st.fixed_dictionaries(

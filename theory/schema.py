@@ -1,9 +1,9 @@
 """The part of the run-log schema that `theory` reads, as data (``docs/run-log.md``).
 
 Only the keys marked required must be present; every other key may be missing or null, and the
-checks that need it are then UNDETERMINED. Two record types extend schema 1.0 and are optional:
-``terms`` (exact terms of the decomposition in one window) and ``constants`` (known L, sigma^2,
-...). Both are described in ``docs/theory.md``.
+checks that need it are then UNDETERMINED. ``terms`` records (exact terms of the decomposition in one
+window) are written by probing runs; ``constants`` (known L, sigma^2, ...) extend schema 1.0 and are
+described in ``docs/theory.md``.
 """
 
 from __future__ import annotations

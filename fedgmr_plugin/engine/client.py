@@ -9,7 +9,7 @@ moves them. See the method page, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -267,9 +267,9 @@ class BuiltinTrainer:
 
 
 def _distance_sq(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
-    """||x - x_0||^2, summed over tensors in float64."""
-    norms = torch._foreach_norm(torch._foreach_sub([p.detach() for p in parameters], list(start)))
-    return torch.stack(norms).to(torch.float64).square().sum()
+    """||x - x_0||^2, summed in float64."""
+    moved = torch._foreach_sub([p.detach() for p in parameters], list(start))
+    return torch.stack(torch._foreach_norm(moved, 2, dtype=torch.float64)).square().sum()
 
 
 class LocalUpdate(NamedTuple):
@@ -292,8 +292,11 @@ def train_dispatch(
     plan: BatchPlan,
     learning_rate: float,
     form: Literal["delta", "replacement"],
+    on_step: Callable[[], None] | None = None,
 ) -> LocalUpdate:
     """Carry out one dispatch on `model` (overwritten).
+
+    `on_step` is called before each batch is read; with the built-in trainer `model` then holds x_k.
 
     The result depends on `sent`, the client's samples, the plan and the seed only: all global random
     generators are seeded for this dispatch and restored afterwards.
@@ -303,7 +306,7 @@ def train_dispatch(
     x_D[index_S] = sent.values_S
     layout.scatter(model, x_D)
     masks = parameter_masks(layout, sent.ranking.mask(sent.rung))
-    batches = BatchList(samples, list(plan.batches(sent.client, len(samples), sent.count)))
+    batches = BatchList(samples, list(plan.batches(sent.client, len(samples), sent.count)), on_step)
     with isolated_rng(derive(plan.seed, "training", sent.client, sent.count)):
         stats = trainer.train(
             model, batches, masks, learning_rate=learning_rate * sent.learning_rate_scale, client=sent.client
@@ -320,16 +323,21 @@ def train_dispatch(
 class BatchList(Sequence[Batch]):
     """Batches that are read when asked for, in order or by position."""
 
-    def __init__(self, samples: Samples, indices: list[Index]) -> None:
-        self._samples, self._indices = samples, indices
+    def __init__(
+        self, samples: Samples, indices: list[Index], on_read: Callable[[], None] | None = None
+    ) -> None:
+        self._samples, self._indices, self._on_read = samples, indices, on_read
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
-            return BatchList(self._samples, self._indices[position])
-        return self._samples.take(self._indices[position])
+            return BatchList(self._samples, self._indices[position], self._on_read)
+        index = self._indices[position]
+        if self._on_read is not None:
+            self._on_read()
+        return self._samples.take(index)
 
 
 def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> dict[str, Tensor] | None:

@@ -74,6 +74,16 @@ class Probe:
             raise ValueError("a probe set needs a client")
         return Gradient(loss / len(self._data.parts), total / len(self._data.parts))
 
+    def client_gradient(self, client: int, w_D: Tensor) -> Tensor:
+        """grad F_n at w, float64 [P]."""
+        self._layout.scatter(self._model, w_D)
+        return self._of(self._data.parts[client]).grad_P.to(torch.float64)
+
+    def client_gradients(self, w_D: Tensor) -> list[Tensor]:
+        """grad F_n at w of every client n, float64 [P] each."""
+        self._layout.scatter(self._model, w_D)
+        return [self._of(part).grad_P.to(torch.float64) for part in self._data.parts]
+
     def before(self, w_D: Tensor, uncovered_P: Tensor) -> tuple[Gradient, dict[str, Any]]:
         """The part of a `probe` record that is known before the merge, and the gradient for `after`."""
         here = self.gradient(w_D)

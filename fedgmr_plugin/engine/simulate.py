@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig
@@ -45,10 +44,10 @@ from fedgmr_plugin.engine.network import (
     mean_flight_seconds,
     payload_megabytes,
 )
-from fedgmr_plugin.engine.probe import Gradient, Probe, probe_set
+from fedgmr_plugin.engine.probe import Probe, probe_set
+from fedgmr_plugin.engine.probing import Probing
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Server
-from fedgmr_plugin.kernels.density import next_density, restoring_pays
 from fedgmr_plugin.kernels.layout import ModelLayout
 
 Which = Literal["global", "scaled"]
@@ -142,7 +141,7 @@ class Simulation:
         self.pending: dict[int, Dispatch] = {}
         self.bytes_up = self.bytes_down = 0.0
         self._window_down = 0.0
-        self._probe = self._make_probe()
+        self._probing = self._make_probing()
 
     def run(self) -> dict[str, Any]:
         """Run to the end of the budget; returns the `end` record (without wall time)."""
@@ -156,9 +155,12 @@ class Simulation:
         server_bytes_down = self.network.channel_megabytes() * 1e6
         window = self.network.close_window()
         sent = [self.pending.pop(a.dispatch) for a in window.arrivals]
+        if self._probing is not None:
+            self._probing.answered(sent, list(self.pending.values()))
         effects: list[Effect] = []
         up = 0.0
-        for arrival, update in zip(window.arrivals, self._execute(sent), strict=True):
+        updates = self._execute(sent)
+        for arrival, update in zip(window.arrivals, updates, strict=True):
             effects += self.server.handle(_upload(arrival, update))
             up += arrival.megabytes * 1e6
         self.bytes_up += up
@@ -169,7 +171,7 @@ class Simulation:
             "learning_rate": self.training.learning_rate * self.server.learning_rate_scale,
         }
         self._window_down = 0.0
-        effects += self._merge(window)
+        effects += self._merge(window, updates)
         for effect in effects:
             if isinstance(effect, Record) and effect.fields["type"] == "window":
                 effect.fields.update(totals)
@@ -191,6 +193,7 @@ class Simulation:
             plan=self.training.plan,
             learning_rate=self.training.learning_rate,
             form=self.config.update_form,
+            on_step=None if self._probing is None else self._probing.watch(sent, self.model),
         )
 
     # -- effects --------------------------------------------------------------------------------------
@@ -209,6 +212,8 @@ class Simulation:
                 share = len(effect.values_S) / self.layout.size
                 megabytes = self.network.dispatch(effect.dispatch, effect.client, effect.density, share)
                 self.pending[effect.dispatch] = effect
+                if self._probing is not None:
+                    self._probing.dispatched(effect)
                 self._window_down += megabytes * 1e6
                 self.bytes_down += megabytes * 1e6
                 self._record({**dispatch_record, "bytes_down": megabytes * 1e6})
@@ -330,7 +335,7 @@ class Simulation:
 
     # -- the theory's probe ---------------------------------------------------------------------------
 
-    def _make_probe(self) -> Probe | None:
+    def _make_probing(self) -> Probing | None:
         if not self.config.probe and self.config.trigger != "gradient":
             return None
         seed = self.clients.seed
@@ -341,52 +346,16 @@ class Simulation:
                 self.config.probe_samples,
                 self.training.plan.batch_size,
             )
-        return Probe(self.model, self.layout, self.training.trainer, data)  # type: ignore[arg-type]
+        probe = Probe(self.model, self.layout, self.training.trainer, data)  # type: ignore[arg-type]
+        return Probing(self.server, probe, self.training.learning_rate)
 
-    def _merge(self, window: Window) -> list[Effect]:
-        """Close the window, with a `probe` record where one is due."""
-        server = self.server
+    def _merge(self, window: Window, updates: Sequence[LocalUpdate]) -> list[Effect]:
+        """Close the window, under observation where it is wanted."""
         closed = WindowClosed(window.start, window.close, window.end)
-        due = server.version % (self.config.probe_interval or self.config.interval) == 0
-        if not (self.config.probe and due and self._probe):
-            return server.handle(closed)
-        t, old_D, parameters = server.version, server.w_D.clone(), self.layout.parameters
-        here, fields = self._probe.before(old_D, self._uncovered()[:parameters])
-        effects = server.handle(closed)
-        rest = self._probe.after(here, (server.w_D - old_D)[:parameters], server.w_D)
-        position = next(
-            i for i, e in enumerate(effects) if isinstance(e, Record) and e.fields["type"] == "window"
-        )
-        effects.insert(position + 1, Record({"type": "probe", "window": t, **fields, **rest}))
-        return effects
-
-    def _uncovered(self) -> Tensor:
-        """bool [D]: coordinates that no update of the coming merge holds."""
-        uncovered_D = torch.ones(self.layout.size, dtype=torch.bool, device=self.server.w_D.device)
-        merged = {a.upload.client: a.flight for a in self.server.staged.values()}
-        if self.config.update_scope == "buffer" and merged:
-            merged = {**{n: a.flight for n, a in self.server.buffer.items()}, **merged}
-        for flight in merged.values():
-            uncovered_D[flight.ranking.support(flight.rung)] = False
-        return uncovered_D
+        return self.server.handle(closed) if self._probing is None else self._probing.merge(closed, updates)
 
     def _gradient_votes(self) -> list[bool]:
-        """For the ``gradient`` trigger: whether restoring each client pays [N]."""
-        if self.config.trigger != "gradient" or self._probe is None:
-            return []
-        server = self.server
-        here: Gradient = self._probe.gradient(server.w_D)
-        rung = server.ranking.rung_D[: self.layout.parameters].to(torch.int64)
-        by_rung = torch.bincount(rung, weights=here.grad_P.to(torch.float64).square())
-        held = by_rung.cumsum(0).tolist()
-        votes = []
-        for n, density in enumerate(server.gmr.densities):
-            after = next_density(server.rules, density)
-            inside = held[min(server.ranking.rung(density), len(held) - 1)]
-            gained = held[min(server.ranking.rung(after), len(held) - 1)] - inside
-            seconds = [self._mean_seconds(n, d) for d in (density, after)]
-            votes.append(density < 1.0 and restoring_pays(inside, gained, *seconds))
-        return votes
+        return [] if self._probing is None else self._probing.gradient_votes(self._mean_seconds)
 
     def _mean_seconds(self, client: int, density: float) -> float:
         """T(d): mean seconds of one flight of `client` at `density`."""
