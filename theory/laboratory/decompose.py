@@ -33,6 +33,16 @@ class Arrival(NamedTuple):
     grads_KD: Floats
     end_D: Floats
 
+    @property
+    def drift_sq(self) -> float:
+        """mean over k of ||x_k - x_0||^2."""
+        return float(np.square(self.path_KD - self.path_KD[0]).sum(axis=1).mean())
+
+    @property
+    def change_sq(self) -> float:
+        """||x_K - x_0||^2."""
+        return _sq(self.end_D - self.path_KD[0])
+
 
 class Decomposition(NamedTuple):
     """Equation 1 for one window; every vector has shape ``[D]``.
@@ -138,9 +148,9 @@ def decompose(
                 "S_sq": _sq(own_stale * a.mask_D),
                 "mask_sq": _sq(a.start_D[~a.mask_D]),
                 "stale_sq": _sq(w - a.start_D),
-                "drift_sq": float(np.square(a.path_KD - a.path_KD[0]).sum(axis=1).mean()),
+                "drift_sq": a.drift_sq,
                 "gap_sq": _sq(grads_ND[a.client] - grad),
-                "change_sq": _sq(a.end_D - a.path_KD[0]),
+                "change_sq": a.change_sq,
             }
         )
     error = -(merge(w, arrivals, form) - w) / gamma - grad

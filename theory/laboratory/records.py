@@ -97,15 +97,15 @@ def dispatch(
 
 
 def arrival(
-    t: int, number: int, version: int, density: float, samples: float, upload: Arrival, part: dict[str, float]
+    t: int, number: int, version: int, density: float, samples: float, upload: Arrival, pibar: float
 ) -> Record:
-    """An upload is applied."""
+    """An upload is applied, with the largest of its shares."""
     tau = t - version
     return {
         "type": "arrival", "window": t, "dispatch": number, "client": upload.client, "version": version,
         "staleness": tau, "density": density, "time": t + 0.5, "bytes_up": _BYTES * int(upload.mask_D.sum()),
-        "samples": samples, "weight": upload.weight, "pibar": part["pibar"], "drift_sq": part["drift_sq"],
-        "change_sq": part["change_sq"], "steps": len(upload.path_KD), "train_loss": None,
+        "samples": samples, "weight": upload.weight, "pibar": pibar, "drift_sq": upload.drift_sq,
+        "change_sq": upload.change_sq, "steps": len(upload.path_KD), "train_loss": None,
     }  # fmt: skip
 
 

@@ -7,15 +7,27 @@ each of them is sent a new sub-model of version t + 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from theory.laboratory import records
-from theory.laboratory.decompose import Arrival, Decomposition, Form, decompose, local_steps, merge
+from theory.laboratory.decompose import (
+    Arrival,
+    Decomposition,
+    Form,
+    decompose,
+    local_steps,
+    merge,
+    shares,
+)
 from theory.laboratory.masks import Ints, mask, ranking
 from theory.laboratory.problems import Floats, Problem
+
+#: ``(windows merged, w, densities) -> (client, density), ...``: restorations decided as the run goes.
+Restorer = Callable[[int, Floats, Sequence[float]], Iterable[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class Schedule:
         staleness: weights c_n constant or (1 + tau)^-exponent, times samples.
         samples: samples a client processes, ``[N]``; all alike when absent.
         seed: root of every random draw.
+        probe_interval: windows between `probe` and `terms` records.
     """
 
     windows: int = 20
@@ -46,6 +59,7 @@ class Schedule:
     exponent: float = 0.6
     samples: tuple[float, ...] = ()
     seed: int = 0
+    probe_interval: int = 1
 
     @property
     def gamma(self) -> float:
@@ -63,7 +77,7 @@ class _Flight(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run leaves: its log records in order, its models w_0..w_T and one decomposition a window."""
+    """What a run leaves: its log records in order, its models w_0..w_T, a decomposition a probed window."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
     models: list[Floats] = field(default_factory=list)
@@ -123,41 +137,45 @@ class _Server:
         arrived = [n for n in sorted(self.flights) if self.flights[n].due <= t]
         flights = [self.flights.pop(n) for n in arrived]
         uploads = [f.arrival._replace(weight=f.arrival.weight * self.weight(t - f.version)) for f in flights]
-        exact = decompose(self.problem, self.w, uploads, gamma=s.gamma, form=s.form)
         after = merge(self.w, uploads, s.form)
-        for flight, upload, part in zip(flights, uploads, exact.parts, strict=True):
+        pi = shares(uploads, self.problem.size)
+        for f, upload, share in zip(flights, uploads, pi, strict=True):
             self.trace.records.append(
                 records.arrival(
-                    t, flight.dispatch, flight.version, flight.density, flight.arrival.weight, upload, part
+                    t, f.dispatch, f.version, f.density, f.arrival.weight, upload, float(share.max())
                 )
             )
         self.trace.records.append(
             records.window(t, self.w, after, uploads, self.density, len(self.flights), s.eta, self.bytes_down)
         )
-        self.trace.records.append(records.probe(self.problem, t, self.w, after, uploads, self.probe_rng))
-        names = [flight.dispatch for flight in flights]
-        self.trace.records.append(records.terms(t, exact, uploads, names, s.form))
-        self.trace.decompositions.append(exact)
+        if t % s.probe_interval == 0:
+            exact = decompose(self.problem, self.w, uploads, gamma=s.gamma, form=s.form)
+            names = [flight.dispatch for flight in flights]
+            self.trace.records.append(records.probe(self.problem, t, self.w, after, uploads, self.probe_rng))
+            self.trace.records.append(records.terms(t, exact, uploads, names, s.form))
+            self.trace.decompositions.append(exact)
         self.w, self.bytes_down = after, 0.0
         self.trace.models.append(after)
         return arrived
 
-    def restore(self, merged: int) -> None:
-        for when, client, density in self.schedule.restorations:
-            if when == merged and density > self.density[client]:
+    def restore(self, merged: int, restorer: Restorer | None) -> None:
+        planned = [(n, d) for when, n, d in self.schedule.restorations if when == merged]
+        decided = [] if restorer is None else restorer(merged, self.w, tuple(self.density))
+        for client, density in [*planned, *decided]:
+            if density > self.density[client]:
                 self.trace.records.append(records.restoration(merged, client, self.density[client], density))
                 self.density[client] = density
 
 
-def simulate(problem: Problem, schedule: Schedule) -> Trace:
-    """Runs `schedule` on `problem`."""
+def simulate(problem: Problem, schedule: Schedule, restorer: Restorer | None = None) -> Trace:
+    """Runs `schedule` on `problem`; `restorer` may add restorations before each window."""
     trace = Trace()
     server = _Server(problem, schedule, trace)
     trace.records.extend(records.preamble(problem, schedule))
     trace.models.append(server.w)
     idle = list(range(problem.clients))
     for t in range(schedule.windows):
-        server.restore(t)
+        server.restore(t, restorer)
         server.rank(t)
         for client in idle:
             server.dispatch(client, t)
