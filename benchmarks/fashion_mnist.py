@@ -1,6 +1,6 @@
 """Does restoration pay? FedGMR, the same without GMR, and dense FedAvg on Fashion-MNIST at one budget.
 
-    python -m benchmarks.fashion_mnist run   [--seeds 1 2 3] [--jobs 2] [--budget 30000]
+    python -m benchmarks.fashion_mnist run   [--seeds 1 2 3 4 5] [--jobs 2] [--budget 70000]
     python -m benchmarks.fashion_mnist table
 
 Ten clients of high heterogeneity, Dirichlet(0.6) label skew, the fast client has least data; all 60,000
@@ -10,8 +10,8 @@ one seed share initial weights, partition, batches per client and dispatch, and 
 
 A run's figure is the mean test accuracy of the shipped model (chosen without the test set) over its last
 `LAST` evaluations within the budget. Methods are compared seed by seed: mean difference and its 95 % interval
-(Student's t over seeds). Settings (patience, buffer, form, staleness)
-were chosen by validation accuracy on seed 0, which is not among the seeds reported.
+(Student's t over seeds). Settings (patience, buffer, form, staleness) were chosen by validation accuracy on
+seed 0, which is not among the seeds reported. One run takes about 18 minutes of one core (FedAvg 4).
 """
 
 from __future__ import annotations
@@ -39,20 +39,18 @@ COMMON: dict[str, Any] = {
     "model_megabytes": 25.98,
     "trigger": "none",
     "interval": 25,
-    "patience": 3,
+    "patience": 15,
     "validation_fraction": 0.05,
 }
 BUFFERED = {"update_scope": "buffer", "update_form": "replacement", "staleness": "constant"}
 METHODS: dict[str, dict[str, Any]] = {
     "fedgmr": {**BUFFERED, "trigger": "plateau"},
+    "frozen_buffered": {**BUFFERED},
     "frozen": {},
     "fedavg": {"dense_start": True, "schedule": "sync", "update_form": "replacement"},
-    "fedgmr_delta": {"trigger": "plateau"},
-    "frozen_buffered": {**BUFFERED},
 }
 TITLES = {
     "fedgmr": "FedGMR (buffer, replacement form)",
-    "fedgmr_delta": "FedGMR (arrivals, delta form)",
     "frozen": "without GMR (arrivals, delta form)",
     "frozen_buffered": "without GMR (buffer, replacement form)",
     "fedavg": "dense FedAvg, synchronous",
@@ -205,16 +203,14 @@ def table() -> str:
             f"| {mean(runs, 'uploads'):,.0f} | {mean(runs, 'final_density'):.2f} |"
         )
     lines += ["", "| difference, paired by seed | mean, points | 95 % interval |", "| --- | --- | --- |"]
-    for ours in ("fedgmr", "fedgmr_delta"):
-        for other in ("frozen", "frozen_buffered", "fedavg"):
-            if ours in by_method and other in by_method:
-                pairs = zip(by_method[ours], by_method[other], strict=True)
-                gains = 100 * np.array([a["accuracy"] - b["accuracy"] for a, b in pairs])
-                half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
-                lines.append(
-                    f"| {TITLES[ours]} - {TITLES[other]} | {gains.mean():+.2f} "
-                    f"| [{gains.mean() - half:+.2f}, {gains.mean() + half:+.2f}] |"
-                )
+    for other in (method for method in by_method if method != "fedgmr"):
+        ours = {run["seed"]: run["accuracy"] for run in by_method["fedgmr"]}
+        gains = 100 * np.array([ours[run["seed"]] - run["accuracy"] for run in by_method[other]])
+        half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
+        lines.append(
+            f"| {TITLES['fedgmr']} - {TITLES[other]} | {gains.mean():+.2f} "
+            f"| [{gains.mean() - half:+.2f}, {gains.mean() + half:+.2f}] |"
+        )
     return "\n".join(lines)
 
 
@@ -223,9 +219,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="FedGMR against its ablation and FedAvg on Fashion-MNIST")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
-    run.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    run.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     run.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    run.add_argument("--budget", type=float, default=30_000.0, help="virtual seconds")
+    run.add_argument("--budget", type=float, default=70_000.0, help="virtual seconds")
     run.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     one = commands.add_parser("one")
     one.add_argument("method")
