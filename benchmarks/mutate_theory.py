@@ -51,7 +51,35 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 
 #: (module, "mutation: source line") -> why no test can tell it from the original.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+_ROOT = "return Interval(np.sqrt(np.maximum(square.lo, 0)) * (1 - 1e-15), np.sqrt(square.hi) * (1 + 1e-15))"
+_DIGIT = "the last digit: the quotient is already rounded outward by more than its root rounds"
+_RAISED = 'raised = frame.per_window((frame.sent("density") != frame.initial_density) * 1.0) > 0'
+EQUIVALENT: dict[tuple[str, str], str] = {
+    ("theory.estimators", f"drop the right of Mult: {_ROOT}"): _DIGIT,
+    ("theory.estimators", f"drop the right of Add: {_ROOT}"): _DIGIT,
+    ("theory.estimators", f"drop the right of Sub: {_ROOT}"): _DIGIT,
+    (
+        "theory.estimators",
+        '0 -> 1: rows = np.searchsorted(terms["window"], table["window"]) if len(terms) '
+        "else np.zeros(0, dtype=np.int64)",
+    ): "without terms there are no arrivals either, and one row broadcasts with none",
+    (
+        "theory.estimators",
+        "1 -> 2: index = (starts[..., None] + np.arange(block)).reshape(draws, -1)[:, :n]",
+    ): "numpy infers the length from any negative number",
+    (
+        "theory.estimators",
+        "200 -> 201: low, high = bootstrap(values, lambda x: float(x.max()), "
+        "np.random.default_rng(BOOTSTRAP_SEED), draws=200)",
+    ): "one more draw of the same distribution",
+    (
+        "theory.gap",
+        "Add -> Sub: return np.asarray(frame.per_window(values) + busy)",
+    ): "busy is 0 or nan",
+    ("theory.checks.coverage", f"Mult -> Div: {_RAISED}"): "True / 1.0 is 1.0",
+    ("theory.checks.coverage", f"drop the right of Mult: {_RAISED}"): "booleans count as numbers",
+    ("theory.checks.coverage", f"1.0 -> 2.0: {_RAISED}"): "only the sign is used",
+}
 
 
 class Mutant(NamedTuple):

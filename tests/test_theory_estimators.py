@@ -186,7 +186,9 @@ def test_rounding_intervals_of_measured_smoothness() -> None:
     rounding = Interval(np.array([-1e-9]), np.array([4.0]))
     assert estimators._ratio(rounding, Interval(np.array([1.0]))).lo[0] == 0.0
 
-    run = frame(quadratic(sigma=0.3))
+    lines = simulate(quadratic(sigma=0.3), SCHEDULE).lines()
+    assert b'"float64"' in lines[0]
+    run = Frame.of(parse([lines[0].replace(b'"float64"', b'"float32"'), *lines[1:]]))
     probe, p = run.log["probe"], run.precision
     change = p.gradient(probe["grad_change_sq"], np.maximum(probe["grad_sq"], probe["grad_next_sq"]))
     step = p.reduction(probe["step_sq"])
@@ -237,6 +239,8 @@ def test_coverage_of_windows_with_several_holders_and_with_none() -> None:
     assert estimators.coverage_ratio(run).value == 1.0
     idle = frame(quadratic(), replace(SCHEDULE, windows=2, delays=(5, 5, 5)))
     assert estimators.coverage_ratio(idle).value == 0.0
+    alone = frame(quadratic(), replace(SCHEDULE, windows=3, delays=(0, 9, 9)))
+    assert estimators.coverage_ratio(alone).value == 1.0
 
 
 def test_counts_and_kinds_of_what_is_not_measured() -> None:

@@ -58,6 +58,13 @@ def test_floor_bounds_and_contraction() -> None:
     assert fresh(run).all()
 
 
+def test_contraction_at_the_floor_and_under_other_scores() -> None:
+    at_the_floor = contraction(frame(floored_log(densities=(0.1,))))
+    assert at_the_floor.tolist() == pytest.approx([0.9], rel=1e-15)
+    random = contraction(frame(floored_log(0.0).replace(b'"magnitude"', b'"random"')))
+    assert random[0] == 0.0 and np.isnan(random[1:]).all()
+
+
 def test_floors_that_do_not_divide_the_layers_are_bounded_either_way() -> None:
     """A floor of 0.07: 2 or 3 of 40 and 4 or 5 of 60, whichever way it is rounded."""
     least, most, prunable = floor_bounds(frame(floored_log(0.07))) or (0.0, 0.0, 0.0)
@@ -135,6 +142,8 @@ def test_weight_ratios() -> None:
     assert found["UNIF"].verdict is Verdict.UNDETERMINED and "4" in found["UNIF"].reason
     assert found["coverage"].verdict is Verdict.HOLDS and found["rank_gap"].verdict is Verdict.HOLDS
     assert found["corollary"].verdict is Verdict.UNDETERMINED and "UNIF" in found["corollary"].reason
+    idle = parse(simulate(problem, Schedule(windows=3, delays=(2, 2, 2))).lines())
+    assert weight_ratio(Frame.of(idle)).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_counting_bounds_against_sums_by_hand() -> None:
@@ -159,6 +168,16 @@ def test_restoration_bounds_against_sums_by_hand() -> None:
     assert found["average_restored"].bound == pytest.approx((0.25 + 0.5 + 0.75) / 3)
     assert found["rank_restored"].measured == pytest.approx(0.0 / 1 + 0.25 / 2 + 0.5 / 3)
     assert found["rank_restored"].bound == pytest.approx(0.25 / 1 + 0.5 / 2 + 0.75 / 3)
+
+
+def test_windows_with_one_arrival_count() -> None:
+    problem = Quadratic.random(np.random.default_rng(2), clients=2, size=20)
+    schedule = Schedule(windows=3, densities=(0.5, 0.5), delays=(0, 9), restorations=((1, 0, 0.75),))
+    found = check_logs([parse(simulate(problem, schedule).lines())])
+    assert found["nested_coverage"].checks == found["rank_gap"].checks == 3
+    assert found["average_restored"].checks == 2
+    assert found["average_restored"].measured == pytest.approx(0.25)
+    assert found["average_restored"].bound == pytest.approx(0.5)
 
 
 def test_expectations_against_sums_by_hand() -> None:

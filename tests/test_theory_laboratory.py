@@ -107,6 +107,7 @@ def test_a_layer_floor_ranks_first() -> None:
     w = np.array([9.0, 8.0, 7.0, 6.0, 0.4, 0.3, 0.2, 0.1])
     order = ranking(w, np.ones(8, dtype=bool), floor=0.5, layers=(4, 4))
     assert order.tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert ranking(w, np.ones(8, dtype=bool), layers=(4, 4)).tolist() == list(range(8))  # no floor
 
 
 @pytest.mark.parametrize("form", ["delta", "replacement"])
