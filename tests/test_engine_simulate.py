@@ -753,7 +753,7 @@ def test_gradient_votes_compare_the_masked_gradients_by_brute_force(monkeypatch:
         asked.append((held, gained))
         return True
 
-    monkeypatch.setattr("fedgmr_plugin.engine.simulate.restoring_pays", spy)
+    monkeypatch.setattr("fedgmr_plugin.engine.probing.restoring_pays", spy)
     world = World((1.0, 0.5, 0.1), windows=4, trigger="gradient", validation_fraction=0.2, probe_samples=1000)
     server = world.server
     assert world.simulation._gradient_votes() == [False, True, True]  # nothing is left at density 1
@@ -785,7 +785,7 @@ def test_gradient_votes_compare_the_seconds_of_the_clients_own_device(
         asked.append((seconds, after))
         return False
 
-    monkeypatch.setattr("fedgmr_plugin.engine.simulate.restoring_pays", spy)
+    monkeypatch.setattr("fedgmr_plugin.engine.probing.restoring_pays", spy)
     world = World(
         (1.0, 0.5, 0.1), trigger="gradient", compute_slowdown=(1.0, 40.0, 7.0), compute_density_exponent=0.5
     )
