@@ -87,83 +87,79 @@ def name(method: str, seed: int) -> str:
 
 
 def run_all(methods: list[str], seeds: list[int], budget: float, jobs: int) -> None:
-    """All runs that are not finished yet, at most `jobs` at a time; then the results file."""
-    waiting = deque((m, s) for s in seeds for m in methods if not finished(m, s))
-    running: list[subprocess.Popen[bytes]] = []
+    """All runs that `RESULTS` does not have yet, at most `jobs` at a time; each is added when it ends."""
+    results = load(budget)
+    known = {(run["method"], run["seed"]) for run in results["runs"]}
+    waiting = deque((m, s) for s in seeds for m in methods if (m, s) not in known)
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     while waiting or running:
         while waiting and len(running) < jobs:
             method, seed = waiting.popleft()
             print(f"start {name(method, seed)}", flush=True)
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.fashion_mnist",
-                "one",
-                method,
-                str(seed),
-                str(budget),
-            ]
-            running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+            path = RUNS / name(method, seed)
+            if path.exists():
+                path.rename(path.with_name(f"{path.name}-before-{int(time.time())}"))
+            command = [sys.executable, "-m", "benchmarks.fashion_mnist", "one", method, str(seed), str(budget)]
+            running[method, seed] = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         time.sleep(1)
-        for process in [p for p in running if p.poll() is not None]:
-            running.remove(process)
+        for (method, seed), process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[method, seed]
             if process.returncode:
-                raise SystemExit(f"a run failed with status {process.returncode}")
-    write_results(methods, seeds, budget)
-
-
-def finished(method: str, seed: int) -> bool:
-    """Whether a run's log has its end record; an unfinished run's directory is set aside."""
-    from fedgmr_plugin.protocol.runlog import read_run
-
-    path = RUNS / name(method, seed)
-    if not (path / "run.jsonl").exists():
-        return False
-    if read_run(path).end is not None:
-        return True
-    path.rename(path.with_name(f"{path.name}-unfinished-{int(time.time())}"))
-    return False
-
-
-def write_results(methods: list[str], seeds: list[int], budget: float) -> None:
-    """Distil the run logs into `RESULTS`."""
-    from fedgmr_plugin.protocol.runlog import read_run
-
-    runs = []
-    for method in methods:
-        for seed in seeds:
-            log = read_run(RUNS / name(method, seed))
-            accuracy = log.column("evaluation", "accuracy")
-            runs.append(
-                {
-                    "method": method,
-                    "seed": seed,
-                    "accuracy": float(np.mean(accuracy[-LAST:])),
-                    "accuracy_global": float(np.mean(log.column("evaluation", "global.accuracy")[-LAST:])),
-                    "accuracy_scaled": float(np.mean(log.column("evaluation", "scaled.accuracy")[-LAST:])),
-                    "loss": float(np.mean(log.column("evaluation", "loss")[-LAST:])),
-                    "windows": log.count("window"),
-                    "uploads": log.count("arrival"),
-                    "restored_by": max(log.column("restoration", "window").tolist(), default=None),
-                    "mean_density": float(np.mean(log.column("window", "mean_density"))),
-                    "final_density": float(log.column("window", "mean_density")[-1]),
-                    "mean_staleness": float(np.mean(log.column("arrival", "staleness"))),
-                    "gigabytes_up": float(np.sum(log.column("window", "bytes_up"))) / 1e9,
-                    "wall_seconds": log.end["wall_seconds"] if log.end else None,
-                    "model_sha256": log.end["model_sha256"] if log.end else None,
-                    "curve": [
-                        [round(float(t)), round(float(a), 4)]
-                        for t, a in zip(
-                            log.column("evaluation", "time").tolist(), accuracy.tolist(), strict=True
-                        )
-                    ],
-                }
-            )
-    content = {"budget": budget, "last": LAST, "machine": machine(), "methods": METHODS, "runs": runs}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                raise SystemExit(f"{name(method, seed)} failed with status {process.returncode}")
+            results["runs"].append(summary(method, seed))
+            save(results)
     print(table())
+
+
+def load(budget: float) -> dict[str, Any]:
+    """`RESULTS`, or an empty one if its budget, methods or software differ from what would run now."""
+    empty = {"budget": budget, "last": LAST, "machine": machine(), "common": COMMON, "methods": METHODS}
+    if RESULTS.exists():
+        results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+        if {key: results.get(key) for key in empty} == empty:
+            return results
+        RESULTS.rename(RESULTS.with_suffix(".before.json"))
+    return {**empty, "runs": []}
+
+
+def save(results: dict[str, Any]) -> None:
+    """Write `RESULTS`, its runs by method and seed."""
+    results["runs"].sort(key=lambda run: (list(METHODS).index(run["method"]), run["seed"]))
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def summary(method: str, seed: int) -> dict[str, Any]:
+    """What `RESULTS` keeps of a finished run."""
+    from fedgmr_plugin.protocol.runlog import read_run
+
+    log = read_run(RUNS / name(method, seed))
+    accuracy = log.column("evaluation", "accuracy")
+    times = log.column("evaluation", "time")
+    return {
+        "method": method,
+        "seed": seed,
+        "accuracy": float(np.mean(accuracy[-LAST:])),
+        "accuracy_global": float(np.mean(log.column("evaluation", "global.accuracy")[-LAST:])),
+        "accuracy_scaled": float(np.mean(log.column("evaluation", "scaled.accuracy")[-LAST:])),
+        "loss": float(np.mean(log.column("evaluation", "loss")[-LAST:])),
+        "windows": log.count("window"),
+        "uploads": log.count("arrival"),
+        "restored_by": max(log.column("restoration", "window").tolist(), default=None),
+        "mean_density": float(np.mean(log.column("window", "mean_density"))),
+        "final_density": float(log.column("window", "mean_density")[-1]),
+        "mean_staleness": float(np.mean(log.column("arrival", "staleness"))),
+        "gigabytes_up": float(np.sum(log.column("window", "bytes_up"))) / 1e9,
+        "wall_seconds": log.end["wall_seconds"] if log.end else None,
+        "model_sha256": log.end["model_sha256"] if log.end else None,
+        "curve": [
+            [round(float(t)), round(float(a), 4)]
+            for t, a in zip(times.tolist(), accuracy.tolist(), strict=True)
+        ],
+    }
 
 
 def machine() -> dict[str, Any]:
