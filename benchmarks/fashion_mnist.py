@@ -48,12 +48,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "frozen_buffered": {**BUFFERED},
     "frozen": {},
     "fedavg": {"dense_start": True, "schedule": "sync", "update_form": "replacement"},
+    "gradient": {**BUFFERED, "trigger": "gradient"},
 }
+#: What runs unless `--methods` says otherwise.
+COMPARED = ("fedgmr", "frozen_buffered", "frozen", "fedavg")
 TITLES = {
     "fedgmr": "FedGMR (buffer, replacement form)",
     "frozen": "without GMR (arrivals, delta form)",
     "frozen_buffered": "without GMR (buffer, replacement form)",
     "fedavg": "dense FedAvg, synchronous",
+    "gradient": "FedGMR, gradient trigger",
 }
 
 
@@ -100,7 +104,15 @@ def run_all(methods: list[str], seeds: list[int], budget: float, jobs: int) -> N
             path = RUNS / name(method, seed)
             if path.exists():
                 path.rename(path.with_name(f"{path.name}-before-{int(time.time())}"))
-            command = [sys.executable, "-m", "benchmarks.fashion_mnist", "one", method, str(seed), str(budget)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.fashion_mnist",
+                "one",
+                method,
+                str(seed),
+                str(budget),
+            ]
             running[method, seed] = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         time.sleep(1)
         for (method, seed), process in list(running.items()):
@@ -115,14 +127,15 @@ def run_all(methods: list[str], seeds: list[int], budget: float, jobs: int) -> N
 
 
 def load(budget: float) -> dict[str, Any]:
-    """`RESULTS`, or an empty one if its budget, methods or software differ from what would run now."""
-    empty = {"budget": budget, "last": LAST, "machine": machine(), "common": COMMON, "methods": METHODS}
+    """`RESULTS` without the runs whose options differ from today's; none of them if the budget does."""
+    results: dict[str, Any] = {"budget": budget, "last": LAST, "machine": machine(), "runs": []}
     if RESULTS.exists():
-        results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
-        if {key: results.get(key) for key in empty} == empty:
-            return results
-        RESULTS.rename(RESULTS.with_suffix(".before.json"))
-    return {**empty, "runs": []}
+        before = json.loads(RESULTS.read_text(encoding="utf-8"))
+        if before["budget"] == budget:
+            results["runs"] = [
+                r for r in before["runs"] if r["options"] == {**COMMON, **METHODS[r["method"]]}
+            ]
+    return results
 
 
 def save(results: dict[str, Any]) -> None:
@@ -142,6 +155,7 @@ def summary(method: str, seed: int) -> dict[str, Any]:
     return {
         "method": method,
         "seed": seed,
+        "options": {**COMMON, **METHODS[method]},
         "accuracy": float(np.mean(accuracy[-LAST:])),
         "accuracy_global": float(np.mean(log.column("evaluation", "global.accuracy")[-LAST:])),
         "accuracy_scaled": float(np.mean(log.column("evaluation", "scaled.accuracy")[-LAST:])),
@@ -179,34 +193,43 @@ def table() -> str:
     """The results as Markdown."""
     from scipy import stats
 
-    content = json.loads(RESULTS.read_text(encoding="utf-8"))
-    by_method: dict[str, list[dict[str, Any]]] = {}
-    for run in content["runs"]:
-        by_method.setdefault(run["method"], []).append(run)
+    by_method: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in METHODS}
+    for run in json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]:
+        by_method[run["method"]][run["seed"]] = run
 
-    def mean(runs: list[dict[str, Any]], key: str) -> float:
-        return float(np.mean([run[key] for run in runs]))
+    def mean(method: str, key: str) -> float:
+        return float(np.mean([run[key] for run in by_method[method].values()]))
 
     lines = [
         "| method | accuracy % (seeds) | w alone % | test loss | uploads | final density |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for method, runs in by_method.items():
-        each = ", ".join(f"{100 * run['accuracy']:.2f}" for run in runs)
+    for method in COMPARED:
+        each = ", ".join(f"{100 * run['accuracy']:.2f}" for run in by_method[method].values())
         lines.append(
-            f"| {TITLES[method]} | **{100 * mean(runs, 'accuracy'):.2f}** ({each}) "
-            f"| {100 * mean(runs, 'accuracy_global'):.2f} | {mean(runs, 'loss'):.3f} "
-            f"| {mean(runs, 'uploads'):,.0f} | {mean(runs, 'final_density'):.2f} |"
+            f"| {TITLES[method]} | **{100 * mean(method, 'accuracy'):.2f}** ({each}) "
+            f"| {100 * mean(method, 'accuracy_global'):.2f} | {mean(method, 'loss'):.3f} "
+            f"| {mean(method, 'uploads'):,.0f} | {mean(method, 'final_density'):.2f} |"
         )
     lines += ["", "| difference, paired by seed | mean, points | 95 % interval |", "| --- | --- | --- |"]
-    for other in (method for method in by_method if method != "fedgmr"):
-        ours = {run["seed"]: run["accuracy"] for run in by_method["fedgmr"]}
-        gains = 100 * np.array([ours[run["seed"]] - run["accuracy"] for run in by_method[other]])
+    for method in COMPARED[1:]:
+        pairs = [(by_method["fedgmr"][seed], run) for seed, run in by_method[method].items()]
+        gains = 100 * np.array([ours["accuracy"] - theirs["accuracy"] for ours, theirs in pairs])
         half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
         lines.append(
-            f"| {TITLES['fedgmr']} - {TITLES[other]} | {gains.mean():+.2f} "
+            f"| {TITLES['fedgmr']} - {TITLES[method]} | {gains.mean():+.2f} "
             f"| [{gains.mean() - half:+.2f}, {gains.mean() + half:+.2f}] |"
         )
+    if by_method["gradient"]:
+        lines += [
+            "",
+            "| gradient trigger, seed | restored | same model as without GMR |",
+            "| --- | --- | --- |",
+        ]
+    for seed, run in by_method["gradient"].items():
+        same = run["model_sha256"] == by_method["frozen_buffered"][seed]["model_sha256"]
+        restored = "never" if run["restored_by"] is None else f"by window {run['restored_by']:,}"
+        lines.append(f"| {seed} | {restored} | {'yes, SHA-256' if same else 'no'} |")
     return "\n".join(lines)
 
 
@@ -216,7 +239,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    run.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    run.add_argument("--methods", nargs="+", default=COMPARED, choices=list(METHODS))
     run.add_argument("--budget", type=float, default=70_000.0, help="virtual seconds")
     run.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     one = commands.add_parser("one")
