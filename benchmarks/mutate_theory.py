@@ -79,6 +79,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("theory.checks.coverage", f"Mult -> Div: {_RAISED}"): "True / 1.0 is 1.0",
     ("theory.checks.coverage", f"drop the right of Mult: {_RAISED}"): "booleans count as numbers",
     ("theory.checks.coverage", f"1.0 -> 2.0: {_RAISED}"): "only the sign is used",
+    (
+        "theory.laboratory.masks",
+        "0.0 -> 1.0: def ranking(w: Floats, prunable: Bools, *, floor: float = 0.0, "
+        "layers: tuple[int, ...] = ()) -> Ints:",
+    ): "everybody first is the same order as nobody first",
 }
 
 
