@@ -31,6 +31,7 @@ from fedgmr_plugin.kernels import (
     GMRRules,
     MaskedUpdate,
     Observation,
+    Ranking,
     build_layout,
     merge,
     rank,
@@ -143,14 +144,14 @@ def test_03_the_weight_change_score_is_not_the_magnitude() -> None:
 
 def test_04_masks_are_what_was_sent_and_not_what_is_nonzero() -> None:
     """Defect 4: an active weight that is exactly 0 is dropped, and a restored 0 stays dropped."""
-    w_D = torch.tensor([4.0, 4.0])
+    ranking = Ranking((0.5, 1.0), torch.tensor([0, 1], dtype=torch.int16))
     updates = [
-        MaskedUpdate(torch.tensor([0, 1]), torch.tensor([0.0, 2.0]), 1.0),  # trained to exactly 0
-        MaskedUpdate(torch.tensor([0]), torch.tensor([6.0]), 1.0),
+        MaskedUpdate(ranking, 1, torch.tensor([0.0, 2.0]), 1.0),  # trained to exactly 0
+        MaskedUpdate(ranking, 0, torch.tensor([6.0]), 1.0),
     ]
-    assert merge(w_D, updates, form="replacement").w_D.tolist() == [3.0, 2.0]
+    assert merge(torch.tensor([4.0, 4.0]), ranking, updates, form="replacement").w_D.tolist() == [3.0, 2.0]
     world = World((1.0, 0.5)).start()
-    world.server.w_D.zero_()
+    world.server.put(torch.zeros(world.layout.size), world.server.ranking)
     for sent in world.sent:
         assert len(sent.values_S) == sent.ranking.ends[sent.rung]  # zeros are sent all the same
     world.arrive(1, 1.0)

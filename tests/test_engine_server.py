@@ -76,7 +76,7 @@ class World:
             seed, windows, in_flight or n, test_interval, client_samples or (10,) * n,
             tuple(1.0 + i for i, _ in enumerate(layout.of_kind("prunable"))),
         )  # fmt: skip
-        self.layout = layout
+        self.layout, self.buffers = layout, layout.size - layout.parameters
         self.server = Server(self.config, self.plan, layout, w_D, **(hooks or {}))
         self.sent: dict[int, Dispatch] = {}
         self.log: list[Effect] = []
@@ -341,7 +341,7 @@ def test_a_window_merges_what_arrived_weighted_by_staleness_and_samples() -> Non
     world = World(windows=20, staleness="polynomial", staleness_exponent=0.5).start()
     world.window([0])
     world.window([0])
-    w_D = world.server.w_D.clone()
+    w_D, ranking = world.server.w_D.clone(), world.server.ranking
     uploads = [world.upload(n, samples=s) for n, s in ((1, 30), (4, 10), (2, 20))]  # clients 1, 0, 2
     for u in uploads:
         world.handle(u)
@@ -352,9 +352,9 @@ def test_a_window_merges_what_arrived_weighted_by_staleness_and_samples() -> Non
         sent = world.sent[u.dispatch]
         taus.append(2 - sent.version)
         weight = u.samples * staleness_weight("polynomial", taus[-1], exponent=0.5)
-        updates.append(MaskedUpdate(sent.index_S, u.values_S, weight))
-    wanted = merge(w_D, updates, form="delta", parameters=world.layout.parameters)
-    assert torch.equal(world.server.w_D, wanted.w_D)
+        updates.append(MaskedUpdate(sent.ranking, sent.rung, u.values_S, weight))
+    wanted = merge(ranking.ranked(w_D), ranking, updates, form="delta", buffers=world.buffers)
+    assert torch.equal(world.server.w_D, ranking.flat(wanted.w_D))
 
     arrivals = records(effects, "arrival")
     assert [(a["client"], a["dispatch"], a["staleness"]) for a in arrivals] == [
@@ -420,7 +420,7 @@ def test_the_buffer_averages_everybodys_last_upload() -> None:
     world = World(update_scope="buffer", update_form="replacement", windows=20).start()
     world.window()
     first = {u.client: u for u in (world.upload(d) for d in (0, 1, 2))}
-    w_D = world.server.w_D.clone()
+    w_D, ranking = world.server.w_D.clone(), world.server.ranking
     new = world.upload(3)
     world.handle(new)
     effects = world.close()
@@ -429,9 +429,10 @@ def test_the_buffer_averages_everybodys_last_upload() -> None:
         upload = new if client == 0 else first[client]
         tau = 1 - (1 if client == 0 else 0)
         weight = 10 * staleness_weight("polynomial", tau)
-        updates.append(MaskedUpdate(world.sent[upload.dispatch].index_S, upload.values_S, weight))
-    wanted = merge(w_D, updates, form="replacement", parameters=world.layout.parameters)
-    assert torch.equal(world.server.w_D, wanted.w_D)
+        sent = world.sent[upload.dispatch]
+        updates.append(MaskedUpdate(sent.ranking, sent.rung, upload.values_S, weight))
+    wanted = merge(ranking.ranked(w_D), ranking, updates, form="replacement", buffers=world.buffers)
+    assert torch.equal(world.server.w_D, ranking.flat(wanted.w_D))
     (arrival,) = records(effects, "arrival")
     assert arrival["pibar"] is None and arrival["weight"] == 10.0 and arrival["dispatch"] == 3
     assert records(effects, "window")[0]["uncovered"] == 0
@@ -820,6 +821,6 @@ def test_a_snapshot_does_not_change_with_the_server() -> None:
     before = {k: t.clone() for k, t in state.tensors.items()}
     meta = json.dumps(state.meta)
     world.window()
-    world.server.w_D.add_(1.0)
+    world.server.ranked_D.add_(1.0)
     assert json.dumps(state.meta) == meta
     assert all(torch.equal(before[k], t) for k, t in state.tensors.items())

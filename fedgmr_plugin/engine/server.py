@@ -15,6 +15,7 @@ client's last upload takes part in every merge. See the method page, sections 3 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,11 +38,11 @@ from fedgmr_plugin.engine.events import (
     Validated,
     WindowClosed,
 )
-from fedgmr_plugin.engine.measures import Merged, Norms, measure_merge, norms_by_rung
+from fedgmr_plugin.engine.measures import Norms, norms, step_sq
 from fedgmr_plugin.engine.seeds import numpy_generator, torch_generator
 from fedgmr_plugin.errors import UpdateRejected
 from fedgmr_plugin.kernels import density as gmr
-from fedgmr_plugin.kernels.aggregate import MaskedUpdate, merge
+from fedgmr_plugin.kernels.aggregate import Coverage, MaskedUpdate, merge
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
 from fedgmr_plugin.kernels.staleness import staleness_weight
@@ -99,7 +100,6 @@ class Server:
         self.before_merge, self.after_merge = before_merge, after_merge
         clients = len(plan.client_samples)
         self.rules = restoration_rules(config)
-        self.w_D = w_D
         self.version = 0
         self.time = 0.0
         self.phase: Literal["ready", "collecting", "validating", "finished"] = "ready"
@@ -113,7 +113,25 @@ class Server:
         self.staged: dict[int, Admitted] = {}
         self.buffer: dict[int, Admitted] = {}
         self.interval_start_D = w_D.clone() if config.score == "weight_change" else None
-        self.ranking = self._rank()
+        self._flat_D: Tensor | None = w_D
+        self._spare_D: Tensor | None = None
+        self.put(w_D, self._rank())
+
+    @property
+    def w_D(self) -> Tensor:
+        """The global vector [D] in the layout's order, not to be changed in place."""
+        if self._flat_D is None:
+            self._flat_D = self.ranking.flat(self.ranked_D)
+        return self._flat_D
+
+    def put(self, w_D: Tensor, ranking: Ranking) -> None:
+        """Make `w_D` [D], in the layout's order, the global vector, and `ranking` its ranking."""
+        self.ranking, self.ranked_D, self._flat_D = ranking, ranking.ranked(w_D), w_D
+        is_other_D = torch.zeros_like(w_D, dtype=torch.bool)
+        for entry in self.layout.entries:
+            if entry.kind in ("dense", "bias"):
+                is_other_D[entry.slice] = True
+        self._others_O = ranking.ranked(is_other_D).nonzero().squeeze(1)
 
     # -- the state machine ----------------------------------------------------------------------------
 
@@ -207,8 +225,7 @@ class Server:
         weight = admitted.upload.samples * staleness_weight(
             c.staleness, tau, exponent=c.staleness_exponent, slope=c.hinge_slope, delay=c.hinge_delay
         )
-        index_S = admitted.flight.ranking.support(admitted.flight.rung)
-        return MaskedUpdate(index_S, admitted.upload.values_S, weight)
+        return MaskedUpdate(admitted.flight.ranking, admitted.flight.rung, admitted.upload.values_S, weight)
 
     def _merge(self, scope: list[Admitted], arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
         """Merge the uploads in `scope`, if any `arrived`; returns the records of those and of the window."""
@@ -216,32 +233,34 @@ class Server:
         weights = {a.upload.dispatch: u.weight for a, u in zip(scope, updates, strict=False)}
         if updates and self.before_merge is not None:
             updates = self.before_merge(self.version, self.w_D, updates)
-        merged = Merged(self.layout.parameters)
+        coverage, moved = _NOBODY, 0.0
+        shares: list[float | None] = [None] * len(arrived)
         if updates:
-            old_D = self.w_D
             result = merge(
-                old_D,
+                self.ranked_D,
+                self.ranking,
                 updates,
                 rule=self.config.aggregation,
                 form=self.config.update_form,
-                parameters=self.layout.parameters,
+                buffers=self._buffers,
                 server_step=self.config.server_step,
                 participation=len(arrived) / len(self.counts) if self.config.mixing else 1.0,
+                out=self._spare_D,
             )
-            new_D = result.w_D if self.after_merge is None else self.after_merge(self.version, result.w_D)
-            if not bool(torch.isfinite(new_D).all()):
+            new_D, coverage = result.w_D, result.coverage
+            if self.after_merge is not None:
+                new_D = self.ranking.ranked(self.after_merge(self.version, self.ranking.flat(new_D)))
+            moved = step_sq(self.ranked_D, new_D, self.ranking, self._buffers)
+            if not math.isfinite(moved):
                 return self._refuse_window(arrived, event)
-            self.w_D = new_D
-            shares = self.config.update_scope == "arrivals" and len(updates) == len(arrived)
-            merged = measure_merge(
-                old_D, new_D, updates, self.layout.parameters, result.weight_D if shares else None
-            )
-        pibar = merged.pibar or (None,) * len(arrived)
+            self._spare_D, self.ranked_D, self._flat_D = self.ranked_D, new_D, None
+            if self.config.update_scope == "arrivals" and len(updates) == len(arrived):
+                shares = list(coverage.shares)
         records: list[Effect] = [
             self._arrival(a, weights[a.upload.dispatch], share)
-            for a, share in zip(arrived, pibar, strict=True)
+            for a, share in zip(arrived, shares, strict=True)
         ]
-        return [*records, self._window(len(arrived), merged, event)]
+        return [*records, self._window(arrived, len(updates), coverage, moved, event)]
 
     def _refuse_window(self, arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
         """Finite uploads added up to something that is not: none of them is merged."""
@@ -252,20 +271,23 @@ class Server:
             self._rejected(a.upload, "GMR-403", "the merged model would hold NaN or infinity")
             for a in arrived
         ]
-        return [*refused, self._window(0, Merged(self.layout.parameters), event)]
+        return [*refused, self._window([], 0, _NOBODY, 0.0, event)]
 
-    def _window(self, arrivals: int, merged: Merged, event: WindowClosed) -> Record:
+    def _window(
+        self, arrived: list[Admitted], updates: int, coverage: Coverage, moved: float, event: WindowClosed
+    ) -> Record:
+        parameters = self.layout.parameters
         return _record(
             "window",
             window=self.version,
             start=event.start,
             close=event.close,
             end=event.end,
-            arrivals=arrivals,
-            gamma_min=merged.gamma_min,
-            uncovered=merged.uncovered,
-            coverage=merged.coverage,
-            step_sq=merged.step_sq,
+            arrivals=len(arrived),
+            gamma_min=coverage.least_holders,
+            uncovered=coverage.uncovered if updates else parameters,
+            coverage=coverage.held / (parameters * updates) if updates else 0.0,
+            step_sq=moved,
             in_flight=len(self.flights),
             mean_density=sum(self.gmr.densities) / len(self.gmr.densities),
             density_floor=self.gmr.floor,
@@ -298,7 +320,7 @@ class Server:
         self.candidate = event.candidate
         seen = gmr.Observation(self.elapsed, event.server, event.clients, event.gradient)
         self.gmr, restorations = gmr.step(self.rules, self.gmr, seen)
-        self.ranking = self._rank()
+        self.put(self.w_D, self._rank())
         if self.interval_start_D is not None:
             self.interval_start_D = self.w_D.clone()
         self.phase = "collecting"
@@ -374,7 +396,7 @@ class Server:
             density = self.gmr.densities[client]
             rung = self.ranking.rung(density)
             if rung not in payloads:
-                payloads[rung] = self.w_D[self.ranking.support(rung)]
+                payloads[rung] = self.ranked_D[: self.ranking.ends[rung]].clone()
             sent = Dispatch(
                 self.dispatches,
                 client,
@@ -409,19 +431,12 @@ class Server:
         return effects
 
     def _norms(self) -> tuple[Norms, Norms]:
-        """Squared norms of w_D, over prunable coordinates and over all parameters."""
-        rungs = len(self.ranking.densities) + 1
-        by_kind = {
-            True: torch.zeros(rungs, dtype=torch.float64),
-            False: torch.zeros(rungs, dtype=torch.float64),
-        }
-        for entry in self.layout.entries:
-            if entry.kind == "buffer":
-                continue
-            square = self.w_D[entry.slice].to(torch.float64).square()
-            rung = self.ranking.rung_D[entry.slice].to(torch.int64)
-            by_kind[entry.kind == "prunable"] += torch.bincount(rung, weights=square, minlength=rungs).cpu()
-        return norms_by_rung(by_kind[True]), norms_by_rung(by_kind[True] + by_kind[False])
+        """Squared norms of the global vector, over prunable coordinates and over all parameters."""
+        return norms(self.ranked_D, self.ranking, self._others_O, self._buffers)
+
+    @property
+    def _buffers(self) -> int:
+        return self.layout.size - self.layout.parameters
 
     # -- models ---------------------------------------------------------------------------------------
 
@@ -437,6 +452,10 @@ class Server:
         if which == "global" or min(self.gmr.densities) >= 1.0:
             return self.w_D.clone()
         return self.w_D * self.coverage().to(self.w_D.dtype)
+
+
+#: Nobody holds anything: no update was merged.
+_NOBODY = Coverage(0, 0, 0, ())
 
 
 def _record(kind: str, **fields: Any) -> Record:

@@ -87,7 +87,6 @@ def restore(server: Server, state: Snapshot) -> None:
         values_S = tensors[f"{group}.{a['upload']['dispatch']}"].clone()
         return Admitted(flight(a["flight"]), UploadArrived(values_S=values_S, **a["upload"]))
 
-    server.w_D = tensors["w"].clone()
     if "interval_start" in tensors:
         server.interval_start_D = tensors["interval_start"].clone()
     server.version, server.time = meta["version"], meta["time"]
@@ -102,7 +101,7 @@ def restore(server: Server, state: Snapshot) -> None:
         Plateau(*gmr["server"]),
         tuple(Plateau(*c) for c in gmr["clients"]),
     )
-    server.ranking = rankings[meta["ranking"]]
+    server.put(tensors["w"].clone(), rankings[meta["ranking"]])
     server.flights = {d: flight(f) for d, f in meta["flights"]}
     server.staged = {a["upload"]["dispatch"]: admitted(a, "staged") for a in meta["staged"]}
     server.buffer = {a["upload"]["client"]: admitted(a, "buffer") for a in meta["buffer"]}

@@ -4,7 +4,7 @@ Kernels know no clock, no file, no network and no configuration object; what the
 Axis letters: D coordinates of the global vector, S support of one sub-model, N clients, R rungs.
 """
 
-from fedgmr_plugin.kernels.aggregate import MaskedUpdate, Merge, holders, merge
+from fedgmr_plugin.kernels.aggregate import Coverage, MaskedUpdate, Merge, merge
 from fedgmr_plugin.kernels.density import (
     GMRRules,
     GMRState,
@@ -16,10 +16,11 @@ from fedgmr_plugin.kernels.density import (
     step,
 )
 from fedgmr_plugin.kernels.layout import Entry, Finding, ModelLayout, build_layout, validate
-from fedgmr_plugin.kernels.masks import Ranking, rank, scores
+from fedgmr_plugin.kernels.masks import Ranking, Segment, rank, scores
 from fedgmr_plugin.kernels.staleness import staleness_weight
 
 __all__ = [
+    "Coverage",
     "Entry",
     "Finding",
     "GMRRules",
@@ -30,8 +31,8 @@ __all__ = [
     "Observation",
     "Ranking",
     "Restoration",
+    "Segment",
     "build_layout",
-    "holders",
     "merge",
     "next_density",
     "rank",

@@ -9,10 +9,11 @@ nested by construction, each is a *prefix* of one coordinate order, and what a l
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,15 @@ from fedgmr_plugin.kernels.layout import ModelLayout
 
 Score = Literal["magnitude", "weight_change", "per_cost", "random"]
 _HISTOGRAM_BITS = 16
+
+
+class Segment(NamedTuple):
+    """Coordinates `start` to `stop` of a ranking's order, all of one rung and one kind."""
+
+    start: int
+    stop: int
+    rung: int
+    is_buffer: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +72,34 @@ class Ranking:
             ValueError: if it was not requested.
         """
         return self.densities.index(density)
+
+    def segments(self, buffers: int = 0) -> Iterator[Segment]:
+        """The order's non-empty segments; rung R is what no sub-model holds.
+
+        Args:
+            buffers: number of trailing coordinates of the layout that are buffers: the last ones of rung 0.
+        """
+        size = self.rung_D.numel()
+        bounds = (0, self.ends[0] - buffers, *self.ends, size)
+        for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            if stop > start:
+                yield Segment(start, stop, max(i - 1, 0), i == 1)
+
+    def ranked(self, flat_D: Tensor) -> Tensor:
+        """A vector [D] in the layout's order, in the order of the ranking (a new tensor)."""
+        return torch.index_select(flat_D, 0, self.order_D)
+
+    def flat(self, ranked_D: Tensor) -> Tensor:
+        """A vector [D] in the order of the ranking, in the layout's order (a new tensor)."""
+        return torch.empty_like(ranked_D).scatter_(0, self.order_D, ranked_D)
+
+    def places(self, index_S: Tensor) -> Tensor:
+        """int32 [S]: where coordinates of the layout stand in the order of the ranking."""
+        return torch.index_select(self._place_D, 0, index_S)
+
+    @cached_property
+    def _place_D(self) -> Tensor:
+        return self.flat(torch.arange(self.rung_D.numel(), dtype=torch.int32, device=self.rung_D.device))
 
     def support(self, rung: int) -> Tensor:
         """int64 [S]: coordinates of the rung's sub-model, in the order of its payload."""

@@ -312,7 +312,8 @@ class _Hooks:
         for (weight, state), n in zip(kept, positions, strict=True):
             index_S = updates[n].index_S
             own_D = self.layout.from_state_dict(state, w_D)
-            result.append(MaskedUpdate(index_S, own_D[index_S] - base_S(index_S), weight))
+            values_S = own_D[index_S] - base_S(index_S)
+            result.append(updates[n]._replace(values_S=values_S, weight=weight))
         return result
 
     def after(self, window: int, w_D: Tensor) -> Tensor:

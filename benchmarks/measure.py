@@ -1,0 +1,84 @@
+"""What the benchmarks share: a clock, the memory's speed, the machine's description, one row of a table.
+
+Times are medians of several repeats on one thread. A *floor* is the time in which the memory moves the bytes
+that a kernel cannot avoid, at the speed of a triad a = b + s c measured in the same process.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Row(NamedTuple):
+    """One measured goal.
+
+    Attributes:
+        name: what is measured.
+        against: the reference that it is divided by.
+        value: the ratio, or the figure.
+        goal: what it should be: "<= 1.5", ">= 10"; "" where there is none.
+        detail: the figures behind it.
+    """
+
+    name: str
+    against: str
+    value: float
+    goal: str = ""
+    detail: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is met; None without one."""
+        if not self.goal:
+            return None
+        sign, bound = self.goal.split()
+        return self.value <= float(bound) if sign == "<=" else self.value >= float(bound)
+
+
+def seconds(work: Callable[[], Any], repeats: int = 7, prepare: Callable[[], Any] | None = None) -> float:
+    """Median time of `work` over `repeats` calls after one that is not counted; `prepare` is not timed."""
+    times = []
+    for _ in range(repeats + 1):
+        if prepare is not None:
+            prepare()
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def triad_bandwidth(elements: int = 2**24) -> float:
+    """Bytes per second of a = b + s c on float32 vectors far larger than the caches (12 bytes an element)."""
+    a, b, c = (torch.ones(elements) for _ in range(3))
+    return 12 * elements / seconds(lambda: torch.add(b, c, alpha=0.5, out=a), repeats=11)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gigabytes": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "system": f"{platform.system()} {platform.machine()}",
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
