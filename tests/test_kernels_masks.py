@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedgmr_plugin.kernels import ModelLayout, Ranking, build_layout, rank, scores
-from fedgmr_plugin.kernels.masks import _rungs, _sort_key, prunable_values
+from fedgmr_plugin.kernels.masks import _bins, _rungs, prunable_values
 
 few = settings(max_examples=max(10, settings().max_examples // 4))
 LADDER = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -100,7 +100,7 @@ plain = st.floats(0, 1e6, width=32)
 def test_rungs_equal_a_stable_sort(score: list[float], shares: list[float], dtype: torch.dtype) -> None:
     counts = sorted(int(share * len(score)) for share in shares)
     tensor = torch.tensor(score, dtype=dtype)
-    assert _rungs(_sort_key(tensor), counts).tolist() == brute_rungs(tensor.abs().tolist(), counts)
+    assert _rungs(tensor.abs(), counts).tolist() == brute_rungs(tensor.abs().tolist(), counts)
 
 
 @given(
@@ -116,7 +116,7 @@ def test_rungs_of_many_elements_equal_a_stable_sort(seed: int, size: int, levels
         place = torch.empty_like(order)
         place[order] = torch.arange(size)
         wanted = torch.searchsorted(torch.tensor(counts), place, right=True)
-        assert torch.equal(_rungs(_sort_key(tensor), counts).long(), wanted)
+        assert torch.equal(_rungs(tensor, counts).long(), wanted)
 
 
 @given(seed=st.integers(0, 2**32 - 1))
@@ -124,16 +124,18 @@ def test_elements_that_are_set_aside_rank_last(seed: int) -> None:
     rng = np.random.default_rng(seed)
     score = torch.tensor(rng.integers(0, 4, 40), dtype=torch.float32)
     aside = torch.tensor(rng.random(40) < 0.3)
-    key = _sort_key(score).masked_fill(aside, -1)
+    kept = score.masked_fill(aside, -1.0)
     counts = sorted(rng.integers(0, 41, 4).tolist())
     expected = brute_rungs(torch.where(aside, -1.0, score).tolist(), counts)
-    assert _rungs(key, counts).tolist() == expected
+    assert _rungs(kept, counts).tolist() == expected
 
 
 def test_negative_zero_and_subnormals_sort_where_their_values_do() -> None:
     for dtype, tiny in ((torch.float32, 2.0**-149), (torch.float64, 2.0**-1074)):
-        key = _sort_key(torch.tensor([-0.0, 0.0, tiny, 2 * tiny, 1.0, torch.finfo(dtype).max], dtype=dtype))
-        assert key[0] == key[1] == 0 and (key[1:].diff() > 0).all()
+        score = torch.tensor([-1.0, -0.0, 0.0, tiny, 2 * tiny, 1.0, torch.finfo(dtype).max], dtype=dtype)
+        bins = _bins(score)
+        assert bins[0] == 0 and bins[1] == bins[2] == 1 and (bins.diff() >= 0).all() and bins[-1] <= 2**16
+        assert _rungs(score, [1, 2, 3, 4, 6]).tolist() == [5, 4, 4, 3, 2, 1, 0]
 
 
 # -- masks -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedgmr_plugin.kernels.blocks import blocks
 from fedgmr_plugin.kernels.layout import ModelLayout
 
 Score = Literal["magnitude", "weight_change", "per_cost", "random"]
@@ -50,13 +52,24 @@ class Ranking:
     @cached_property
     def order_D(self) -> Tensor:
         """int64 [D]: coordinates by rung, increasing within one rung."""
-        return torch.argsort(self.rung_D, stable=True)
+        order_D = torch.empty(self.rung_D.numel(), dtype=torch.int64, device=self.rung_D.device)
+        start_R = [0, *self.ends]
+        for at in blocks(0, self.rung_D.numel(), self.rung_D):
+            rung_B, index_B = torch.sort(self.rung_D[at], stable=True)
+            counts = torch.bincount(rung_B, minlength=len(start_R)).tolist()
+            for r, part in enumerate(index_B.split(counts)):
+                torch.add(part, at.start, out=order_D[start_R[r] : start_R[r] + len(part)])
+                start_R[r] += len(part)
+        return order_D
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """Length of the prefix of `order_D` that each rung's sub-model takes [R]."""
-        counts = torch.bincount(self.rung_D.to(torch.int64), minlength=len(self.densities) + 1)
-        return tuple(torch.cumsum(counts, 0)[: len(self.densities)].tolist())
+        rungs = len(self.densities)
+        count_R = torch.zeros(rungs + 1, dtype=torch.int64, device=self.rung_D.device)
+        for at in blocks(0, self.rung_D.numel(), self.rung_D):
+            count_R += torch.bincount(self.rung_D[at], minlength=rungs + 1)
+        return tuple(count_R.cumsum(0)[:rungs].tolist())
 
     @cached_property
     def digest(self) -> str:
@@ -187,13 +200,14 @@ def rank(
     """
     total = layout.prunable
     counts = [int(d * total) for d in densities]
-    key_P = _sort_key(score_P)
     floor_P = _floor(layout, w_D, layer_floor)
-    n_floor = int(floor_P.sum())
-    rung_P = _rungs(key_P.masked_fill(floor_P, -1), [max(k - n_floor, 0) for k in counts])
-    if n_floor:
-        among_floor = _rungs(key_P.masked_fill(~floor_P, -1), [min(k, n_floor) for k in counts])
-        rung_P = torch.where(floor_P, among_floor, rung_P)
+    if floor_P is None:
+        rung_P = _rungs(score_P, counts)
+    else:
+        n_floor = int(floor_P.sum())
+        others_P = _rungs(score_P.masked_fill(floor_P, -1.0), [max(k - n_floor, 0) for k in counts])
+        among_P = _rungs(score_P.masked_fill(~floor_P, -1.0), [min(k, n_floor) for k in counts])
+        rung_P = torch.where(floor_P, among_P, others_P)
 
     rung_D = torch.zeros(layout.size, dtype=torch.int16, device=w_D.device)
     start = 0
@@ -208,63 +222,79 @@ def rank(
     return Ranking(tuple(densities), rung_D)
 
 
-def _floor(layout: ModelLayout, w_D: Tensor, share: float) -> Tensor:
-    """bool [P]: the ``int(share * size)`` weights of largest |w| of every layer."""
+def _floor(layout: ModelLayout, w_D: Tensor, share: float) -> Tensor | None:
+    """bool [P]: the ``int(share * size)`` weights of largest |w| of every layer; None if that is nobody."""
+    if share == 0.0:
+        return None
     pieces = []
     for entry in layout.of_kind("prunable"):
         count = int(share * entry.size)
-        magnitude = w_D[entry.slice].abs()
-        if count:
-            pieces.append(_rungs(_sort_key(magnitude), [count]) == 0)
-        else:
-            pieces.append(torch.zeros(entry.size, dtype=torch.bool, device=w_D.device))
-    return torch.cat(pieces)
+        pieces.append(_rungs(w_D[entry.slice].abs(), [count]) == 0)
+    floor_P = torch.cat(pieces)
+    return floor_P if bool(floor_P.any()) else None
 
 
-def _sort_key(score: Tensor) -> Tensor:
-    """Integers in the order of the non-negative `score`: the bits of IEEE floats."""
-    score = score.contiguous() + 0.0  # -0.0 becomes 0.0
-    return score.view(torch.int32 if score.dtype == torch.float32 else torch.int64)
+def _rungs(score: Tensor, counts: Sequence[int]) -> Tensor:
+    """int16: for each element the first r with (its rank by descending score, ties by position) < counts[r].
 
-
-def _rungs(key: Tensor, counts: Sequence[int]) -> Tensor:
-    """int16: for each element the first r with (its rank by descending key, ties by position) < counts[r].
-
-    `counts` ascend. Only the histogram bins that contain a threshold are sorted. Key -1 ranks last.
+    `counts` ascend; scores are non-negative, or -1, which ranks last. Nothing is sorted but the bins of a
+    histogram that hold a threshold.
     """
-    bits = 31 if key.dtype == torch.int32 else 63
-    bins = (key >> (bits - _HISTOGRAM_BITS)) + 1  # key -1 falls into bin 0
-    histogram = torch.bincount(bins.to(torch.int64), minlength=2**_HISTOGRAM_BITS + 1)
-    above = histogram.flip(0).cumsum(0).flip(0) - histogram  # elements in higher bins
-    counts_R = torch.tensor(counts, dtype=torch.int64, device=key.device)
-
-    thresholds: dict[int, int] = {}  # k-th largest key -> number of larger keys
-    table = above.tolist()
-    wanted: dict[int, list[int]] = {}
-    descending = above.flip(0)  # ascending in "above": bins from high to low
-    for k in sorted({k for k in counts if 0 < k <= key.numel()}):
-        position = int(torch.searchsorted(descending, k - 1, right=True)) - 1
-        wanted.setdefault(len(table) - 1 - position, []).append(k)
-    for bin_index, ks in wanted.items():
-        members = torch.sort(key[bins == bin_index], descending=True).values
-        for k in ks:
-            value = int(members[k - table[bin_index] - 1])
-            thresholds[value] = table[bin_index] + int((members > value).sum())
-
-    # Elements strictly between thresholds: rung by comparing keys; elements on a threshold: by position.
-    rung = torch.full(key.shape, len(counts), dtype=torch.int16, device=key.device)
-    if not thresholds:
-        return rung
-    cuts = sorted(thresholds)
-    cut_tensor = torch.tensor(cuts, dtype=key.dtype, device=key.device)
-    # An element above exactly the cuts cuts[:i] has rank >= thresholds of cut i and < that of cut i - 1.
-    first_rung = torch.searchsorted(
-        counts_R, torch.tensor([thresholds[c] - 1 for c in cuts], device=key.device), right=True
-    )
-    by_cut = torch.cat([torch.tensor([len(counts)], device=key.device), first_rung]).to(torch.int16)
-    rung = by_cut[torch.bucketize(key, cut_tensor, right=True)]
-    for value, larger in thresholds.items():
-        ties = (key == value).nonzero().squeeze(1)
-        ranks = larger + torch.arange(ties.numel(), device=key.device)
-        rung[ties] = torch.searchsorted(counts_R, ranks, right=True).to(torch.int16)
+    cuts = _cuts(score, counts)
+    rung = torch.zeros(score.numel(), dtype=torch.int16, device=score.device)
+    for at in blocks(0, score.numel(), score):
+        score_B, rung_B = score[at], rung[at]
+        for first in range(0, len(cuts), 255):
+            below_B = torch.zeros(len(score_B), dtype=torch.uint8, device=score.device)
+            for cut in cuts[first : first + 255]:
+                below_B += (score_B < cut.value).view(torch.uint8)
+            rung_B += below_B
+    for cut in cuts:
+        if cut.ties > cut.inside:
+            rung[(score == cut.value).nonzero().squeeze(1)[cut.inside :]] += 1
     return rung
+
+
+class _Cut(NamedTuple):
+    """The k largest of some scores: those above `value`, and the first `inside` of `ties` that equal it."""
+
+    value: float
+    inside: int = 0
+    ties: int = 0
+
+
+def _cuts(score: Tensor, counts: Sequence[int]) -> list[_Cut]:
+    """The cut of each k in `counts` that leaves somebody out."""
+    count = torch.zeros(2**_HISTOGRAM_BITS + 1, dtype=torch.int64, device=score.device)
+    for at in blocks(0, score.numel(), score):
+        count += torch.bincount(_bins(score[at]), minlength=len(count))
+    from_top = count.flip(0).cumsum(0).flip(0)  # elements of each bin and those above it
+    wanted = [k for k in counts if k < score.numel()]
+    bin_of = {k: int((from_top >= k).sum()) - 1 for k in wanted if k > 0}
+    is_wanted = torch.zeros(len(count), dtype=torch.bool, device=score.device)
+    is_wanted[list(bin_of.values())] = True
+    members = [score.new_empty(0)]
+    for at in blocks(0, score.numel(), score) if bin_of else ():
+        members.append(score[at][is_wanted.index_select(0, _bins(score[at]))])
+    member = torch.cat(members)
+    ordered = {b: torch.sort(member[_bins(member) == b], descending=True).values for b in bin_of.values()}
+    cuts = []
+    for k in wanted:
+        if k == 0:
+            cuts.append(_Cut(math.inf))
+            continue
+        inside_bin = ordered[bin_of[k]]
+        place = k - int(from_top[bin_of[k]]) + len(inside_bin) - 1
+        value = inside_bin[place]
+        larger = int((inside_bin > value).sum())
+        cuts.append(_Cut(float(value), place + 1 - larger, int((inside_bin == value).sum())))
+    return cuts
+
+
+def _bins(score_B: Tensor) -> Tensor:
+    """Histogram bin of each score, in the order of the scores; 0 for those below 0."""
+    kind, bits = (torch.int32, 31) if score_B.dtype == torch.float32 else (torch.int64, 63)
+    key_B = (score_B + 0.0).view(
+        kind
+    )  # bits of non-negative floats are ordered as they are; -0.0 becomes 0.0
+    return (key_B >> (bits - _HISTOGRAM_BITS)).clamp_min_(-1).add_(1)
