@@ -16,7 +16,7 @@ client's last upload takes part in every merge. See the method page, sections 3 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,6 +113,7 @@ class Server:
         self.staged: dict[int, Admitted] = {}
         self.buffer: dict[int, Admitted] = {}
         self.interval_start_D = w_D.clone() if config.score == "weight_change" else None
+        self._densities_mean: tuple[tuple[float, ...], float] = ((), 0.0)
         self._flat_D: Tensor | None = w_D
         self._spare_D: Tensor | None = None
         self.put(w_D, self._rank())
@@ -289,9 +290,17 @@ class Server:
             coverage=coverage.held / (parameters * updates) if updates else 0.0,
             step_sq=moved,
             in_flight=len(self.flights),
-            mean_density=sum(self.gmr.densities) / len(self.gmr.densities),
+            mean_density=self._mean_density(),
             density_floor=self.gmr.floor,
         )
+
+    def _mean_density(self) -> float:
+        densities, mean = self._densities_mean
+        if densities is not self.gmr.densities:
+            densities = self.gmr.densities
+            mean = sum(densities) / len(densities)
+            self._densities_mean = densities, mean
+        return mean
 
     def _arrival(self, admitted: Admitted, weight: float, pibar: float | None) -> Record:
         flight, upload = admitted.flight, admitted.upload
@@ -355,7 +364,8 @@ class Server:
 
     def _rank(self) -> Ranking:
         """Masks for every density that is held now or could be held after the next restoration."""
-        wanted = {*self.gmr.densities, *(gmr.next_density(self.rules, d) for d in self.gmr.densities)}
+        held = set(self.gmr.densities)
+        wanted = held | {gmr.next_density(self.rules, d) for d in held}
         change_D = None
         if self.interval_start_D is not None:
             change_D = self.w_D - self.interval_start_D
@@ -378,14 +388,14 @@ class Server:
 
     def _dispatch(self) -> list[Effect]:
         """Sub-models for idle clients, as many as may be in flight."""
-        busy = {f.client for f in self.flights.values()}
-        idle = [n for n in range(len(self.counts)) if n not in busy]
-        slots = min(self.plan.in_flight - len(busy), len(idle))
-        if slots < len(idle):
-            chosen = numpy_generator(self.plan.seed, "sampling", self.version).choice(
-                len(idle), size=max(slots, 0), replace=False
-            )
-            idle = sorted(idle[i] for i in chosen)
+        busy = sorted({f.client for f in self.flights.values()})
+        free = len(self.counts) - len(busy)
+        slots = max(min(self.plan.in_flight - len(busy), free), 0)
+        chosen: Iterable[int] = range(free)
+        if slots < free:
+            generator = numpy_generator(self.plan.seed, "sampling", self.version)
+            chosen = generator.choice(free, size=slots, replace=False).tolist()
+        idle = sorted(_among_the_idle(position, busy) for position in chosen)
         if not idle:
             return []
         prunable, parameters = self._norms()
@@ -452,6 +462,16 @@ class Server:
         if which == "global" or min(self.gmr.densities) >= 1.0:
             return self.w_D.clone()
         return self.w_D * self.coverage().to(self.w_D.dtype)
+
+
+def _among_the_idle(position: int, busy: Sequence[int]) -> int:
+    """The client at `position` among all that are not in `busy` (increasing)."""
+    client = position
+    for b in busy:
+        if b > client:
+            break
+        client += 1
+    return client
 
 
 #: Nobody holds anything: no update was merged.

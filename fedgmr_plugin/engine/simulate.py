@@ -88,6 +88,11 @@ class Clients:
         """The part held out."""
         return self._split(client)[1]
 
+    @property
+    def anything_held_out(self) -> bool:
+        """Whether any client has validation samples."""
+        return self.fraction > 0 and any(self.validation(n) is not None for n in range(self.count))
+
     def _split(self, client: int) -> tuple[Samples, Samples | None]:
         if client not in self._parts:
             self._parts[client] = split(self.samples(client), self.fraction, self.seed, client)
@@ -292,7 +297,7 @@ class Simulation:
 
     def _validate(self) -> Validated:
         server, metric = self.server, self.config.trigger_metric
-        if all(self.clients.validation(n) is None for n in range(self.clients.count)):
+        if not self.clients.anything_held_out:
             return Validated(server.candidate, None, (), self._gradient_votes())
         both = self._both(self._validation_batches)
         candidate = self._choose(both)

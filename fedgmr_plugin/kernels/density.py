@@ -132,7 +132,7 @@ def step(rules: GMRRules, state: GMRState, seen: Observation) -> tuple[GMRState,
     done: list[Restoration] = []
 
     watches_plateau = rules.trigger in ("plateau", "mixed")
-    for n, detector in enumerate(clients):
+    for n, detector in enumerate(clients if watches_plateau or rules.trigger == "gradient" else ()):
         if watches_plateau and n < len(seen.clients):
             clients[n], fired = _look(rules, detector, seen.clients[n], check, rules.patience)
             cause: Cause = "client_plateau"

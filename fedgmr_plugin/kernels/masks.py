@@ -204,10 +204,9 @@ def rank(
     if floor_P is None:
         rung_P = _rungs(score_P, counts)
     else:
-        n_floor = int(floor_P.sum())
-        others_P = _rungs(score_P.masked_fill(floor_P, -1.0), [max(k - n_floor, 0) for k in counts])
-        among_P = _rungs(score_P.masked_fill(~floor_P, -1.0), [min(k, n_floor) for k in counts])
-        rung_P = torch.where(floor_P, among_P, others_P)
+        first = floor_P.nonzero().squeeze(1)
+        rung_P = _rungs(score_P.masked_fill(floor_P, -1.0), [max(k - len(first), 0) for k in counts])
+        rung_P[first] = _rungs(score_P[first], [min(k, len(first)) for k in counts])
 
     rung_D = torch.zeros(layout.size, dtype=torch.int16, device=w_D.device)
     start = 0

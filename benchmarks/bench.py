@@ -1,0 +1,60 @@
+"""Every goal of speed and size, measured: prints a table with verdicts and writes JSON.
+
+    python -m benchmarks.bench [WORD ...] [--out FILE]
+
+Words choose benchmarks by name. The committed figures are `results/bench.json`; `python -m
+benchmarks.compare OLD NEW` judges a change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Row, machine
+
+RESULTS = Path(__file__).parent / "results" / "bench.json"
+#: Modules with a `measure() -> list[Row]`.
+BENCHMARKS = ("aggregate", "masks", "engine")
+
+
+def run(words: list[str]) -> dict[str, Any]:
+    """Measure the chosen benchmarks, one after another."""
+    rows: list[dict[str, Any]] = []
+    for name in BENCHMARKS:
+        if words and not any(word in name for word in words):
+            continue
+        start = time.perf_counter()
+        measured: list[Row] = importlib.import_module(f"benchmarks.{name}").measure()
+        for row in measured:
+            print(line(name, row), flush=True)
+            rows.append({"benchmark": name, **row._asdict(), "met": row.met})
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return {"machine": machine(), "rows": rows}
+
+
+def line(name: str, row: Row) -> str:
+    """One row as text."""
+    verdict = {True: "met", False: "NOT MET", None: ""}[row.met]
+    return f"{row.name:48} {row.against:24} {row.value:9.3f} {row.goal:>8} {verdict:8} {row.detail}"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Measure every goal of speed and size.")
+    parser.add_argument("words", nargs="*", help="benchmarks whose name contains one of these")
+    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+    results = run(options.words)
+    met = [row["met"] for row in results["rows"] if row["met"] is not None]
+    print(f"{sum(met)} of {len(met)} goals met")
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

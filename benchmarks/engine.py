@@ -1,0 +1,138 @@
+"""What the engine costs beyond the clients' steps, and how that grows with the number of clients.
+
+    python -m benchmarks.engine
+
+Overhead: windows of ten clients (high heterogeneity) on VGG11 with a trainer that does nothing, so what is
+timed is everything else: ranking, cutting, placing, reading batches, gathering, admitting, merging, the
+clock, the run log's records. It is set against the clients' SGD steps of batch 20, measured alone in the same
+process. Growth: cost of an arrival among 10,000 and 100,000 clients against among 100.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import models
+from benchmarks.measure import Row, machine, seconds
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.client import Batch, BatchPlan, LocalStats, Metrics, TensorSamples
+from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
+from fedgmr_plugin.engine.server import Plan, Server
+from fedgmr_plugin.engine.simulate import Clients, Simulation, Training
+from fedgmr_plugin.kernels.layout import build_layout
+
+
+class Idle:
+    """A trainer that reads its batches and does nothing."""
+
+    def train(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        masks: dict[str, Tensor] | None,
+        *,
+        learning_rate: float,
+        client: int,
+    ) -> LocalStats:
+        samples = sum(len(y) for _, y in batches)
+        return LocalStats(len(batches), samples, 0.0, 0.0)
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+        return Metrics(0.5, 0.5, sum(len(y) for _, y in batches))
+
+
+def simulation(
+    model: nn.Module, samples: TensorSamples, clients: int, in_flight: int, windows: int
+) -> Simulation:
+    """A run that trains nothing; every client has `samples`."""
+    config = FedGMRConfig(validation_fraction=0.0, trigger="time", heterogeneity="high")
+    layout = build_layout(model)
+    densities = config.initial_densities(clients)
+    plan = Plan(0, windows, in_flight, windows, (len(samples),) * clients)
+    return Simulation(
+        Server(config, plan, layout, layout.gather(model)),
+        VirtualNetwork(config, densities, 37.2, LogNormalLinks(config, densities, 0)),
+        model,
+        Clients(lambda _: samples, 0.0, 0, clients),
+        Training(Idle(), BatchPlan(20, 5, 1, True, 0), 0.1),
+        lambda: [],
+        lambda record: None,
+    )
+
+
+def overhead() -> Row:
+    """Engine against fifty steps of VGG11."""
+    torch.manual_seed(0)
+    model = models.vgg11()
+    images = TensorSamples(torch.rand(200, 3, 32, 32), torch.randint(0, 10, (200,)))
+    run = simulation(model, images, 10, 10, 1000)
+    run._carry_out(run.server.start())
+    per_window = []
+    arrivals = 0
+    for _ in range(26):  # one interval: masks are rebuilt once
+        start, before = time.perf_counter(), run.server.dispatches
+        run.step()
+        per_window.append(time.perf_counter() - start)
+        arrivals += run.server.dispatches - before
+    ours = float(np.mean(per_window[1:])) / (arrivals / 26)
+
+    x, y = images.take(np.arange(20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    bare = seconds(step)
+    detail = f"{1e3 * ours:.0f} ms a dispatch beside 5 steps of {1e3 * bare:.0f} ms"
+    return Row("engine beyond the steps, VGG11", "bare loop", 1 + ours / (5 * bare), "<= 1.05", detail)
+
+
+def growth() -> list[Row]:
+    """Cost of an arrival against the number of clients, ten in flight."""
+    samples = TensorSamples(torch.rand(40, 1, 28, 28), torch.randint(0, 10, (40,)))
+    cost = {}
+    for clients in (100, 10_000, 100_000):
+        run = simulation(models.tiny_cnn(), samples, clients, 10, 10_000)
+        run._carry_out(run.server.start())
+        times = []
+        for _ in range(8):
+            start, before = time.perf_counter(), run.server.dispatches
+            for _ in range(25):
+                run.step()
+            times.append((time.perf_counter() - start) / (run.server.dispatches - before))
+        cost[clients] = float(np.median(times[1:]))
+    return [
+        Row(
+            f"an arrival among {clients:,} clients",
+            "among 100",
+            cost[clients] / cost[100],
+            "<= 1.2",
+            f"{1e6 * cost[clients]:.0f} us",
+        )
+        for clients in (10_000, 100_000)
+    ]
+
+
+def measure() -> list[Row]:
+    """The rows of this benchmark."""
+    torch.set_num_threads(1)
+    return [overhead(), *growth()]
+
+
+def main() -> None:
+    """Print the rows."""
+    print(machine())
+    for row in measure():
+        print(f"{row.name}, against {row.against}: {row.value:.3f} (goal {row.goal}); {row.detail}")
+
+
+if __name__ == "__main__":
+    main()
