@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedgmr_plugin.engine.events import UploadArrived
 from fedgmr_plugin.errors import UpdateRejected
@@ -69,6 +70,15 @@ def admit(
         raise UpdateRejected("GMR-402", f"dtype={upload.values_S.dtype} instead of {dtype}")
     if not 0 < upload.samples <= MOST_SAMPLES:
         raise UpdateRejected("GMR-404", f"samples={upload.samples} is not in (0, {MOST_SAMPLES:g}]")
-    if not bool((upload.values_S.abs() <= math.sqrt(torch.finfo(dtype).max)).all()):
+    if not _is_moderate(upload.values_S):
         raise UpdateRejected("GMR-403", "the update holds NaN, infinity, or a value whose square overflows")
     return Admitted(flight, upload)
+
+
+def _is_moderate(values_S: Tensor) -> bool:
+    """Whether no value is NaN, infinite, or so large that its square overflows."""
+    if values_S.numel() == 0:
+        return True
+    limit = math.sqrt(torch.finfo(values_S.dtype).max)
+    low, high = torch.aminmax(values_S)  # NaN, if there is one
+    return float(low) >= -limit and float(high) <= limit
