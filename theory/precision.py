@@ -8,7 +8,9 @@ class           fields                                      error allowed
 exact           counts, densities, versions, weights         0
 reduction       squared norms of stored vectors, summed in   2 D 2^-53, relative
                 float64
-stored step     a step against the merge rule                4 u ||w|| in norm: w is rounded when stored
+stored step     a step against the merge rule                u (4 ||w|| + (|A| + 3) sum pibar ||change||)
+                                                             in norm: w is rounded when stored, sums of
+                                                             |A| changes in its type
 loss            F(w_t), F(w_{t+1})                           SLACK u |F|
 gradient        ||grad F||^2 and differences of gradients    SLACK u * (largest gradient norm) in norm
 slope           <grad F, Delta>                              SLACK u ||grad F|| ||Delta||
@@ -71,9 +73,15 @@ class Precision:
         x = np.asarray(value, dtype=np.float64)
         return Interval.around(x, np.abs(x) * (8 * self.roundoff))
 
-    def stored(self, value: ArrayLike, model_sq: ArrayLike) -> Interval:
-        """A squared step that was computed as ``sum pi * change`` and then stored with the model."""
-        return _norm_error(value, 4 * self.roundoff * np.sqrt(np.asarray(model_sq)), self.reduction(value))
+    def stored(self, value: ArrayLike, model_sq: ArrayLike, summed: ArrayLike = 0.0) -> Interval:
+        """A squared step that was computed as ``sum pi * change`` and then stored with the model.
+
+        Args:
+            model_sq: ||w||^2.
+            summed: (|A| + 3) sum pibar ||change||.
+        """
+        error = self.roundoff * (4 * np.sqrt(np.asarray(model_sq)) + np.asarray(summed))
+        return _norm_error(value, error, self.reduction(value))
 
     def gradient(self, value: ArrayLike, scale_sq: ArrayLike) -> Interval:
         """A squared norm of (differences of) gradients whose own squared norms are up to `scale_sq`."""

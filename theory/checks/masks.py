@@ -28,10 +28,9 @@ def update(run: Run) -> Finding:
     frame, table, arrival = run.frame, run.frame.log["window"], run.frame.log["arrival"]
     inside = frame.arrival_window >= 0
     model = np.where(np.isnan(frame.model_sq), 0.0, frame.model_sq)
-    step, change = (
-        frame.precision.stored(table["step_sq"], model),
-        frame.precision.reduction(arrival["change_sq"]),
-    )
+    summed = (table["arrivals"] + 3) * frame.per_window(arrival["pibar"] * np.sqrt(arrival["change_sq"]))
+    step = frame.precision.stored(table["step_sq"], model, np.where(np.isnan(summed), 0.0, summed))
+    change = frame.precision.reduction(arrival["change_sq"])
     values = {
         "step_sq": step, "change_sq": change[inside],
         "pibar": frame.precision.share(arrival["pibar"][inside]),
