@@ -6,7 +6,8 @@
     |-- DataError          GMR-3xx   a client's data cannot be used
     |-- UpdateRejected     GMR-4xx   an upload was refused; the global model is untouched
     |-- HostError          GMR-5xx   FedML, Python or the machine is not as needed
-    `-- RunLogError        GMR-6xx   a run log or run directory cannot be read
+    |-- RunLogError        GMR-6xx   a run log or run directory cannot be read
+    `-- WireError          GMR-7xx   a message between server and client cannot be trusted
 
 A message reads ``GMR-104 density_min=1.3 is outside (0, 1]``, then where the value came from,
 then what to do. ``fedgmr explain GMR-104`` prints the catalogue's entry.
@@ -202,6 +203,126 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "The log was written with a schema version that this release does not read.",
         "Read it with the release named in its header.",
     ),
+    "GMR-701": CatalogueEntry(
+        "message cut short",
+        "A message has fewer bytes than its own header claims, or not even a header.",
+        "Send it again; if it repeats, look for a size limit of the transport.",
+    ),
+    "GMR-702": CatalogueEntry(
+        "header too long",
+        "A message claims a header longer than 64 KiB. Nothing was read or allocated.",
+        "The sender is not fedgmr, or bytes were lost before the message; check the transport's framing.",
+    ),
+    "GMR-703": CatalogueEntry(
+        "header not JSON",
+        "The header is not valid UTF-8 or JSON, repeats a key, nests too deep, or holds a number "
+        "that no header has.",
+        "The message was damaged or not made by fedgmr; send it again.",
+    ),
+    "GMR-704": CatalogueEntry(
+        "header not canonical",
+        "The header means something but is not spelled as the format demands, so that equal "
+        "messages might have different bytes.",
+        "Encode with fedgmr, or follow docs/wire-format.md to the byte.",
+    ),
+    "GMR-705": CatalogueEntry(
+        "header field missing or unknown",
+        "A message of this kind lacks a field or tensor, or has one that the format does not know.",
+        "Run the same release of fedgmr on both sides.",
+    ),
+    "GMR-706": CatalogueEntry(
+        "wire format of another version",
+        "The message is of a version of the wire format that this release does not read.",
+        "Run the same release of fedgmr on both sides.",
+    ),
+    "GMR-707": CatalogueEntry(
+        "header field out of range",
+        "A field of the header has a value that it cannot have (a negative number, say).",
+        "The message was damaged or not made by fedgmr; send it again.",
+    ),
+    "GMR-708": CatalogueEntry(
+        "value type not accepted",
+        "Values are of a type that the format does not have or the receiver did not ask for.",
+        "Use the model's own type, or accept bfloat16 or float16 on both sides.",
+    ),
+    "GMR-709": CatalogueEntry(
+        "tensors contradict each other",
+        "Shape, type and place of a tensor do not agree, or tensors overlap or leave holes.",
+        "The message was damaged or not made by fedgmr; send it again.",
+    ),
+    "GMR-710": CatalogueEntry(
+        "bytes after the message",
+        "A message has more bytes than its header accounts for.",
+        "Check the transport's framing: one buffer holds one message.",
+    ),
+    "GMR-711": CatalogueEntry(
+        "model of another size",
+        "The sender's model has another number of coordinates than the receiver's.",
+        "Build the same model on both sides.",
+    ),
+    "GMR-712": CatalogueEntry(
+        "slice outside the model",
+        "The slice of the payload that a message claims does not fit the model, or its segments "
+        "do not fit the slice.",
+        "The message was damaged or not made by fedgmr; send it again.",
+    ),
+    "GMR-713": CatalogueEntry(
+        "message of another run",
+        "The message belongs to another run than the receiver's.",
+        "Stop the processes of the other run, or give the runs their own topics or ports.",
+    ),
+    "GMR-714": CatalogueEntry(
+        "kind of message not expected",
+        "The receiver does not take this kind of message: a client takes no update, a server nothing else.",
+        "Check which side the message was sent to.",
+    ),
+    "GMR-715": CatalogueEntry(
+        "mask not known",
+        "The message names its mask by a digest that the receiver does not have, or has with "
+        "another payload order.",
+        "Ask the server to send the mask along.",
+    ),
+    "GMR-716": CatalogueEntry(
+        "mask of wrong length",
+        "The mask's bytes end too early, or bytes are left over behind it.",
+        "The message was damaged or not made by fedgmr; send it again.",
+    ),
+    "GMR-717": CatalogueEntry(
+        "mask code unknown",
+        "A chunk of the mask is packed by a code, or with a parameter, that the format does not have.",
+        "Run the same release of fedgmr on both sides.",
+    ),
+    "GMR-718": CatalogueEntry(
+        "mask does not inflate",
+        "A compressed chunk of the mask is no zlib stream, or inflates to another size than its "
+        "chunk has. Inflating stops there.",
+        "The message was damaged or not made by fedgmr; send it again.",
+    ),
+    "GMR-719": CatalogueEntry(
+        "mask of wrong count",
+        "A mask holds another number of coordinates than was claimed, in a chunk or as a whole.",
+        "The message was damaged or not made by fedgmr; send it again.",
+    ),
+    "GMR-720": CatalogueEntry(
+        "mask not canonical",
+        "A position lies outside its chunk of the mask, or bits that must be zero are not.",
+        "The message was damaged or not made by fedgmr; send it again.",
+    ),
+    "GMR-721": CatalogueEntry(
+        "values not finite",
+        "A message holds NaN or infinity, and the receiver asked for finite values.",
+        "Lower the learning rate or clip gradients.",
+    ),
+    "GMR-722": CatalogueEntry(
+        "value does not fit",
+        "A finite value overflows the narrower type that it was to be sent in.",
+        "Send in bfloat16 or the model's own type, or lower the learning rate.",
+    ),
+    "GMR-723": CatalogueEntry(
+        "increment out of order",
+        "An increment starts beyond what the receiver holds, so coordinates would be missing in between.",
+        "Apply increments in order; ask for those that were lost.",
+    ),
 }
 
 
@@ -251,3 +372,7 @@ class HostError(FedGMRError):
 
 class RunLogError(FedGMRError):
     """A run log or run directory cannot be read (GMR-6xx)."""
+
+
+class WireError(FedGMRError):
+    """A message between server and client cannot be trusted (GMR-7xx); nothing of it was used."""

@@ -1,4 +1,4 @@
-"""What crosses a process boundary or a crash: the run log."""
+"""What crosses a process boundary or a crash: the run log, and messages between server and clients."""
 
 from __future__ import annotations
 
