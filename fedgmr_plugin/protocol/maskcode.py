@@ -110,9 +110,10 @@ def _best_shift(gaps: NDArray[np.int64]) -> tuple[int, int]:
     """Parameter k of the shortest Rice code of `gaps`, and the code's bytes."""
     mean = int(gaps.sum()) // gaps.size
     middle = mean.bit_length()
+    near = range(max(middle - 2, 0), min(middle, _MOST_SHIFT) + 1)
     lengths = [
         (-(-gaps.size * k // 8) + -(-(gaps.size + int((gaps >> k).sum())) // 8), k)
-        for k in range(max(middle - 2, 0), min(middle, _MOST_SHIFT) + 1)
+        for k in (near if gaps.size >= 64 else range(_MOST_SHIFT + 1))  # among few, padding of bytes decides
     ]
     length, shift = min(lengths)
     return shift, length
