@@ -182,9 +182,10 @@ class FedGMRConfig(BaseModel):
     model_megabytes: Positive | None = Field(
         None, description="Size of the dense model, S, in MB (10^6 bytes); measured when absent."
     )
-    payload_rule: Literal["density", "support"] = Field(
+    payload_rule: Literal["density", "support", "encoded"] = Field(
         "density",
-        description="Simulated size of a sub-model: S * d (the paper's), or S * its share of coordinates.",
+        description="Simulated size of a sub-model: S * d (the paper's), S * its share of coordinates, or "
+        "the bytes of the messages that would travel, masks included.",
     )
     client_download: Positive = Field(
         20.0, description="MB/s at density 1; a client has this times its initial density."
@@ -261,6 +262,11 @@ class FedGMRConfig(BaseModel):
             problems.append(
                 "GMR-106|update_form|aggregation=plain_average averages weights with zeros, so it needs "
                 "update_form=replacement"
+            )
+        if self.payload_rule == "encoded" and self.model_megabytes is not None:
+            problems.append(
+                f"GMR-106|model_megabytes|model_megabytes={self.model_megabytes} has no meaning with "
+                "payload_rule=encoded, which counts the model's own bytes"
             )
         if problems:
             raise ValueError("\n".join(problems))

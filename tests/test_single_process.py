@@ -234,6 +234,7 @@ class WithBatchNorm(nn.Module):
         {"aggregation": "global_average", "server_step": 0.5, "staleness": "hinge"},
         {"loss": "bce", "client_momentum": 0.9, "gradient_clip": 1.0, "warmup_windows": 3},
         {"dense_start": True, "schedule": "sync", "trigger": "none"},
+        {"payload_rule": "encoded"},
         {"payload_rule": "support", "incremental_splitting": False, "min_updates": 3},
         {"compute_slowdown": [1, 2, 3, 4], "compute_density_exponent": 1.0, "time_budget": 5.0},
         {"local_steps": "epochs", "cpu_threads": 0},

@@ -37,6 +37,7 @@ from fedgmr_plugin.protocol.messages import (
     update_message,
     upload,
 )
+from fedgmr_plugin.protocol.sizes import MessageSizes
 from fedgmr_plugin.protocol.wire import Limits, Message, apply, decode, encode, encoded_length
 
 ALL_DTYPES = tuple(DTYPES.values())
@@ -933,3 +934,33 @@ def test_an_upload_is_of_the_dispatched_mask() -> None:
     answer = update_message(message.header, order.cuts, torch.zeros(4), Outcome(1.0))
     with pytest.raises(WireError, match="GMR-715"):
         upload(answer, PayloadOrder(ranking, (1,)), dtype=torch.float32, time=0.0)
+
+
+# -- sizes of a simulated run ------------------------------------------------------------------------------
+
+
+def test_simulated_sizes_are_those_of_the_messages() -> None:
+    """A mask travels once per client, ranking and rung; afterwards and upwards its digest is enough."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        Ranking((0.2, 1.0), torch.randint(0, 2, (500,), generator=generator, dtype=torch.int16))
+        for _ in range(2)
+    )
+    sizes = MessageSizes("run-001")
+    dispatches = [
+        (0, first, 0, True),
+        (0, first, 0, False),
+        (0, first, 1, True),
+        (1, first, 1, True),
+        (0, second, 1, True),
+        (0, second, 1, False),
+        (1, first, 1, False),
+    ]
+    for count, (client, ranking, rung, new) in enumerate(dispatches):
+        values_S = torch.ones(ranking.ends[rung])
+        sent = Dispatch(count, client, 3, 2, ranking.densities[rung], ranking, rung, values_S)
+        order = PayloadOrder(ranking, (rung,))
+        mask = Mask.of(ranking, (rung,)) if new else None
+        down = dispatch_message(sent, order, run="run-001", mask=mask)
+        up = update_message(down.header, order.cuts, values_S, Outcome(1.0, 1, *[0.1 + 0.2] * 3))
+        assert sizes(sent) == (len(encode(down)) / 1e6, len(encode(up)) / 1e6)

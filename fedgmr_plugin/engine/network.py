@@ -126,18 +126,27 @@ def _capped(rate: RateFunction, cap: float) -> RateFunction:
     return capped
 
 
+class Transfer(NamedTuple):
+    """MB that one flight moves."""
+
+    down: float
+    up: float
+
+
 @dataclass(frozen=True)
 class Flight:
     """What is left of one client's download (MB), training (s) and upload (MB).
 
     Attributes:
+        down, up: MB in all.
         not_before: earliest second at which it can move (its dispatch, or the server's busy channel).
         arrived: second at which the last byte arrived, once it has.
     """
 
     dispatch: int
     client: int
-    megabytes: float
+    down: float
+    up: float
     down_left: float
     train_left: float
     up_left: float
@@ -184,18 +193,25 @@ class VirtualNetwork:
         self._receivers: list[int] = []
         self._channel_free = 0.0
 
-    def dispatch(self, dispatch: int, client: int, density: float, share: float) -> float:
+    def dispatch(
+        self, dispatch: int, client: int, density: float, share: float, encoded: Transfer | None = None
+    ) -> float:
         """Start a flight now; returns its download in MB.
 
         Args:
             density: of the sub-model.
             share: its share of all coordinates, used when `payload_rule` is ``support``.
+            encoded: what travels, instead of what `payload_rule` says.
         """
-        megabytes = payload_megabytes(self.config, self.model_megabytes, density, share)
+        if encoded is None:
+            size = payload_megabytes(self.config, self.model_megabytes, density, share)
+            encoded = Transfer(size, size)
         training = train_seconds(self.config, client, density)
-        self.flights[dispatch] = Flight(dispatch, client, megabytes, megabytes, training, megabytes, self.now)
+        self.flights[dispatch] = Flight(
+            dispatch, client, *encoded, encoded.down, training, encoded.up, self.now
+        )
         self._receivers.append(dispatch)
-        return megabytes
+        return encoded.down
 
     def drop(self, dispatch: int) -> None:
         """Forget a flight."""
@@ -203,7 +219,7 @@ class VirtualNetwork:
 
     def channel_megabytes(self) -> float:
         """MB through the server's uplink for this window's receivers: each increment once under IMS."""
-        sizes = [self.flights[d].megabytes for d in self._receivers if d in self.flights]
+        sizes = [self.flights[d].down for d in self._receivers if d in self.flights]
         return max(sizes, default=0.0) if self.config.incremental_splitting else sum(sizes)
 
     def close_window(self) -> Window:
@@ -224,7 +240,7 @@ class VirtualNetwork:
         end = close + self.config.aggregation_seconds
         arrivals = sorted(
             (
-                Arrival(d, f.client, finished[d], f.megabytes)
+                Arrival(d, f.client, finished[d], f.up)
                 for d, f in self.flights.items()
                 if finished[d] <= close
             ),
@@ -346,7 +362,10 @@ def _moved(rate: RateFunction, time: float, end: float) -> float:
 
 
 def payload_megabytes(config: FedGMRConfig, model_megabytes: float, density: float, share: float) -> float:
-    """MB of a sub-model on the simulated link: S * d, or S times its share of all coordinates."""
+    """MB of a sub-model on the simulated link: S * d, or S times its share of all coordinates.
+
+    For ``encoded``, whose messages are measured one by one, that share is what its values take.
+    """
     return model_megabytes * (density if config.payload_rule == "density" else share)
 
 

@@ -39,6 +39,7 @@ from fedgmr_plugin.engine.events import (
 )
 from fedgmr_plugin.engine.network import (
     Arrival,
+    Transfer,
     VirtualNetwork,
     Window,
     mean_flight_seconds,
@@ -121,6 +122,7 @@ class Simulation:
         record: receives every record of the run log but the header, in order.
         executor: how a window's clients are trained; one after another on `model` by default.
         evaluate: how models are measured on the test set; as the trainer does by default.
+        sizes: what a dispatch and its upload move; None leaves it to `payload_rule`.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class Simulation:
         record: Callable[[dict[str, Any]], None],
         executor: Executor | None = None,
         evaluate: Evaluator | None = None,
+        sizes: Callable[[Dispatch], Transfer | None] = lambda sent: None,
     ) -> None:
         self.server, self.network, self.model = server, network, model
         self.clients, self.training = clients, training
@@ -141,6 +144,7 @@ class Simulation:
         self.layout: ModelLayout = server.layout
         self._test_batches, self._record = test_batches, record
         self._execute = executor or self.train_in_turn
+        self._sizes = sizes
         self._evaluator = evaluate or training.trainer.evaluate
         self._fixed = {n: b.clone() for n, b in model.named_buffers() if n not in self.layout.by_name}
         self.pending: dict[int, Dispatch] = {}
@@ -215,7 +219,9 @@ class Simulation:
                 self._record(effect.fields)
             elif isinstance(effect, Dispatch):
                 share = len(effect.values_S) / self.layout.size
-                megabytes = self.network.dispatch(effect.dispatch, effect.client, effect.density, share)
+                megabytes = self.network.dispatch(
+                    effect.dispatch, effect.client, effect.density, share, self._sizes(effect)
+                )
                 self.pending[effect.dispatch] = effect
                 if self._probing is not None:
                     self._probing.dispatched(effect)

@@ -33,6 +33,7 @@ from fedgmr_plugin.kernels.cost import cost_of_layer, macs_per_weight
 from fedgmr_plugin.kernels.layout import ModelLayout, build_layout, validate
 from fedgmr_plugin.protocol.runlog import RunLogWriter
 from fedgmr_plugin.protocol.schema import SCHEMA
+from fedgmr_plugin.protocol.sizes import MessageSizes
 from fedgmr_plugin.runtimes.aggregator import AggregatorBridge
 from fedgmr_plugin.runtimes.data import FederatedData, read_dataset
 from fedgmr_plugin.runtimes.progress import Progress
@@ -181,6 +182,7 @@ def build(
         lambda: data.test,
         lambda fields: run.record(fields),
         evaluate=evaluate if bridge.user_defined else None,
+        sizes=MessageSizes(directory.name) if config.payload_rule == "encoded" else lambda sent: None,
     )
     header = {
         "type": "header",
