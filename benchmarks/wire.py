@@ -3,7 +3,7 @@
     python -m benchmarks.wire
 
 Bytes: the bound is 4 bytes a value, and H2(d) bits a coordinate where a mask must travel. Seconds: the floor
-of a message is its bytes divided by the bandwidth of a triad a = b + 3 c over vectors of the model's size,
+of a message is its bytes divided by the bandwidth of a triad a = b + s c over vectors of the model's size,
 measured in this process; medians of `REPEATS`. Masks are those of a global magnitude ranking of VGG11 at
 initialisation, whose layers differ in density by far. They are made once per ranking, so their time stands by
 itself.
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import math
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure import Row, seconds, triad_bandwidth
 from benchmarks.models import vgg11
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.kernels.layout import build_layout
@@ -35,29 +34,29 @@ DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 REPEATS = 11
 
 
-def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Median time of `work`, after one call that does not count."""
-    work()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def triad_bytes_per_second(size: int) -> float:
-    """Bandwidth of a = b + 3 c over float32 vectors [size]: 12 bytes for each element."""
-    a, b, c = (torch.rand(size) for _ in range(3))
-    return 12 * size / median_seconds(lambda: torch.add(b, c, alpha=3.0, out=a))
-
-
 def entropy_bits(share: float) -> float:
     """H2, bits a coordinate."""
     return -sum(p * math.log2(p) for p in (share, 1 - share) if p > 0)
 
 
-def measure() -> list[dict[str, Any]]:
+def measure() -> list[Row]:
+    """The goals, each at the density where it is farthest from being met."""
+    rows = densities()
+
+    def worst(name: str, against: str, key: str, goal: str, shown: str) -> Row:
+        at = max(rows, key=lambda row: row[key])
+        return Row(name, against, at[key], goal, f"density {at['density']:g}: " + shown.format(**at))
+
+    bound = "values + entropy + 1 kB"
+    return [
+        worst("bytes, mask known", "values + 1 kB", "known", "<= 1.02", "{dispatch_bytes:,} bytes"),
+        worst("bytes, mask sent", bound, "masked", "<= 1.02", "mask {mask_bytes:,} bytes"),
+        worst("cut and encode", "floor", "encode", "<= 8", "into fresh memory {encode_fresh:.1f}"),
+        worst("decode and apply", "floor", "decode", "<= 8", "out of read-only bytes {decode_fresh:.1f}"),
+    ]
+
+
+def densities() -> list[dict[str, Any]]:
     """One row for each density: the keys of `sizes` and of `ratios`, and `triad_gb_s`."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -66,7 +65,7 @@ def measure() -> list[dict[str, Any]]:
     w_D = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     ranking = rank(layout, w_D, scores("magnitude", layout, w_D), DENSITIES)
     ranked_D = w_D[ranking.order_D]
-    triad = triad_bytes_per_second(w_D.numel())
+    triad = triad_bandwidth(w_D.numel())
     return [
         {
             **sizes(ranking, rung, ranked_D),
@@ -136,9 +135,9 @@ def ratios(ranking: Ranking, rung: int, w_D: Tensor, ranked_D: Tensor, triad: fl
     }
     floor = len(data) / triad
     return {
-        **{name: median_seconds(work) / floor for name, work in works.items()},
-        "mask_encode_ms": 1e3 * median_seconds(lambda: Mask.of(ranking, (rung,)), 3),
-        "mask_decode_ms": 1e3 * median_seconds(lambda: decode(masked, limits), 3),
+        **{name: seconds(work, REPEATS) / floor for name, work in works.items()},
+        "mask_encode_ms": 1e3 * seconds(lambda: Mask.of(ranking, (rung,)), 3),
+        "mask_decode_ms": 1e3 * seconds(lambda: decode(masked, limits), 3),
     }
 
 
@@ -161,7 +160,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    rows = measure()
+    rows = densities()
     print(
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, one thread, triad {rows[0]['triad_gb_s']:.1f} GB/s"
