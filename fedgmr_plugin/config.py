@@ -171,6 +171,13 @@ class FedGMRConfig(BaseModel):
         True, description="Draw batches from seeded permutations; false keeps the data's order."
     )
 
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Processes that train the clients of a window, on one thread each; 1 trains in the main "
+        "process. The model's bits do not depend on it. Needs the built-in trainer on the CPU.",
+    )
     cpu_threads: int = Field(
         1,
         ge=0,

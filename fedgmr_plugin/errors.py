@@ -188,6 +188,12 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "The user's ClientTrainer raised, or returned weights that do not fit the model.",
         "Read the cause above; the trainer also has to run under FedML's own FedAvg.",
     ),
+    "GMR-507": CatalogueEntry(
+        "worker process failed",
+        "A process that trains clients (`workers`) raised an error or was ended, by the kernel for want of "
+        "memory perhaps. The run stops; what its log holds stays.",
+        "The message has the worker's traceback or exit code. `workers: 1` trains in the main process.",
+    ),
     "GMR-601": CatalogueEntry(
         "run log not found",
         "The path is neither a run directory with `run.jsonl` nor a log file.",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import multiprocessing
 import random
 import sys
 from collections.abc import Iterator
@@ -250,6 +252,26 @@ def test_every_option_runs_and_learns_something(tmp_path: Path, options: dict[st
     assert all(bool(torch.isfinite(v).all()) for v in state.values())
     assert not torch.equal(state["hidden.weight"], before["hidden.weight"])
     assert int(state["norm.num_batches_tracked"]) == 0  # integer buffers are never averaged
+
+
+def test_worker_processes_change_no_bit(tmp_path: Path) -> None:
+    """Dropout and batch normalisation included; the logs are equal but for the number itself."""
+    logs = []
+    for workers in (1, 2, 3):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = WithBatchNorm()
+        finished = run(arguments(tmp_path, {"workers": workers}), model=model)
+        records = [json.loads(line) for line in (finished.directory / "run.jsonl").read_text().splitlines()]
+        assert records[0]["config"]["workers"] == workers
+        logs.append([{k: v for k, v in r.items() if k != "wall_seconds"} for r in records[1:]])
+    assert logs[0] == logs[1] == logs[2]
+    assert not multiprocessing.active_children()
+
+
+def test_workers_are_refused_where_they_cannot_stand_in(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="GMR-106 workers=2: probe=true"):
+        run(arguments(tmp_path, {"workers": 2, "probe": True}))
 
 
 def test_fewer_clients_in_flight_than_clients(tmp_path: Path) -> None:

@@ -103,6 +103,35 @@ def dispatch_message(
     return Message(header, payload_S[held:], mask)
 
 
+def dispatched(message: Message, ranking: Ranking) -> Dispatch:
+    """A dispatch's effect on the client's side, from a message with the whole payload in the ranking's order.
+
+    Raises:
+        WireError: GMR-714 not a dispatch, GMR-715 of another ranking, or not its whole payload in its order.
+    """
+    header = message.header
+    if header.task is None or header.client is None or header.dispatch is None:
+        raise WireError("GMR-714", f"kind={header.kind} is no dispatch")
+    if header.ranking != ranking.digest or header.task.density not in ranking.densities:
+        raise WireError("GMR-715", f"ranking={header.ranking} at density={header.task.density} is not known")
+    rung = ranking.rung(header.task.density)
+    if header.start or header.cuts != PayloadOrder.by_rung(ranking, rung).cuts:
+        raise WireError(
+            "GMR-715", f"start={header.start} with cuts={header.cuts[:8]} is not the whole payload"
+        )
+    return Dispatch(
+        header.dispatch,
+        header.client,
+        header.version,
+        header.task.count,
+        header.task.density,
+        ranking,
+        rung,
+        message.values,
+        header.task.learning_rate_scale,
+    )
+
+
 def increment_messages(
     payload_S: Tensor,
     order: PayloadOrder,

@@ -40,6 +40,7 @@ from fedgmr_plugin.runtimes.progress import Progress
 from fedgmr_plugin.runtimes.settings import FedMLKeys, as_mapping, fedml_keys, options
 from fedgmr_plugin.runtimes.traces import load_traces
 from fedgmr_plugin.runtimes.trainer import FedMLTrainer, is_known
+from fedgmr_plugin.runtimes.workers import Workers
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("fedgmr", "fedml", "torch", "torchvision", "numpy")
@@ -61,6 +62,7 @@ class SingleProcess:
     header: dict[str, Any]
     directory: Path
     on_record: Callable[[dict[str, Any]], None]
+    workers: Workers | None = None
     end: dict[str, Any] | None = None
     _writer: RunLogWriter | None = None
 
@@ -73,7 +75,7 @@ class SingleProcess:
         with RunLogWriter(self.directory) as writer, Progress(self.header) as progress:
             self._writer, self._progress = writer, progress
             writer.write(self.header)
-            with _threads(server.config.cpu_threads):
+            with _threads(server.config.cpu_threads), self._workers_ended():
                 end = self.simulation.run()
             self.end = {**end, "wall_seconds": time.monotonic() - started}
             writer.write(self.end)
@@ -85,6 +87,14 @@ class SingleProcess:
         )
         _log.info("model sha256: %s", end["model_sha256"])
         progress.close_with(self.end, self.directory)
+
+    @contextmanager
+    def _workers_ended(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.workers is not None:
+                self.workers.close()
 
     def record(self, fields: dict[str, Any]) -> None:
         """Observer of the simulation: the run log, the progress line, FedML's own metrics."""
@@ -173,6 +183,10 @@ def build(
 
     directory = run_directory(config)
     run: SingleProcess
+    workers = None
+    if config.workers > 1:
+        _check_workers(config, device, trainer)
+        workers = Workers(lambda sent: simulation.train(sent), layout.dtype, config.workers)
     simulation = Simulation(
         server,
         VirtualNetwork(config, densities, megabytes, _links(config, densities, keys.seed)),
@@ -181,6 +195,7 @@ def build(
         Training(trainer, batch_plan, keys.learning_rate),
         lambda: data.test,
         lambda fields: run.record(fields),
+        executor=workers,
         evaluate=evaluate if bridge.user_defined else None,
         sizes=MessageSizes(directory.name) if config.payload_rule == "encoded" else lambda sent: None,
     )
@@ -211,8 +226,21 @@ def build(
         "windows": keys.windows,
         "time_budget": config.time_budget,
     }
-    run = SingleProcess(simulation, model, header, directory, _fedml_metrics(args))
+    run = SingleProcess(simulation, model, header, directory, _fedml_metrics(args), workers)
     return run
+
+
+def _check_workers(config: FedGMRConfig, device: torch.device, trainer: LocalTrainer) -> None:
+    """Raise GMR-106 where forked processes cannot stand in for this one."""
+    obstacle = None
+    if not isinstance(trainer, BuiltinTrainer):
+        obstacle = "a ClientTrainer of its own may remember something between clients"
+    elif device.type != "cpu":
+        obstacle = f"a process that uses {device} cannot be forked"
+    elif config.probe:
+        obstacle = "probe=true watches every step, which only the main process can"
+    if obstacle:
+        raise ConfigError("GMR-106", f"workers={config.workers}: {obstacle}", where="fedgmr_args.workers")
 
 
 def run_directory(config: FedGMRConfig) -> Path:

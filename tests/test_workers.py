@@ -1,0 +1,84 @@
+"""Clients trained by several processes: the same bits as in one, and failures that name their cause."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedgmr_plugin.engine.client import LocalStats, LocalUpdate
+from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.kernels.masks import Ranking
+from fedgmr_plugin.runtimes.workers import Workers
+
+
+def ranking(seed: int, size: int = 40) -> Ranking:
+    generator = torch.Generator().manual_seed(seed)
+    return Ranking((0.2, 0.5, 1.0), torch.randint(0, 3, (size,), generator=generator, dtype=torch.int16))
+
+
+def dispatch(number: int, family: Ranking, rung: int, client: int = 0) -> Dispatch:
+    values_S = torch.full((family.ends[rung],), float(number), dtype=torch.float64)
+    return Dispatch(number, client, 3, 7, family.densities[rung], family, rung, values_S, 0.25)
+
+
+def halve(sent: Dispatch) -> LocalUpdate:
+    """What arrived, recognisably changed."""
+    assert (sent.version, sent.count, sent.learning_rate_scale) == (3, 7, 0.25)
+    if sent.client == 13:
+        raise ValueError("client 13 is unlucky")
+    if sent.client == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    place = float(sent.index_S.sum())
+    stats = LocalStats(5, 100, 0.5 + sent.dispatch, None)
+    return LocalUpdate(sent.dispatch, sent.client, sent.values_S / 2, place, stats)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_updates_come_back_in_the_order_of_the_dispatches(count: int) -> None:
+    """Whoever trained them; and old rankings are known again after they were forgotten."""
+    families = [ranking(seed) for seed in range(6)]
+    sent = [dispatch(n, families[n % 6], n % 3, client=n % 5) for n in range(20)]
+    workers = Workers(halve, torch.float64, count)
+    try:
+        for window in (sent, [], sent[::-1], sent[:1]):
+            assert_equal(workers(window), [halve(s) for s in window])
+    finally:
+        workers.close()
+    assert not multiprocessing.active_children()
+
+
+def assert_equal(got: Sequence[LocalUpdate], wanted: Sequence[LocalUpdate]) -> None:
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a.values_S, b.values_S)
+        assert (a.dispatch, a.client, a.change_sq, a.stats) == (b.dispatch, b.client, b.change_sq, b.stats)
+
+
+def test_large_payloads_both_ways_do_not_block() -> None:
+    """Far more than a pipe holds."""
+    family = ranking(0, size=500_000)
+    sent = [dispatch(n, family, 2, client=n) for n in range(6)]
+    workers = Workers(halve, torch.float64, 2)
+    try:
+        assert_equal(workers(sent), [halve(s) for s in sent])
+    finally:
+        workers.close()
+
+
+@pytest.mark.parametrize(("client", "word"), [(13, "client 13 is unlucky"), (9, "exit code -9")])
+def test_a_failure_stops_everything_and_says_why(client: int, word: str) -> None:
+    family = ranking(0)
+    sent = [replace(dispatch(n, family, 1), client=n) for n in range(8)]
+    sent[5] = replace(sent[5], client=client)
+    workers = Workers(halve, torch.float64, 2)
+    with pytest.raises(HostError, match=word) as caught:
+        workers(sent)
+    assert caught.value.code == "GMR-507"
+    assert not multiprocessing.active_children()
