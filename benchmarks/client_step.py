@@ -1,0 +1,199 @@
+"""What a client's local step costs, and how many client updates a second the engine makes.
+
+    python -m benchmarks.client_step
+
+Everything that is compared runs in one process, in turn, on one thread; times are medians over `ROUNDS` rounds.
+`measure` gives the rows; log of what was tried: benchmarks/NOTES.md, "Client step".
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.models import conv2, tiny_cnn
+from fedgmr_plugin.engine.client import (
+    Batch,
+    BatchPlan,
+    BuiltinTrainer,
+    TensorSamples,
+    parameter_masks,
+    train_dispatch,
+)
+from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.kernels import build_layout, rank, scores
+
+ROUNDS = 9
+STEPS = 5  # local steps of a dispatch: what is done once per dispatch is shared among them
+BATCH = 20
+RATE = 0.01
+DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def plain_steps(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Local training without FedGMR, as anybody writes it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for x, y in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def masked_steps(model: nn.Module, batches: Sequence[Batch], masks: Mapping[str, Tensor] | None) -> None:
+    """Masked training by the formulas, dense: gradients filled with 0, the drift by whole vectors."""
+    parameters = list(model.parameters())
+    masked = [(p, ~masks[n]) for n, p in model.named_parameters() if masks and n in masks]
+    start = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=RATE)
+    drift = torch.zeros((), dtype=torch.float64)
+    for k, (x, y) in enumerate(batches):
+        if k:
+            moved = torch._foreach_sub([p.detach() for p in parameters], start)
+            drift += torch.stack(torch._foreach_norm(moved, 2, dtype=torch.float64)).square().sum()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        for parameter, is_masked in masked:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(is_masked, 0.0)
+        optimizer.step()
+
+
+def step_rows(rounds: int = ROUNDS, densities: Sequence[float] = DENSITIES) -> list[dict[str, Any]]:
+    """Conv2 on 28 x 28 images: milliseconds per step, and per dispatch, at each density."""
+    torch.manual_seed(0)
+    model = conv2()
+    layout = build_layout(model)
+    w_D = layout.gather(model)
+    ranking = rank(layout, w_D, scores("magnitude", layout, w_D), densities)
+    x, y = torch.rand(STEPS * BATCH, 1, 28, 28), torch.randint(62, (STEPS * BATCH,))
+    batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    trainer, rows = BuiltinTrainer(), []
+    for density in densities:
+        mask_D = ranking.mask(ranking.rung(density))
+        masks = parameter_masks(layout, mask_D)
+        layout.scatter(model, w_D * mask_D)
+
+        def ours(masks: dict[str, Tensor] | None = masks) -> None:
+            trainer.train(model, batches, masks, learning_rate=RATE, client=0)
+
+        seconds = in_turn(
+            {
+                "plain": lambda: plain_steps(model, batches),
+                "masked": lambda masks=masks: masked_steps(model, batches, masks),
+                "ours": ours,
+            },
+            rounds,
+        )
+        per_step = {name: 1e3 * statistics.median(s) / STEPS for name, s in seconds.items()}
+        rows.append(
+            {
+                "what": "conv2 step",
+                "density": density,
+                **{f"{name}_ms": value for name, value in per_step.items()},
+                "of_plain": ratio(seconds["ours"], seconds["plain"]),
+                "of_masked": ratio(seconds["ours"], seconds["masked"]),
+            }
+        )
+    return rows
+
+
+def update_rows(
+    rounds: int = ROUNDS, densities: Sequence[float] = (0.1, 0.5, 1.0), updates: int = 30
+) -> list[dict[str, Any]]:
+    """tiny_cnn: client updates a second by the engine, and by a bare loop of FedAvg's local training."""
+    torch.manual_seed(0)
+    clients, each = 10, 600
+    x, y = torch.rand(clients * each, 1, 28, 28), torch.randint(10, (clients * each,))
+    model = tiny_cnn()
+    layout = build_layout(model)
+    w_D = layout.gather(model)
+    ranking = rank(layout, w_D, scores("magnitude", layout, w_D), densities)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    own = list(zip(x.split(each), y.split(each), strict=True))
+    datasets = [TensorDataset(*pair) for pair in own]
+    samples = [TensorSamples(*pair) for pair in own]
+    trainer, plan = BuiltinTrainer(), BatchPlan(BATCH, STEPS, 1, True, 0)
+
+    def bare() -> None:
+        for n in range(updates):
+            model.load_state_dict(weights)
+            model.train()
+            loader = iter(DataLoader(datasets[n % clients], batch_size=BATCH, shuffle=True))
+            plain_steps(model, [next(loader) for _ in range(STEPS)])
+            _ = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def engine(density: float) -> None:
+        rung = ranking.rung(density)
+        for n in range(updates):
+            values_S = w_D[ranking.support(rung)]
+            sent = Dispatch(n, n % clients, 0, n // clients, density, ranking, rung, values_S)
+            train_dispatch(
+                sent,
+                model=model,
+                layout=layout,
+                trainer=trainer,
+                samples=samples[n % clients],
+                plan=plan,
+                learning_rate=RATE,
+                form="delta",
+            )
+
+    tasks: dict[str, Callable[[], None]] = {"bare": bare}
+    tasks.update({str(d): lambda d=d: engine(d) for d in densities})
+    seconds = in_turn(tasks, rounds)
+    per_second = {name: updates / statistics.median(s) for name, s in seconds.items()}
+    return [
+        {
+            "what": "tiny_cnn updates",
+            "density": d,
+            "bare_per_s": per_second["bare"],
+            "ours_per_s": per_second[str(d)],
+            "of_bare": ratio(seconds["bare"], seconds[str(d)]),
+        }
+        for d in densities
+    ]
+
+
+def in_turn(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every task, `rounds` times; the tasks take turns, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for round_ in range(rounds + 1):
+        for name, task in tasks.items():
+            start = time.process_time()
+            task()
+            if round_:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median of a/b over rounds: what slows a round down slows both."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def measure(rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """All rows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return step_rows(rounds) + update_rows(rounds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Print the rows."""
+    for row in measure():
+        cells = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
+        print("  ".join(f"{k} {v}" for k, v in zip(row, cells, strict=True)))
+
+
+if __name__ == "__main__":
+    main()
