@@ -2,8 +2,8 @@
 
     python -m benchmarks.client_step
 
-Everything that is compared runs in one process, in turn, on one thread; times are medians over `ROUNDS` rounds.
-`measure` gives the rows; log of what was tried: benchmarks/NOTES.md, "Client step".
+Everything that is compared runs in one process, in turn, on one thread; times are medians over `ROUNDS`
+rounds. What was tried on the way is in `benchmarks/NOTES.md`.
 """
 
 from __future__ import annotations

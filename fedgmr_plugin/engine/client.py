@@ -9,6 +9,7 @@ moves them. See the method page, section 4.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedgmr_plugin.engine.compact import drift_sq, leaves_of
+from fedgmr_plugin.engine.compact import Masks, drift_sq, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
+from fedgmr_plugin.kernels.blocks import sum_sq
 from fedgmr_plugin.kernels.layout import ModelLayout
+from fedgmr_plugin.kernels.masks import Ranking
 
 Batch = tuple[Any, Any]
 Index = NDArray[np.int64]
@@ -210,7 +213,8 @@ class BuiltinTrainer:
         loss_sum = torch.zeros((), device=self.device)
         drift = torch.zeros((), dtype=torch.float64, device=self.device)
         samples = steps = 0
-        with leaves_of(model, masks) as leaves:
+        watched = isinstance(batches, BatchList) and batches.watched
+        with leaves_of(model, masks, watched=watched) as leaves:
             step = self._optimizer([leaf.tensor for leaf in leaves], learning_rate)
             for x, y in batches:
                 if steps:
@@ -226,7 +230,8 @@ class BuiltinTrainer:
                     torch.nn.utils.clip_grad_norm_([leaf.tensor for leaf in leaves], self.gradient_clip)
                 step()
                 for leaf in leaves:
-                    leaf.publish()
+                    if not leaf.private:
+                        leaf.publish()
                 loss_sum += loss.detach()
                 samples += len(y)
                 steps += 1
@@ -318,30 +323,34 @@ def train_dispatch(
     learning_rate: float,
     form: Literal["delta", "replacement"],
     on_step: Callable[[], None] | None = None,
+    recent: RecentMasks | None = None,
 ) -> LocalUpdate:
     """Carry out one dispatch on `model` (overwritten).
 
-    `on_step` is called before each batch is read; with the built-in trainer `model` then holds x_k.
+    `on_step` is called before each batch is read; with the built-in trainer `model` then holds x_k. `recent`
+    shares masks among calls.
 
     The result depends on `sent`, the client's samples, the plan and the seed only: all global random
     generators are seeded for this dispatch and restored afterwards.
     """
     index_S = sent.index_S
     x_D = torch.zeros(layout.size, dtype=layout.dtype, device=sent.values_S.device)
-    x_D[index_S] = sent.values_S
-    layout.scatter(model, x_D)
-    masks = parameter_masks(layout, sent.ranking.mask(sent.rung))
+    layout.scatter(model, x_D.scatter_(0, index_S, sent.values_S))
+    masks = (recent or RecentMasks(layout))(sent.ranking, sent.rung)
     batches = BatchList(samples, list(plan.batches(sent.client, len(samples), sent.count)), on_step)
     with isolated_rng(derive(plan.seed, "training", sent.client, sent.count)):
         stats = trainer.train(
             model, batches, masks, learning_rate=learning_rate * sent.learning_rate_scale, client=sent.client
         )
-    values_S = layout.gather(model, out=x_D)[index_S]
-    is_parameter_S = index_S < layout.parameters
-    delta_S = (values_S - sent.values_S) * is_parameter_S
-    change_sq = float(delta_S.to(torch.float64).square().sum())
+    values_S = torch.index_select(layout.gather(model, out=x_D), 0, index_S)
+    change_S = values_S - sent.values_S
+    stop = sent.ranking.ends[0]
+    buffers = slice(stop - (layout.size - layout.parameters), stop)
+    change_S[buffers] = 0.0
+    change_sq = sum_sq(change_S)
     if form == "delta":
-        values_S = torch.where(is_parameter_S, delta_S, values_S)
+        change_S[buffers] = values_S[buffers]
+        values_S = change_S
     return LocalUpdate(sent.dispatch, sent.client, values_S, change_sq, stats)
 
 
@@ -352,6 +361,11 @@ class BatchList(Sequence[Batch]):
         self, samples: Samples, indices: list[Index], on_read: Callable[[], None] | None = None
     ) -> None:
         self._samples, self._indices, self._on_read = samples, indices, on_read
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody is called before each batch is read."""
+        return self._on_read is not None
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -365,11 +379,30 @@ class BatchList(Sequence[Batch]):
         return self._samples.take(index)
 
 
-def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> dict[str, Tensor] | None:
+def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> Masks | None:
     """bool mask of each parameter that has a masked coordinate; None if there is none."""
-    masks = {
-        e.name: mask_D[e.slice].view(e.shape)
+    masks = Masks(
+        (e.name, mask_D[e.slice].view(e.shape))
         for e in layout.entries
         if e.kind in ("prunable", "bias") and not bool(mask_D[e.slice].all())
-    }
+    )
     return masks or None
+
+
+class RecentMasks:
+    """`parameter_masks` of the rungs used last: clients of one density share the work."""
+
+    def __init__(self, layout: ModelLayout, most: int = 4) -> None:
+        self._layout, self._most = layout, most
+        self._known: OrderedDict[tuple[str, int], Masks | None] = OrderedDict()
+
+    def __call__(self, ranking: Ranking, rung: int) -> Masks | None:
+        """The masks of a rung; the dict is the caller's own."""
+        key = ranking.digest, rung
+        if key not in self._known:
+            self._known[key] = parameter_masks(self._layout, ranking.mask(rung))
+        self._known.move_to_end(key)
+        if len(self._known) > self._most:
+            self._known.popitem(last=False)
+        masks = self._known[key]
+        return None if masks is None else masks.copy()

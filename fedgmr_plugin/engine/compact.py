@@ -5,8 +5,9 @@ Legend: S coordinates of one parameter that are in the sub-model.
 A *leaf* is a tensor with a gradient that the optimizer steps. For most parameters it is the parameter itself,
 its gradient's masked coordinates set to 0 before the step. The weight of a large linear layer of which few
 coordinates are left has instead a leaf of its values on S: the layer computes with those alone
-(`fedgmr_plugin.kernels.sparse_linear`), and gradient, momentum, norm and step are of size S. After each step the
-values are written into the parameter, so that the model holds x_k whenever anybody looks.
+(`fedgmr_plugin.kernels.sparse_linear`), and gradient, momentum, norm and step are of size S. After each step
+the values are written into the parameter, so that the model holds x_k whenever anybody looks; after the last
+one only, where nobody can (a *private* leaf).
 
 Both are the same step up to rounding. Which of them a layer takes depends on its size and density only.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,31 @@ _CHUNK = 2**17  # coordinates of a distance that are summed at a time: 1.5 MB of
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
+class Masks(dict[str, Tensor]):
+    """Parameter name to bool mask; remembers the supports that were asked for."""
+
+    _supports: dict[str, tuple[Tensor, Support]]
+
+    def __init__(self, *entries: Any) -> None:
+        super().__init__(*entries)
+        self._supports = {}
+
+    def copy(self) -> Masks:
+        """A dict of the same masks, with the same memory."""
+        other = Masks(self)
+        other._supports = self._supports
+        return other
+
+    def support(self, name: str) -> Support:
+        """The support of a matrix's mask."""
+        mask = self[name]
+        known = self._supports.get(name)
+        if known is None or known[0] is not mask:
+            known = mask, support((mask.shape[0], mask.shape[1]), flat_index(mask))
+            self._supports[name] = known
+        return known[1]
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One tensor that is trained.
@@ -43,6 +70,7 @@ class Leaf:
         keep: for a masked whole parameter, integers of its shape: all bits set inside the sub-model, none
             outside.
         where: for values on S, which coordinates they are.
+        private: nobody but its layer looks at the parameter before training ends.
     """
 
     parameter: nn.Parameter
@@ -50,6 +78,7 @@ class Leaf:
     start: Tensor
     keep: Tensor | None = None
     where: Support | None = None
+    private: bool = False
 
     def restrict(self) -> None:
         """After backward: the gradient of `tensor` is that of the sub-model; masked coordinates have none.
@@ -75,7 +104,8 @@ class Leaf:
         """||x - x_0||^2 of this leaf, summed in float64."""
         x, start = self.tensor.detach(), self.start
         if x.device.type != "cpu" or not x.is_contiguous():
-            return torch.linalg.vector_norm(x - start, dtype=torch.float64).square()
+            far: Tensor = torch.linalg.vector_norm(x - start, dtype=torch.float64)
+            return far.square()
         total: Tensor | None = None
         for a, b in zip(x.view(-1).split(_CHUNK), start.view(-1).split(_CHUNK), strict=True):
             moved = (a - b).double()
@@ -85,29 +115,39 @@ class Leaf:
 
 
 @contextmanager
-def leaves_of(model: nn.Module, masks: Mapping[str, Tensor] | None) -> Iterator[list[Leaf]]:
-    """The leaves of `model`, which holds x_0; on leaving, its layers compute as before."""
-    masks = masks or {}
-    sparse = _sparse_layers(model, masks)
-    leaves, swapped = [], []
+def leaves_of(
+    model: nn.Module, masks: Mapping[str, Tensor] | None, *, watched: bool = True
+) -> Iterator[list[Leaf]]:
+    """The leaves of `model`, which holds x_0; on leaving it holds what they do, and computes as before.
+
+    Args:
+        watched: somebody looks at the model between steps.
+    """
+    remembered = masks if isinstance(masks, Masks) else Masks(masks or {})
+    sparse = _sparse_layers(model, remembered)
+    private = bool(sparse) and not watched and _is_chain(model)
+    leaves = []
+    layers = [layer for of_weight in sparse.values() for layer in of_weight]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layers, mask = sparse.get(parameter, ()), masks.get(name)
-        if layers and mask is not None:
-            where = support((parameter.shape[0], parameter.shape[1]), flat_index(mask))
+        mask = remembered.get(name)
+        if parameter in sparse:
+            where = remembered.support(name)
             values_S = parameter.detach().view(-1).index_select(0, where.index_E).requires_grad_()
-            leaves.append(Leaf(parameter, values_S, values_S.detach().clone(), where=where))
-            for layer in layers:
+            leaf = Leaf(parameter, values_S, values_S.detach().clone(), where=where, private=private)
+            for layer in sparse[parameter]:
                 _compute_on(layer, values_S, where)
-                swapped.append(layer)
-            continue
-        keep = None if mask is None else -mask.to(_BITS[parameter.dtype])
-        leaves.append(Leaf(parameter, parameter, parameter.detach().clone(), keep=keep))
+        else:
+            keep = None if mask is None else -mask.to(_BITS[parameter.dtype])
+            leaf = Leaf(parameter, parameter, parameter.detach().clone(), keep=keep)
+        leaves.append(leaf)
     try:
         yield leaves
     finally:
-        for layer in swapped:
+        for leaf in leaves:
+            leaf.publish()
+        for layer in layers:
             del layer.__dict__["forward"]
 
 
@@ -143,6 +183,16 @@ def _sparse_layers(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[Tensor
         if type(module) is nn.Linear and module.weight in weights and "forward" not in module.__dict__:
             found.setdefault(module.weight, []).append(module)
     return found
+
+
+def _is_chain(model: nn.Module) -> bool:
+    """Whether `model` is torch's own layers in sequence, without hooks: no code but theirs sees a weight."""
+    return all(
+        type(m).__module__.startswith("torch.nn.modules.")
+        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        and (type(m) is nn.Sequential or not any(True for _ in m.children()))
+        for m in model.modules()
+    )
 
 
 def _compute_on(layer: nn.Linear, values_S: Tensor, where: Support) -> None:

@@ -21,6 +21,7 @@ from fedgmr_plugin.engine.client import (
     LocalTrainer,
     LocalUpdate,
     Metrics,
+    RecentMasks,
     Samples,
     in_batches,
     split,
@@ -147,6 +148,7 @@ class Simulation:
         self._sizes = sizes
         self._evaluator = evaluate or training.trainer.evaluate
         self._fixed = {n: b.clone() for n, b in model.named_buffers() if n not in self.layout.by_name}
+        self._masks = RecentMasks(self.layout)
         self.pending: dict[int, Dispatch] = {}
         self.bytes_up = self.bytes_down = 0.0
         self._window_down = 0.0
@@ -203,6 +205,7 @@ class Simulation:
             learning_rate=self.training.learning_rate,
             form=self.config.update_form,
             on_step=None if self._probing is None else self._probing.watch(sent, self.model),
+            recent=self._masks,
         )
 
     # -- effects --------------------------------------------------------------------------------------

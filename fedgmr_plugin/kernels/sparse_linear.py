@@ -5,10 +5,10 @@ E = |S|.
 
     Y = X W^T + c        dX = dY W        dW_S = (dY^T X)_S        dc = sum_b dY
 
-W lives in compressed rows (values in coordinate order) for Y, in compressed columns (the same values, permuted)
-for dX, and dW is sampled: one dot product over b for each of the E coordinates. Every sum runs in a fixed order
-inside one row, so results do not depend on the number of threads. They differ from the dense layer's in
-rounding only. Needs torch's MKL; see `available`.
+W lives in compressed rows (values in coordinate order) for Y, in compressed columns (the same values,
+permuted) for dX, and dW is sampled: one dot product over b for each of the E coordinates. Every sum runs in
+a fixed order inside one row, so results do not depend on the number of threads. They differ from the dense
+layer's in rounding only. Needs torch's MKL; see `available`.
 """
 
 from __future__ import annotations
@@ -61,21 +61,17 @@ def support(shape: tuple[int, int], index_E: Tensor) -> Support:
     edges = torch.arange(columns + 1)
     column_ends = torch.searchsorted(sorted_E.to(torch.int64), edges, out_int32=True)
     row_E = (index_E[by_column_E] // columns).to(torch.int32)
-    return Support(
-        shape, index_E, row_ends, column_E.to(torch.int32), column_ends, row_E, by_column_E
-    )
+    return Support(shape, index_E, row_ends, column_E.to(torch.int32), column_ends, row_E, by_column_E)
 
 
-def sparse_linear(
-    x: Tensor, values_E: Tensor, weight: Tensor, bias: Tensor | None, where: Support
-) -> Tensor:
+def sparse_linear(x: Tensor, values_E: Tensor, weight: Tensor, bias: Tensor | None, where: Support) -> Tensor:
     """Y [..., O] of X [..., I], differentiable in X, `values_E` and `bias`.
 
     Args:
         values_E: W on its support, in the order of ``where.index_E``.
-        weight: W [O, I] itself, equal to `values_E` on the support and 0 elsewhere. It is looked at only where
-            a gradient is to be differentiated again, and gets a gradient of its own there: a leaf's total
-            gradient on S is that of `values_E` plus that of `weight` on S.
+        weight: W [O, I] itself, equal to `values_E` on the support and 0 elsewhere. It is looked at only
+            where a gradient is to be differentiated again, and gets a gradient of its own there: a leaf's
+            total gradient on S is that of `values_E` plus that of `weight` on S.
     """
     y: Tensor = _SparseLinear.apply(x, values_E, weight, bias, where)  # type: ignore[no-untyped-call]
     return y
@@ -121,7 +117,7 @@ class _SparseLinear(torch.autograd.Function):
         return dx, dvalues_E, None, dy_bO.sum(0) if ctx.has_bias else None, None
 
 
-# torch says once per process, at the first compressed tensor, that they are in beta. Here it is said to nobody.
+# At the first compressed tensor torch says, once per process, that they are in beta: here, to nobody.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), [], (1, 1))
