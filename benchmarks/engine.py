@@ -5,13 +5,20 @@
 Overhead: windows of ten clients (high heterogeneity) on VGG11 with a trainer that does nothing, so what is
 timed is everything else: ranking, cutting, placing, reading batches, gathering, admitting, merging, the
 clock, the run log's records. It is set against the clients' SGD steps of batch 20, measured alone in the same
-process. Growth: cost of an arrival among 10,000 and 100,000 clients against among 100.
+process. Growth: cost of an arrival among 10,000 and 100,000 clients against among 100. Memory: peak of a run,
+less one model and the payloads down and up.
 """
 
 from __future__ import annotations
 
+import gc
+import os
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +28,8 @@ from torch.nn import functional as F
 from benchmarks import models
 from benchmarks.measure import Row, machine, seconds
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import Batch, BatchPlan, LocalStats, Metrics, TensorSamples
+from fedgmr_plugin.engine.client import Batch, BatchPlan, LocalStats, LocalUpdate, Metrics, TensorSamples
+from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Clients, Simulation, Training
@@ -72,7 +80,7 @@ def overhead() -> Row:
     model = models.vgg11()
     images = TensorSamples(torch.rand(200, 3, 32, 32), torch.randint(0, 10, (200,)))
     run = simulation(model, images, 10, 10, 1000)
-    run._carry_out(run.server.start())
+    run.start()
     per_window = []
     arrivals = 0
     for _ in range(26):  # one interval: masks are rebuilt once
@@ -101,7 +109,7 @@ def growth() -> list[Row]:
     cost = {}
     for clients in (100, 10_000, 100_000):
         run = simulation(models.tiny_cnn(), samples, clients, 10, 10_000)
-        run._carry_out(run.server.start())
+        run.start()
         times = []
         for _ in range(8):
             start, before = time.perf_counter(), run.server.dispatches
@@ -121,14 +129,61 @@ def growth() -> list[Row]:
     ]
 
 
+def memory() -> Row:
+    """Peak memory of an idle run of VGG11 beyond one model and the payloads, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.engine", "memory"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    above, vector = map(float, printed.split())
+    detail = f"{above / 1e6:.0f} MB, a vector {vector / 1e6:.0f} MB"
+    return Row("peak memory above model and payloads", "dense vector", above / vector, "<= 4", detail)
+
+
+def print_memory() -> None:
+    """Peak resident bytes beyond one model and the payloads in flight, and the bytes of a dense vector."""
+    torch.set_num_threads(1)
+    model = models.vgg11()
+    images = TensorSamples(torch.rand(200, 3, 32, 32), torch.randint(0, 10, (200,)))
+    simulation(model, images, 10, 10, 1000)  # what is imported and allocated once is not the run's
+    gc.collect()
+    before = _resident()
+    run = simulation(model, images, 10, 10, 1000)
+    uploads = []
+
+    def train(sent: Dispatch) -> LocalUpdate:
+        update = Simulation.train(run, sent)
+        uploads.append(update.values_S.nbytes)
+        return update
+
+    run.train = train  # type: ignore[method-assign]
+    run.start()
+    payloads = 0
+    for _ in range(30):
+        down = {id(p.values_S): p.values_S.nbytes for p in run.pending.values()}
+        uploads.clear()
+        run.step()
+        payloads = max(payloads, sum(down.values()) + sum(uploads))
+    vector = 4 * run.layout.size
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak - before - payloads - vector, vector)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def measure() -> list[Row]:
     """The rows of this benchmark."""
     torch.set_num_threads(1)
-    return [overhead(), *growth()]
+    return [overhead(), *growth(), memory()]
 
 
 def main() -> None:
     """Print the rows."""
+    if sys.argv[1:] == ["memory"]:
+        print_memory()
+        return
     print(machine())
     for row in measure():
         print(f"{row.name}, against {row.against}: {row.value:.3f} (goal {row.goal}); {row.detail}")

@@ -41,13 +41,13 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "theory.checks.coverage": (("floor", "check", "broken"), ()),
     "theory.checks.expectation": (
-        ("floor", "check"),
+        ("verdicts", "floor", "check"),
         (
             "_expectation", "_corollary", "_start", "_noise", "_a_priori", "_verdict",
             "harmonic", "student", "mask_factor",
         ),
     ),
-    "theory.checks.descent": (("floor", "check"), ()),
+    "theory.checks.descent": (("verdicts", "floor", "check"), ()),
 }  # fmt: skip
 
 #: (module, "mutation: source line") -> why no test can tell it from the original.

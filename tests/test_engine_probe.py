@@ -235,7 +235,7 @@ def test_the_gradient_on_uncovered_coordinates_is_that_of_what_did_not_move(scop
     world = World(windows=4, probe_interval=1, **options)
     simulation = world.simulation
     world.vectors.append(world.server.w_D.clone())
-    simulation._carry_out(world.server.start())
+    simulation.start()
     simulation.network.drop(0)
     simulation.pending.pop(0)
     net = model()

@@ -716,7 +716,7 @@ def test_a_run_restored_in_every_window_ends_with_the_same_bits(options: dict[st
     reference = World((1.0, 0.5, 0.1), model=dropping(), **options)
     expected = reference.run()
     world = World((1.0, 0.5, 0.1), model=dropping(), **options)
-    end = world.simulation._carry_out(world.server.start())
+    end = world.simulation.start()
     while end is None:
         state, clock = snapshot(world.server), json.loads(json.dumps(world.network.state()))
         pending, log = world.simulation.pending, world.log

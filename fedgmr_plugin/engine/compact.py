@@ -27,7 +27,7 @@ from fedgmr_plugin.kernels.sparse_linear import Support, available, flat_index, 
 
 #: Largest density of a weight that is trained on its support, and the fewest coordinates it must have.
 #: Measured (benchmarks/NOTES.md, "Client step").
-SPARSE_DENSITY = 0.15
+SPARSE_DENSITY = 0.25
 SPARSE_SIZE = 2**17
 
 _CHUNK = 2**17  # coordinates of a distance that are summed at a time: 1.5 MB of scratch

@@ -156,10 +156,14 @@ class Simulation:
 
     def run(self) -> dict[str, Any]:
         """Run to the end of the budget; returns the `end` record (without wall time)."""
-        end = self._carry_out(self.server.start())
+        end = self.start()
         while end is None:
             end = self.step()
         return end
+
+    def start(self) -> dict[str, Any] | None:
+        """The first dispatches; what follows is `step`, window by window."""
+        return self._carry_out(self.server.start())
 
     def step(self) -> dict[str, Any] | None:
         """One window: train who arrives, merge, dispatch; returns the `end` record after the last."""
