@@ -1,6 +1,6 @@
 # make demo   the demonstration, from a fresh clone     make docs   the documentation, with its examples run
 # make test   lint, tests, documentation                make lint   ruff, mypy, import-linter
-# make clean  remove everything that make made
+# make bench  every goal of speed and size, measured    make clean  remove everything that make made
 #
 # Python 3.10 or 3.11; PYTHON=/path/to/python chooses another than the first one found. pip takes a CPU
 # build of torch where its configuration offers one, and PyPI's CUDA build (several GB) otherwise.
@@ -20,7 +20,7 @@ PYTHON ?= $(shell for p in python3.11 python3.10 python3 python; do \
 APT := openmpi-bin libopenmpi-dev mosquitto
 BUILT_FOR_TESTS := $(VENV)/installed-test
 
-.PHONY: demo test docs lint clean constraints system-packages
+.PHONY: demo test bench docs lint clean constraints system-packages
 
 demo: $(VENV)/installed
 	$(BIN)/fedgmr demo
@@ -34,6 +34,9 @@ lint: $(BUILT_FOR_TESTS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(BUILT_FOR_TESTS)
+	$(BIN)/python -m benchmarks.bench --out bench.json
 
 docs: $(BUILT_FOR_TESTS)
 	$(BIN)/sphinx-build --quiet --fail-on-warning --builder doctest docs docs/_build/doctest
@@ -76,6 +79,6 @@ constraints: $(VENV)/installed
 	mv $(VENV)/constraints.txt constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist docs/_build .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf $(VENV) build dist bench.json docs/_build .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache \
 	    .import_linter_cache .hypothesis
 	find fedgmr_plugin theory tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,9 +1,10 @@
 """Every goal of speed and size, measured: prints a table with verdicts and writes JSON.
 
     python -m benchmarks.bench [WORD ...] [--out FILE]
+    python -m benchmarks.bench --table
 
-Words choose benchmarks by name. The committed figures are `results/bench.json`; `python -m
-benchmarks.compare OLD NEW` judges a change.
+Words choose benchmarks by name; `--table` prints the committed figures, `results/bench.json`, as Markdown.
+`python -m benchmarks.compare OLD NEW` judges a change.
 """
 
 from __future__ import annotations
@@ -37,6 +38,17 @@ def run(words: list[str]) -> dict[str, Any]:
     return {"machine": machine(), "rows": rows}
 
 
+def table() -> str:
+    """The committed figures as Markdown."""
+    lines = ["| what | against | goal | measured | | |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]:
+        verdict = {True: "met", False: "**not met**", None: ""}[row["met"]]
+        goal = row["goal"].replace("<=", "≤").replace(">=", "≥")
+        cells = (row["name"], row["against"], goal, f"{row['value']:.3g}", verdict, row["detail"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def line(name: str, row: Row) -> str:
     """One row as text."""
     verdict = {True: "met", False: "NOT MET", None: ""}[row.met]
@@ -48,7 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure every goal of speed and size.")
     parser.add_argument("words", nargs="*", help="benchmarks whose name contains one of these")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--table", action="store_true", help="print the committed figures as Markdown")
     options = parser.parse_args()
+    if options.table:
+        print(table())
+        return
     results = run(options.words)
     met = [row["met"] for row in results["rows"] if row["met"] is not None]
     print(f"{sum(met)} of {len(met)} goals met")

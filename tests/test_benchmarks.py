@@ -1,0 +1,70 @@
+"""The machinery of the benchmarks: verdicts, comparisons, and that what is timed is right."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import aggregate, bench, compare, measure
+from fedgmr_plugin.kernels import Ranking, merge
+
+
+def test_a_row_knows_whether_its_goal_is_met() -> None:
+    assert measure.Row("a", "b", 1.5, "<= 1.5").met and measure.Row("a", "b", 10.0, ">= 10").met
+    assert (
+        measure.Row("a", "b", 1.6, "<= 1.5").met is False and measure.Row("a", "b", 9.0, ">= 10").met is False
+    )
+    assert measure.Row("a", "b", 1.6).met is None
+
+
+def figures(**values: float) -> dict[str, Any]:
+    rows = [
+        {
+            "benchmark": "x",
+            "name": name,
+            "against": "r",
+            "value": value,
+            "goal": goal,
+            "met": None,
+            "detail": "",
+        }
+        for (name, value), goal in zip(values.items(), ("<= 2", ">= 2", ""), strict=False)
+    ]
+    for row in rows:
+        row["met"] = measure.Row(row["name"], "r", row["value"], row["goal"]).met
+    return {"machine": {"processor": "p"}, "rows": rows}
+
+
+def test_a_comparison_tells_better_from_worse_and_what_was_lost() -> None:
+    old = figures(a=1.0, b=4.0, c=1.0)
+    assert compare.judge(old, old) == ([f"same      {n}, against r: {v:.3f} -> {v:.3f} (+0 %)" for n, v in
+                                        (("a", 1.0), ("b", 4.0), ("c", 1.0))], True)  # fmt: skip
+    lines, sound = compare.judge(old, figures(a=1.5, b=5.0, d=1.0))
+    assert sound and [line.split()[0] for line in lines] == ["worse", "better", "new", "gone"]
+    lines, sound = compare.judge(old, figures(a=2.5, b=3.0, c=0.5))
+    assert not sound and [line.split()[0] for line in lines] == ["LOST", "worse", "better"]
+    moved = copy.deepcopy(old)
+    moved["machine"]["processor"] = "q"
+    assert compare.judge(old, moved)[0][0] == "not the same machine: processor"
+
+
+def test_the_reference_loop_merges_what_the_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate, "SIZE", 5000)
+    w_D, rankings = aggregate.world()
+    owners = [rankings[n % 3] for n in range(10)]
+    updates = aggregate.updates_of(owners)
+    masks = [u.ranking.mask(u.rung) for u in updates]
+    values = [torch.zeros(5000).index_put_((u.index_S,), u.values_S) for u in updates]
+    loop = aggregate.tensor_loop(w_D, masks, values, [u.weight for u in updates])
+    home: Ranking = rankings[0]
+    assert torch.allclose(home.flat(merge(home.ranked(w_D), home, updates).w_D), loop, atol=1e-6)
+
+
+def test_every_benchmark_is_there() -> None:
+    import importlib
+
+    for name in bench.BENCHMARKS:
+        assert callable(importlib.import_module(f"benchmarks.{name}").measure)
