@@ -270,6 +270,11 @@ class FedGMRConfig(BaseModel):
                 "GMR-106|update_form|aggregation=plain_average averages weights with zeros, so it needs "
                 "update_form=replacement"
             )
+        if self.run_name is not None and not re.fullmatch(r"\w[\w.+=-]*", self.run_name):
+            problems.append(
+                f"GMR-104|run_name|run_name={self.run_name!r} is no name of a directory: letters, digits and "
+                "any of _.+=- behind the first"
+            )
         if self.payload_rule == "encoded" and self.model_megabytes is not None:
             problems.append(
                 f"GMR-106|model_megabytes|model_megabytes={self.model_megabytes} has no meaning with "

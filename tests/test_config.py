@@ -124,6 +124,8 @@ BAD = [
     ("density_ladder: [0.5, 0.5, 1]", "GMR-105", "density_ladder", "is not increasing to 1"),
     ("density_ladder: [0.1, 0.5]", "GMR-105", "density_ladder", "is not increasing to 1"),
     ("{payload_rule: encoded, model_megabytes: 10}", "GMR-106", "model_megabytes", "payload_rule=encoded"),
+    ("run_name: ../escape", "GMR-104", "run_name", "no name of a directory"),
+    ("run_name: ''", "GMR-104", "run_name", "no name of a directory"),
     ("time_floors: [1]", "GMR-106", "time_floors", "time_fractions has 4"),
     ("time_fractions: [0.2, 0.2, 0.6, 0.8]", "GMR-106", "time_fractions", "must be increasing"),
     ("validation_fraction: 0", "GMR-106", "trigger", "needs a validation split"),
