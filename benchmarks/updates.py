@@ -44,7 +44,7 @@ class Run:
         plan = Plan(0, 100_000, IN_FLIGHT, 100_000, tuple(len(p) for p in parts))
         self.workers = None
         if workers > 1:
-            self.workers = Workers(lambda sent: self.simulation.train(sent), layout.dtype, workers)
+            self.workers = Workers(lambda sent: self.simulation.train(sent), layout, workers)
         densities = config.initial_densities(CLIENTS)
         self.simulation = Simulation(
             Server(config, plan, layout, layout.gather(model)),

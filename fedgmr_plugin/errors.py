@@ -192,7 +192,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "worker process failed",
         "A process that trains clients (`workers`) raised an error or was ended, by the kernel for want of "
         "memory perhaps. The run stops; what its log holds stays.",
-        "The message has the worker's traceback or exit code. `workers: 1` trains in the main process.",
+        "The message has the error or the exit code, the log above it the worker's traceback. `workers: 1` "
+        "trains in the main process.",
     ),
     "GMR-601": CatalogueEntry(
         "run log not found",

@@ -283,6 +283,10 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
         section |= {"trigger": "time", "evaluate": "global"}
     if section.get("aggregation") == "plain_average":
         section["update_form"] = "replacement"
+    if section.get("payload_rule") == "encoded":
+        section["model_megabytes"] = None
+    if section.get("run_name") is not None:
+        section["run_name"] = draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,5}", fullmatch=True))
     return section
 
 

@@ -272,6 +272,20 @@ def test_worker_processes_change_no_bit(tmp_path: Path) -> None:
 def test_workers_are_refused_where_they_cannot_stand_in(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="GMR-106 workers=2: probe=true"):
         run(arguments(tmp_path, {"workers": 2, "probe": True}))
+    with pytest.raises(ConfigError, match="GMR-106 workers=2: each trains on one thread, but cpu_threads=2"):
+        run(arguments(tmp_path, {"workers": 2, "cpu_threads": 2}))
+
+
+def test_a_run_s_name_does_not_change_it(tmp_path: Path) -> None:
+    """Not even where the bytes of messages make the clock."""
+    ends = []
+    for name in ("a", "x" * 120):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = WithBatchNorm()
+        options = {"run_name": name, "payload_rule": "encoded", "client_upload": 0.01, "server_upload": 0.02}
+        ends.append(run(arguments(tmp_path, options), model=model).end)
+    assert [ends[0][k] for k in ("model_sha256", "time")] == [ends[1][k] for k in ("model_sha256", "time")]
 
 
 def test_fewer_clients_in_flight_than_clients(tmp_path: Path) -> None:

@@ -946,7 +946,7 @@ def test_simulated_sizes_are_those_of_the_messages() -> None:
         Ranking((0.2, 1.0), torch.randint(0, 2, (500,), generator=generator, dtype=torch.int16))
         for _ in range(2)
     )
-    sizes = MessageSizes("run-001")
+    sizes = MessageSizes()
     dispatches = [
         (0, first, 0, True),
         (0, first, 0, False),
@@ -961,6 +961,6 @@ def test_simulated_sizes_are_those_of_the_messages() -> None:
         sent = Dispatch(count, client, 3, 2, ranking.densities[rung], ranking, rung, values_S)
         order = PayloadOrder(ranking, (rung,))
         mask = Mask.of(ranking, (rung,)) if new else None
-        down = dispatch_message(sent, order, run="run-001", mask=mask)
+        down = dispatch_message(sent, order, run="run-0000", mask=mask)
         up = update_message(down.header, order.cuts, values_S, Outcome(1.0, 1, *[0.1 + 0.2] * 3))
         assert sizes(sent) == (len(encode(down)) / 1e6, len(encode(up)) / 1e6)

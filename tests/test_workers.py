@@ -5,8 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ import torch
 from fedgmr_plugin.engine.client import LocalStats, LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.kernels.layout import Entry, ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.runtimes.workers import Workers
 
@@ -21,6 +26,13 @@ from fedgmr_plugin.runtimes.workers import Workers
 def ranking(seed: int, size: int = 40) -> Ranking:
     generator = torch.Generator().manual_seed(seed)
     return Ranking((0.2, 0.5, 1.0), torch.randint(0, 3, (size,), generator=generator, dtype=torch.int16))
+
+
+def layout_of(size: int) -> ModelLayout:
+    return ModelLayout((Entry("w", "prunable", (size,), 0, size),), (), torch.float64)
+
+
+LAYOUT = layout_of(40)
 
 
 def dispatch(number: int, family: Ranking, rung: int, client: int = 0) -> Dispatch:
@@ -45,7 +57,7 @@ def test_updates_come_back_in_the_order_of_the_dispatches(count: int) -> None:
     """Whoever trained them; and old rankings are known again after they were forgotten."""
     families = [ranking(seed) for seed in range(6)]
     sent = [dispatch(n, families[n % 6], n % 3, client=n % 5) for n in range(20)]
-    workers = Workers(halve, torch.float64, count)
+    workers = Workers(halve, LAYOUT, count)
     try:
         for window in (sent, [], sent[::-1], sent[:1]):
             assert_equal(workers(window), [halve(s) for s in window])
@@ -65,7 +77,7 @@ def test_large_payloads_both_ways_do_not_block() -> None:
     """Far more than a pipe holds."""
     family = ranking(0, size=500_000)
     sent = [dispatch(n, family, 2, client=n) for n in range(6)]
-    workers = Workers(halve, torch.float64, 2)
+    workers = Workers(halve, layout_of(500_000), 2)
     try:
         assert_equal(workers(sent), [halve(s) for s in sent])
     finally:
@@ -77,8 +89,40 @@ def test_a_failure_stops_everything_and_says_why(client: int, word: str) -> None
     family = ranking(0)
     sent = [replace(dispatch(n, family, 1), client=n) for n in range(8)]
     sent[5] = replace(sent[5], client=client)
-    workers = Workers(halve, torch.float64, 2)
+    workers = Workers(halve, LAYOUT, 2)
     with pytest.raises(HostError, match=word) as caught:
         workers(sent)
     assert caught.value.code == "GMR-507"
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent(how: signal.Signals) -> None:
+    """However it dies: what a worker waits for is the pipe, and nobody else holds its other end."""
+    script = (
+        "import sys, time; sys.path.insert(0, 'tests')\n"
+        "import test_workers as t\n"
+        "workers = t.Workers(t.halve, t.LAYOUT, 3)\n"
+        "workers([t.dispatch(n, t.ranking(0), 1, client=n) for n in range(6)])\n"
+        "print(*[w.process.pid for w in workers._workers], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    children = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(children) == 3
+    parent.send_signal(how)
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in children)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (one that ended and was not collected does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

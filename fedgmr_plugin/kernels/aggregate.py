@@ -15,7 +15,8 @@ roundoff of the vector's type, n holders and sums in that type, the new value is
 
     u |w'_j| + (n + 3) u sum_n c_n m_nj |x_nj - w_j| / sum_n c_n m_nj
 
-of the exact one (with |x_nj - x0_nj| in the delta form), and a lone holder's values pass as they are.
+of the exact one (with |x_nj - x0_nj| in the delta form). The only update of a merge, and a lone holder's
+values among updates of the vector's own ranking, pass as they are.
 
 Updates that were cut from the vector's own ranking are prefixes of it: their sums run over contiguous
 memory, block by block, with one weight for a whole rung. Updates of older rankings are summed among

@@ -10,20 +10,19 @@ from fedgmr_plugin.protocol.header import Header, Outcome, Task
 from fedgmr_plugin.protocol.mask import Mask
 from fedgmr_plugin.protocol.wire import encoded_length
 
+_RUN = "run-0000"
+
 
 class MessageSizes:
     """Measures the messages of a run, in the order of its dispatches.
 
     A client's first dispatch under a ranking, or beyond the rung that it knows, carries the mask; later ones
     its digest. An upload carries values only: the server issued the mask. Uploads are measured with an
-    outcome of three numbers of full length.
-
-    Args:
-        run: the run's name, part of every header.
+    outcome of three numbers of full length, and every header has a run's name of eight letters: what a run
+    is called must not change its clock.
     """
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self) -> None:
         self._known: dict[int, tuple[str, int]] = {}  # client to the ranking and rung of its last mask
         self._masks: dict[tuple[str, int], int] = {}  # (ranking, rung) to the bytes of the mask
 
@@ -39,7 +38,7 @@ class MessageSizes:
             self._known[sent.client] = ranking.digest, rung
         down = Header(
             kind="dispatch",
-            run=self._run,
+            run=_RUN,
             version=sent.version,
             ranking=ranking.digest,
             size=ranking.rung_D.numel(),

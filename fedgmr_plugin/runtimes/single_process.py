@@ -189,7 +189,7 @@ def build(
     workers = None
     if config.workers > 1:
         _check_workers(config, device, trainer)
-        workers = Workers(lambda sent: simulation.train(sent), layout.dtype, config.workers)
+        workers = Workers(lambda sent: simulation.train(sent), layout, config.workers)
     simulation = Simulation(
         server,
         VirtualNetwork(config, densities, megabytes, _links(config, densities, keys.seed)),
@@ -200,7 +200,7 @@ def build(
         lambda fields: run.record(fields),
         executor=workers,
         evaluate=evaluate if bridge.user_defined else None,
-        sizes=MessageSizes(directory.name) if config.payload_rule == "encoded" else lambda sent: None,
+        sizes=MessageSizes() if config.payload_rule == "encoded" else lambda sent: None,
     )
     header = {
         "type": "header",
@@ -240,6 +240,8 @@ def _check_workers(config: FedGMRConfig, device: torch.device, trainer: LocalTra
         obstacle = "a ClientTrainer of its own may remember something between clients"
     elif device.type != "cpu":
         obstacle = f"a process that uses {device} cannot be forked"
+    elif config.cpu_threads != 1:
+        obstacle = f"each trains on one thread, but cpu_threads={config.cpu_threads}"
     elif config.probe:
         obstacle = "probe=true watches every step, which only the main process can"
     if obstacle:

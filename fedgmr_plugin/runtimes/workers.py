@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import signal
 import traceback
@@ -25,6 +26,7 @@ import torch
 from fedgmr_plugin.engine.client import LocalStats, LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.protocol.header import Outcome
 from fedgmr_plugin.protocol.messages import (
@@ -34,6 +36,8 @@ from fedgmr_plugin.protocol.messages import (
     update_message,
 )
 from fedgmr_plugin.protocol.wire import Limits, decode, encode
+
+_log = logging.getLogger(__name__)
 
 Train = Callable[[Dispatch], LocalUpdate]
 
@@ -57,12 +61,13 @@ class Workers:
 
     Args:
         train: trains one dispatch, in a fork of the process that calls this object first.
-        dtype: the global vector's type.
+        layout: map of the global vector.
         count: processes.
     """
 
-    def __init__(self, train: Train, dtype: torch.dtype, count: int) -> None:
-        self._train, self._dtype, self._count = train, dtype, count
+    def __init__(self, train: Train, layout: ModelLayout, count: int) -> None:
+        self._train, self._count = train, count
+        self._limits = Limits(layout.size, (layout.dtype,), run=_RUN)
         self._workers: list[_Worker] = []
 
     def __call__(self, sent: Sequence[Dispatch]) -> list[LocalUpdate]:
@@ -72,7 +77,8 @@ class Workers:
             HostError: GMR-507 if a worker failed; all of them are ended.
         """
         if not self._workers:
-            self._workers = [self._fork() for _ in range(self._count)]
+            for _ in range(self._count):
+                self._workers.append(self._fork())
         waiting = deque(sorted(range(len(sent)), key=lambda n: -len(sent[n].values_S)))  # longest first
         updates: dict[int, LocalUpdate] = {}
         try:
@@ -103,7 +109,10 @@ class Workers:
     def _fork(self) -> _Worker:
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._train, self._dtype), daemon=True)
+        inherited = [ours, *(w.pipe for w in self._workers)]
+        process = context.Process(
+            target=_serve, args=(theirs, inherited, self._train, self._limits), daemon=True
+        )
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -126,7 +135,7 @@ class Workers:
             raise _lost(worker) from error
         if data[:1] == _FAILURE:
             raise HostError("GMR-507", f"client={sent.client}: {data[1:].decode()}", where="workers")
-        message = decode(data[1:], Limits(sent.ranking.rung_D.numel(), (self._dtype,), run=_RUN))
+        message = decode(data[1:], self._limits)
         outcome = message.header.outcome or Outcome(0.0)
         stats = LocalStats(outcome.steps, int(outcome.samples), outcome.train_loss, outcome.drift_sq)
         return LocalUpdate(sent.dispatch, sent.client, message.values, outcome.change_sq or 0.0, stats)
@@ -158,8 +167,14 @@ def _remember(rankings: OrderedDict[str, Ranking], ranking: Ranking) -> None:
         rankings.popitem(last=False)
 
 
-def _serve(pipe: Connection, train: Train, dtype: torch.dtype) -> None:
-    """A worker's life: train what comes, until the pipe closes. An interrupt is for the parent to answer."""
+def _serve(pipe: Connection, inherited: Sequence[Connection], train: Train, limits: Limits) -> None:
+    """A worker's life: train what comes, until the parent closes its end of the pipe, or dies.
+
+    The fork has copies of the parent's ends; open, they would keep every worker waiting for a dead parent. An
+    interrupt is for the parent to answer.
+    """
+    for other in inherited:
+        other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     rankings: OrderedDict[str, Ranking] = OrderedDict()
@@ -170,15 +185,15 @@ def _serve(pipe: Connection, train: Train, dtype: torch.dtype) -> None:
                 _remember(rankings, _unpack(data[1:]))
                 continue
             try:
-                answer = _UPDATE + _train_one(data[1:], rankings, train, dtype)
-            except Exception:  # noqa: BLE001  (whatever it is, the parent says it)
-                answer = _FAILURE + traceback.format_exc().encode()
+                answer = _UPDATE + _train_one(data[1:], rankings, train, limits)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the parent says it)
+                _log.error("%s", traceback.format_exc())
+                answer = _FAILURE + "".join(traceback.format_exception_only(error)).strip().encode()
             pipe.send_bytes(answer)
 
 
-def _train_one(data: bytes, rankings: OrderedDict[str, Ranking], train: Train, dtype: torch.dtype) -> bytes:
-    size = next(iter(rankings.values())).rung_D.numel()
-    message = decode(bytearray(data), Limits(size, (dtype,), run=_RUN))
+def _train_one(data: bytes, rankings: OrderedDict[str, Ranking], train: Train, limits: Limits) -> bytes:
+    message = decode(bytearray(data), limits)
     ranking = rankings[message.header.ranking]
     _remember(rankings, ranking)
     sent = dispatched(message, ranking)
