@@ -176,8 +176,8 @@ class FedGMRConfig(BaseModel):
         ge=1,
         le=256,
         description="Processes that train the clients of a window, on one thread each; 1 trains in the main "
-        "process. The model's bits do not depend on it. Needs the built-in trainer on the CPU, and cpu_threads "
-        "at 1.",
+        "process. The model's bits do not depend on it. Needs the built-in trainer on the CPU and "
+        "`cpu_threads: 1`.",
     )
     cpu_threads: int = Field(
         1,

@@ -251,7 +251,7 @@ def _values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     if kind == "array":
         return st.lists(_values(schema["items"]), min_size=schema.get("minItems", 0), max_size=5)
     if kind == "integer":
-        return st.integers(schema["minimum"], 10**6)
+        return st.integers(schema["minimum"], schema.get("maximum", 10**6))
     if kind == "number":
         return st.floats(
             schema.get("minimum", schema.get("exclusiveMinimum")),

@@ -696,3 +696,22 @@ def test_the_layout_of_weights_in_memory_changes_rounding_only() -> None:
         ]
         assert torch.allclose(updates[0].values_S, updates[1].values_S, rtol=1e-10, atol=1e-12)
         assert updates[0].stats.drift_sq == pytest.approx(updates[1].stats.drift_sq, rel=1e-10)
+
+
+def test_sparse_gradients_of_an_embedding_are_masked_like_others() -> None:
+    with isolated_rng(0):
+        nets = [
+            nn.Sequential(nn.Embedding(30, 8, sparse=sparse), nn.Flatten(), nn.Linear(24, 3))
+            for sparse in (True, False)
+        ]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, y = torch.randint(0, 30, (20, 3)), torch.randint(0, 3, (20,))
+    mask = torch.rand(30, 8, generator=torch.Generator().manual_seed(0)) < 0.4
+    trainer = BuiltinTrainer(momentum=0.9, weight_decay=0.01)
+    for net in nets:
+        with torch.no_grad():
+            net[0].weight.mul_(mask)
+        trainer.train(net, [(x, y)] * 3, {"0.weight": mask}, learning_rate=0.1, client=0)
+    assert (nets[0][0].weight[~mask] == 0).all()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)

@@ -380,6 +380,19 @@ def test_run_leaves_the_script_its_own_exit(tmp_path: Path, quiet: list[str]) ->
     assert isinstance(CliRunner().invoke(run, [str(script)]).exception, ZeroDivisionError)
 
 
+def test_run_points_out_likely_slips(tmp_path: Path, quiet: list[str]) -> None:
+    script, yaml = tmp_path / "main.py", tmp_path / "c.yaml"
+    script.write_text("raise ZeroDivisionError\n")
+    assert "was given no --cf" in CliRunner().invoke(run, [str(script)]).output
+    assert "no --cf" not in CliRunner().invoke(run, [str(script), "--cf", str(yaml)]).output
+    script.write_text("")
+    for name, slip in (("FedGRM", True), ("FedGMR", False)):
+        yaml.write_text(f"train_args: {{federated_optimizer: {name}}}\nfedgmr_args: {{}}\n")
+        result = CliRunner().invoke(run, [str(script), "--cf", str(yaml)])
+        assert result.exit_code == 0
+        assert ("fedgmr_args has no effect: federated_optimizer='FedGRM'" in result.output) == slip
+
+
 def test_run_refuses_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["fedgmr"])
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from fedgmr_plugin.errors import FedGMRError
+from fedgmr_plugin.runtimes.config_file import flatten, load, path_from
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -21,10 +22,32 @@ def run(script: str, arguments: tuple[str, ...]) -> None:
     All ARGUMENTS after the script are the script's own, such as `--cf fedml_config.yaml`.
     """
     try:
+        for note in notes(arguments):
+            click.echo(f"note: {note}", err=True)
         run_script(script, arguments)
     except FedGMRError as error:
         click.echo(str(error), err=True)
         sys.exit(2)
+    except Exception:
+        if path_from(arguments) is None:
+            click.echo("note: the script was given no --cf; fedml.init() needs one", err=True)
+        raise
+
+
+def notes(arguments: Sequence[str]) -> list[str]:
+    """What is likely a slip, though FedML makes something of it.
+
+    Raises:
+        ConfigError: GMR-108 if the YAML file cannot be read.
+    """
+    path = path_from(arguments)
+    if path is None:
+        return []
+    sections = load(path)
+    name = str(flatten(sections).get("federated_optimizer", ""))
+    if "fedgmr_args" in sections and name.lower() != "fedgmr":
+        return [f"fedgmr_args has no effect: federated_optimizer={name!r} is not fedgmr"]
+    return []
 
 
 def run_script(script: str, arguments: Sequence[str]) -> None:

@@ -88,6 +88,8 @@ class Leaf:
         grad = self.parameter.grad
         if grad is None:
             return
+        if grad.is_sparse:  # an embedding's that asks for it
+            grad = self.parameter.grad = grad.to_dense()
         if self.keep is not None:
             grad.view(self.keep.dtype).bitwise_and_(self.keep)
         elif self.where is not None:  # the weight was used by more than its layer
