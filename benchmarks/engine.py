@@ -12,8 +12,6 @@ less one model and the payloads down and up.
 from __future__ import annotations
 
 import gc
-import os
-import resource
 import subprocess
 import sys
 import time
@@ -145,7 +143,7 @@ def print_memory() -> None:
     images = TensorSamples(torch.rand(200, 3, 32, 32), torch.randint(0, 10, (200,)))
     simulation(model, images, 10, 10, 1000)  # what is imported and allocated once is not the run's
     gc.collect()
-    before = _resident()
+    before = _memory("VmRSS")
     run = simulation(model, images, 10, 10, 1000)
     uploads = []
 
@@ -163,14 +161,15 @@ def print_memory() -> None:
         run.step()
         payloads = max(payloads, sum(down.values()) + sum(uploads))
     vector = 4 * run.layout.size
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak - before - payloads - vector, vector)
+    print(_memory("VmHWM") - before - payloads - vector, vector)
 
 
-def _resident() -> int:
-    """Bytes of this process in memory now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _memory(kind: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{kind}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {kind}")
 
 
 def measure() -> list[Row]:
