@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import fashion_mnist, triggers
+from benchmarks import bench, fashion_mnist, triggers
 
 
 def test_the_fashion_mnist_tables_of_the_docs_are_generated(repository: Path) -> None:
@@ -18,6 +18,11 @@ def test_the_trigger_tables_of_the_docs_are_generated(repository: Path) -> None:
     page = (repository / "docs" / "results.md").read_text(encoding="utf-8")
     for line in triggers.table().splitlines():
         assert line in page, "run `python -m benchmarks.triggers table` and copy the tables"
+
+
+def test_the_performance_table_of_the_docs_is_generated(repository: Path) -> None:
+    page = (repository / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert bench.table() in page, "run `python -m benchmarks.bench --table` and copy the table"
 
 
 def test_the_readme_says_what_the_results_say(repository: Path) -> None:
