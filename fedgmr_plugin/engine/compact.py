@@ -1,23 +1,24 @@
-"""What a client's optimizer moves: whole parameters, or only the support of a sparse linear layer's weight.
+"""What a client's optimizer moves: whole parameters, or only the values of a thin one.
 
 Legend: S coordinates of one parameter that are in the sub-model.
 
 A *leaf* is a tensor with a gradient that the optimizer steps. For most parameters it is the parameter itself,
-its gradient's masked coordinates set to 0 before the step. The weight of a large linear layer of which few
-coordinates are left has instead a leaf of its values on S: the layer computes with those alone
-(`fedgmr_plugin.kernels.sparse_linear`), and gradient, momentum, norm and step are of size S. After each step
-the values are written into the parameter, so that the model holds x_k whenever anybody looks; after the last
-one only, where nobody can (a *private* leaf).
+its gradient's masked coordinates set to 0 before the step. A large parameter of which few coordinates are
+left has instead a leaf of its values on S: gradient, momentum, norm and step are of size S, and after each
+step the values are written into the parameter. A linear layer of very few weights also computes with those
+values alone (`fedgmr_plugin.kernels.sparse_linear`).
 
-Both are the same step up to rounding. Which of them a layer takes depends on its size and density only.
+All are the same step up to rounding. Which of them a parameter takes depends on its size and density only.
+The model holds x_k whenever anybody can look; a *private* leaf is written back once, after the last step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,37 +26,52 @@ from torch.nn import functional as F
 
 from fedgmr_plugin.kernels.sparse_linear import Support, available, flat_index, sparse_linear, support
 
-#: Largest density of a weight that is trained on its support, and the fewest coordinates it must have.
-#: Measured (benchmarks/NOTES.md, "Client step").
-SPARSE_DENSITY = 0.25
-SPARSE_SIZE = 2**17
+#: Largest densities at which a parameter is stepped on its values, and at which a linear layer computes with
+#: them, and the fewest coordinates of either. Measured: benchmarks/NOTES.md, "Client step".
+THIN_DENSITY = 0.4
+SPARSE_DENSITY = 0.2
+THIN_SIZE = 2**17
 
-_CHUNK = 2**17  # coordinates of a distance that are summed at a time: 1.5 MB of scratch
+_CHUNK = 2**17  # coordinates of a large tensor that are worked on at a time: scratch that stays in the cache
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class Masks(dict[str, Tensor]):
-    """Parameter name to bool mask; remembers the supports that were asked for."""
+    """Parameter name to bool mask; remembers the indices and supports that were asked for."""
 
-    _supports: dict[str, tuple[Tensor, Support]]
+    _known: dict[tuple[str, str], tuple[Tensor, Any]]
 
     def __init__(self, *entries: Any) -> None:
         super().__init__(*entries)
-        self._supports = {}
+        self._known = {}
 
     def copy(self) -> Masks:
         """A dict of the same masks, with the same memory."""
         other = Masks(self)
-        other._supports = self._supports
+        other._known = self._known
         return other
+
+    def share(self, name: str) -> float:
+        """Density of a mask."""
+        count: int = self._remember("count", name, lambda m: int(torch.count_nonzero(m)))
+        return count / max(1, self[name].numel())
+
+    def index(self, name: str) -> Tensor:
+        """int64 [S]: coordinates of a mask in its flattened parameter, increasing."""
+        index_S: Tensor = self._remember("index", name, flat_index)
+        return index_S
 
     def support(self, name: str) -> Support:
         """The support of a matrix's mask."""
+        index_S = self.index(name)
+        found: Support = self._remember("support", name, lambda m: support((m.shape[0], m.shape[1]), index_S))
+        return found
+
+    def _remember(self, what: str, name: str, make: Callable[[Tensor], Any]) -> Any:
         mask = self[name]
-        known = self._supports.get(name)
+        known = self._known.get((what, name))
         if known is None or known[0] is not mask:
-            known = mask, support((mask.shape[0], mask.shape[1]), flat_index(mask))
-            self._supports[name] = known
+            known = self._known[what, name] = mask, make(mask)
         return known[1]
 
 
@@ -67,53 +83,49 @@ class Leaf:
         parameter: the model's parameter.
         tensor: what the optimizer steps: `parameter`, or its values on S.
         start: `tensor` at x_0.
-        keep: for a masked whole parameter, integers of its shape: all bits set inside the sub-model, none
-            outside.
-        where: for values on S, which coordinates they are.
+        mask: for a masked whole parameter, bool of its shape.
+        index_S: for values on S, their coordinates in the flattened parameter, increasing.
         private: nobody but its layer looks at the parameter before training ends.
     """
 
     parameter: nn.Parameter
     tensor: Tensor
     start: Tensor
-    keep: Tensor | None = None
-    where: Support | None = None
+    mask: Tensor | None = None
+    index_S: Tensor | None = None
     private: bool = False
 
     def restrict(self) -> None:
-        """After backward: the gradient of `tensor` is that of the sub-model; masked coordinates have none.
-
-        Bits are cleared, not multiplied by 0: outside the sub-model a gradient may be infinite.
-        """
+        """After backward: the gradient of `tensor` is that of the sub-model; masked coordinates have none."""
         grad = self.parameter.grad
         if grad is None:
             return
         if grad.is_sparse:  # an embedding's that asks for it
             grad = self.parameter.grad = grad.to_dense()
-        if self.keep is not None:
-            grad.view(self.keep.dtype).bitwise_and_(self.keep)
-        elif self.where is not None:  # the weight was used by more than its layer
-            extra_S = grad.reshape(-1).index_select(0, self.where.index_E)
-            self.tensor.grad = extra_S if self.tensor.grad is None else self.tensor.grad + extra_S
+        if self.mask is not None:
+            _clear(grad, self.mask)
+        elif self.index_S is not None:
+            grad_S = grad.reshape(-1).index_select(0, self.index_S)
+            # A sparse layer's own part is there already; this is of whatever else used its weight.
+            self.tensor.grad = grad_S if self.tensor.grad is None else self.tensor.grad + grad_S
             self.parameter.grad = None
 
     def publish(self) -> None:
         """After a step: the parameter holds what `tensor` does."""
-        if self.where is not None:
-            self.parameter.detach().view(-1).scatter_(0, self.where.index_E, self.tensor.detach())
+        if self.index_S is not None:
+            self.parameter.detach().view(-1).scatter_(0, self.index_S, self.tensor.detach())
 
     def distance_sq(self) -> Tensor:
-        """||x - x_0||^2 of this leaf, summed in float64."""
+        """||x - x_0||^2 of this leaf, float64; of a large one, sums within chunks are of its own type."""
         x, start = self.tensor.detach(), self.start
-        if x.device.type != "cpu" or not x.is_contiguous():
-            far: Tensor = torch.linalg.vector_norm(x - start, dtype=torch.float64)
-            return far.square()
-        total: Tensor | None = None
+        if x.device.type != "cpu" or not x.is_contiguous() or x.numel() <= _CHUNK:
+            moved = (x - start).double().reshape(-1)
+            return torch.dot(moved, moved)
+        parts = []
         for a, b in zip(x.view(-1).split(_CHUNK), start.view(-1).split(_CHUNK), strict=True):
-            moved = (a - b).double()
-            part = torch.dot(moved, moved)
-            total = part if total is None else total + part
-        return torch.zeros((), dtype=torch.float64) if total is None else total
+            part = a - b
+            parts.append(torch.dot(part, part))
+        return torch.stack(parts).sum(dtype=torch.float64)
 
 
 @contextmanager
@@ -125,32 +137,76 @@ def leaves_of(
     Args:
         watched: somebody looks at the model between steps.
     """
-    remembered = masks if isinstance(masks, Masks) else Masks(masks or {})
-    sparse = _sparse_layers(model, remembered)
-    private = bool(sparse) and not watched and _is_chain(model)
+    known = masks if isinstance(masks, Masks) else Masks(masks or {})
+    thin = {
+        name
+        for name, parameter in model.named_parameters()
+        if name in known and _is_thin(parameter) and known.share(name) <= THIN_DENSITY
+    }
+    layers = _sparse_layers(model, {n for n in thin if known.share(n) <= SPARSE_DENSITY})
+    private = bool(layers) and not watched and is_chain(model)
     leaves = []
-    layers = [layer for of_weight in sparse.values() for layer in of_weight]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        mask = remembered.get(name)
-        if parameter in sparse:
-            where = remembered.support(name)
-            values_S = parameter.detach().view(-1).index_select(0, where.index_E).requires_grad_()
-            leaf = Leaf(parameter, values_S, values_S.detach().clone(), where=where, private=private)
-            for layer in sparse[parameter]:
-                _compute_on(layer, values_S, where)
-        else:
-            keep = None if mask is None else -mask.to(_BITS[parameter.dtype])
-            leaf = Leaf(parameter, parameter, parameter.detach().clone(), keep=keep)
-        leaves.append(leaf)
+        if name not in thin:
+            start = _scratch_of(model, name, parameter).copy_(parameter.detach())
+            leaves.append(Leaf(parameter, parameter, start, known.get(name)))
+            continue
+        index_S = known.index(name)
+        values_S = parameter.detach().view(-1).index_select(0, index_S)
+        start_S = values_S.clone()
+        of_weight = layers.get(name, [])
+        is_private = private and bool(of_weight)
+        leaves.append(
+            Leaf(parameter, values_S.requires_grad_(), start_S, index_S=index_S, private=is_private)
+        )
+        for layer in of_weight:
+            _compute_on(layer, values_S, known.support(name))
     try:
         yield leaves
     finally:
         for leaf in leaves:
             leaf.publish()
-        for layer in layers:
-            del layer.__dict__["forward"]
+        for of_weight in layers.values():
+            for layer in of_weight:
+                del layer.__dict__["forward"]
+
+
+#: x_0 of a model's large parameters, kept between trainings: fresh memory costs more than the copy.
+_scratch: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+def _scratch_of(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """A tensor like `parameter`, with any content; large ones are the same at each call."""
+    if parameter.numel() < THIN_SIZE:
+        return torch.empty_like(parameter.detach())
+    held = _scratch.setdefault(model, {}).get(name)
+    if (
+        held is None
+        or held.shape != parameter.shape
+        or held.stride() != parameter.stride()
+        or (
+            held.dtype,
+            held.device,
+        )
+        != (parameter.dtype, parameter.device)
+    ):
+        held = _scratch[model][name] = torch.empty_like(parameter.detach())
+    return held
+
+
+def _clear(grad: Tensor, mask: Tensor) -> None:
+    """Set `grad` to 0 where `mask` is false, whatever it is there (it may be infinite).
+
+    Its bits are and-ed with all ones or none: a tenth of the time of filling under a mask.
+    """
+    bits = grad.view(_BITS[grad.dtype])
+    if not (bits.is_contiguous() and mask.is_contiguous()):
+        bits.bitwise_and_(mask.view(torch.int8).neg())
+        return
+    for part, keep in zip(bits.view(-1).split(_CHUNK), mask.view(-1).split(_CHUNK), strict=True):
+        part.bitwise_and_(keep.view(torch.int8).neg())
 
 
 def drift_sq(leaves: Sequence[Leaf]) -> Tensor:
@@ -158,36 +214,38 @@ def drift_sq(leaves: Sequence[Leaf]) -> Tensor:
     return torch.stack([leaf.distance_sq() for leaf in leaves]).sum()
 
 
-def _sparse_layers(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[Tensor, list[nn.Linear]]:
-    """Weights that are trained on their support, and the layers that compute with them.
+def _is_thin(parameter: nn.Parameter) -> bool:
+    """Whether a parameter may be stepped on its values: large, on the CPU, its gradient seen by nobody."""
+    return (
+        parameter.numel() >= THIN_SIZE
+        and parameter.requires_grad
+        and parameter.device.type == "cpu"
+        and parameter.is_contiguous()
+        and not parameter._backward_hooks
+        and not parameter._post_accumulate_grad_hooks
+    )
 
-    Not those with hooks on the weight, nor of layers that are not exactly ``nn.Linear`` (subclasses and
-    parametrised ones compute something else), nor anything inside a compiled model.
+
+def _sparse_layers(model: nn.Module, names: Set[str]) -> dict[str, list[nn.Linear]]:
+    """Those of the parameters `names` that are weights of linear layers, and the layers.
+
+    Only layers that are exactly ``nn.Linear`` (subclasses and parametrised ones compute something else), in a
+    model that is not compiled.
     """
-    large = {n: m for n, m in masks.items() if m.numel() >= SPARSE_SIZE and m.dim() == 2}
-    if not large or not available():
+    if not names or not available():
         return {}
     modules = list(model.modules())
     if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules):
         return {}
-    weights = {
-        p
-        for n, p in model.named_parameters()
-        if n in large
-        and p.device.type == "cpu"
-        and p.is_contiguous()
-        and not p._backward_hooks
-        and not p._post_accumulate_grad_hooks
-        and torch.count_nonzero(large[n]) <= SPARSE_DENSITY * p.numel()
-    }
-    found: dict[Tensor, list[nn.Linear]] = {}
+    name_of: dict[Tensor, str] = {p: n for n, p in model.named_parameters() if n in names}
+    found: dict[str, list[nn.Linear]] = {}
     for module in modules:
-        if type(module) is nn.Linear and module.weight in weights and "forward" not in module.__dict__:
-            found.setdefault(module.weight, []).append(module)
+        if type(module) is nn.Linear and module.weight in name_of and "forward" not in module.__dict__:
+            found.setdefault(name_of[module.weight], []).append(module)
     return found
 
 
-def _is_chain(model: nn.Module) -> bool:
+def is_chain(model: nn.Module) -> bool:
     """Whether `model` is torch's own layers in sequence, without hooks: no code but theirs sees a weight."""
     return all(
         type(m).__module__.startswith("torch.nn.modules.")

@@ -110,10 +110,10 @@ class _SparseLinear(torch.autograd.Function):
                 )
                 dx = (w_T @ dy_bO.t()).t().contiguous().view(x.shape)
             if ctx.needs_input_grad[1]:
-                pattern = torch.sparse_csr_tensor(
+                dw = torch.sparse_csr_tensor(
                     where.row_ends, where.column_E, torch.zeros_like(values_E), where.shape
                 )
-                dvalues_E = torch.sparse.sampled_addmm(pattern, dy_bO.t(), x_bI, beta=0.0).values()
+                dvalues_E = torch.sparse.sampled_addmm(dw, dy_bO.t(), x_bI, beta=0.0, out=dw).values()
         return dx, dvalues_E, None, dy_bO.sum(0) if ctx.has_bias else None, None
 
 
