@@ -67,7 +67,6 @@ def step_rows(rounds: int = ROUNDS, densities: Sequence[float] = DENSITIES) -> l
     x, y = torch.rand(STEPS * BATCH, 1, 28, 28), torch.randint(62, (STEPS * BATCH,))
     batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
     trainer, own, rows = BuiltinTrainer(), conv2(), []
-    trainer.prepare(own)
     for density in densities:
         mask_D = ranking.mask(ranking.rung(density))
         masks = parameter_masks(layout, mask_D)

@@ -39,7 +39,6 @@ class Run:
         config = FedGMRConfig(validation_fraction=0.0, trigger="time", heterogeneity="high")
         torch.manual_seed(0)
         model, trainer = models.tiny_cnn(), BuiltinTrainer()
-        trainer.prepare(model)
         layout = build_layout(model)
         plan = Plan(0, 100_000, IN_FLIGHT, 100_000, tuple(len(p) for p in parts))
         self.workers = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -664,38 +663,6 @@ def test_isolation_seeds_all_three_generators_and_restores_them() -> None:
     with isolated_rng(1), isolated_rng(2):
         pass
     assert global_state() == before
-
-
-def test_the_layout_of_weights_in_memory_changes_rounding_only() -> None:
-    """`prepare` lays convolutions out channels last; the values, and the update, are the same."""
-    with isolated_rng(0):
-        plain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4)).double()
-        x, y = torch.randn(30, 3, 8, 8, dtype=torch.float64), torch.randint(0, 4, (30,))
-    trainer = BuiltinTrainer(momentum=0.9, weight_decay=0.01)
-    prepared = copy.deepcopy(plain)
-    trainer.prepare(prepared)
-    assert prepared[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(prepared[0].weight, plain[0].weight)
-    layout = build_layout(plain)
-    w_D = layout.gather(prepared)
-    ranking = rank(layout, w_D, scores("magnitude", layout, w_D), (0.3, 1.0))
-    for rung in (0, 1):
-        sent = Dispatch(0, 0, 0, 0, ranking.densities[rung], ranking, rung, w_D[ranking.support(rung)])
-        updates = [
-            train_dispatch(
-                sent,
-                model=model,
-                layout=layout,
-                trainer=trainer,
-                samples=TensorSamples(x, y),
-                plan=BatchPlan(10, 3, 1, True, 0),
-                learning_rate=0.1,
-                form="delta",
-            )
-            for model in (plain, prepared)
-        ]
-        assert torch.allclose(updates[0].values_S, updates[1].values_S, rtol=1e-10, atol=1e-12)
-        assert updates[0].stats.drift_sq == pytest.approx(updates[1].stats.drift_sq, rel=1e-10)
 
 
 def test_sparse_gradients_of_an_embedding_are_masked_like_others() -> None:

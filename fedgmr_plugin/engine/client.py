@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from fedgmr_plugin.engine.compact import Masks, drift_sq, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.formats import fast_formats
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
 from fedgmr_plugin.kernels.blocks import sum_sq
 from fedgmr_plugin.kernels.layout import ModelLayout
@@ -214,12 +215,12 @@ class BuiltinTrainer:
         drift = torch.zeros((), dtype=torch.float64, device=self.device)
         samples = steps = 0
         watched = isinstance(batches, BatchList) and batches.watched
-        with leaves_of(model, masks, watched=watched) as leaves:
+        with fast_formats(model), leaves_of(model, masks, watched=watched) as leaves:
             step = self._optimizer([leaf.tensor for leaf in leaves], learning_rate)
             for x, y in batches:
                 if steps:
                     drift += drift_sq(leaves)
-                x, y = self._placed(x, y)
+                x, y = x.to(self.device), y.to(self.device)
                 for leaf in leaves:
                     leaf.parameter.grad = leaf.tensor.grad = None
                 loss = self.loss_of(model(x), y)
@@ -243,28 +244,17 @@ class BuiltinTrainer:
         model.eval()
         correct = total = positions = 0
         loss_sum = 0.0
-        for x, y in batches:
-            x, y = self._placed(x, y)
-            output = model(x)
-            loss_sum += float(self.loss_of(output, y)) * len(y)
-            correct += int((output.argmax(dim=1) == y).sum())
-            positions += y.numel()
-            total += len(y)
+        with fast_formats(model):
+            for x, y in batches:
+                x, y = x.to(self.device), y.to(self.device)
+                output = model(x)
+                loss_sum += float(self.loss_of(output, y)) * len(y)
+                correct += int((output.argmax(dim=1) == y).sum())
+                positions += y.numel()
+                total += len(y)
         if total == 0:
             return Metrics(None, None, 0)
         return Metrics(correct / positions, loss_sum / total, total)
-
-    def prepare(self, model: nn.Module) -> None:
-        """Lay the weights out as `model` computes fastest here; their values stay."""
-        model.to(self.device)
-        if self.device.type == "cpu":  # two thirds of the time of small convolutions; benchmarks/NOTES.md
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def _placed(self, x: Any, y: Tensor) -> Batch:
-        x = x.to(self.device)
-        if self.device.type == "cpu" and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x, y.to(self.device)
 
     def loss_of(self, output: Tensor, y: Tensor) -> Tensor:
         """Mean loss of `output` [b, classes, ...] for labels `y` [b, ...]."""
@@ -391,7 +381,7 @@ class BatchList(Sequence[Batch]):
         return self._samples.take(index)
 
 
-def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> Masks | None:
+def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> dict[str, Tensor] | None:
     """bool mask of each parameter that has a masked coordinate; None if there is none."""
     masks = Masks(
         (e.name, mask_D[e.slice].view(e.shape))
@@ -406,9 +396,9 @@ class RecentMasks:
 
     def __init__(self, layout: ModelLayout, most: int = 4) -> None:
         self._layout, self._most = layout, most
-        self._known: OrderedDict[tuple[str, int], Masks | None] = OrderedDict()
+        self._known: OrderedDict[tuple[str, int], dict[str, Tensor] | None] = OrderedDict()
 
-    def __call__(self, ranking: Ranking, rung: int) -> Masks | None:
+    def __call__(self, ranking: Ranking, rung: int) -> dict[str, Tensor] | None:
         """The masks of a rung; the dict is the caller's own."""
         key = ranking.digest, rung
         if key not in self._known:

@@ -80,7 +80,6 @@ class SingleProcess:
             self.end = {**end, "wall_seconds": time.monotonic() - started}
             writer.write(self.end)
         shipped = server.model(server.candidate)
-        self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.simulation.place(shipped)
         state = server.layout.state_dict(self.model, shipped)
         save_file(
@@ -147,8 +146,6 @@ def build(
         _log.info("%s %s", finding.code, finding.message)
 
     trainer = _trainer(args, keys, config, device, model, client_trainer, data)
-    if isinstance(trainer, BuiltinTrainer):
-        trainer.prepare(model)
     bridge = AggregatorBridge(
         server_aggregator,
         model,
