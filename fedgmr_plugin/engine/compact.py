@@ -116,16 +116,16 @@ class Leaf:
             self.parameter.detach().view(-1).scatter_(0, self.index_S, self.tensor.detach())
 
     def distance_sq(self) -> Tensor:
-        """||x - x_0||^2 of this leaf, float64; of a large one, sums within chunks are of its own type."""
+        """||x - x_0||^2 of this leaf, summed in float64."""
         x, start = self.tensor.detach(), self.start
         if x.device.type != "cpu" or not x.is_contiguous() or x.numel() <= _CHUNK:
             moved = (x - start).double().reshape(-1)
             return torch.dot(moved, moved)
         parts = []
         for a, b in zip(x.view(-1).split(_CHUNK), start.view(-1).split(_CHUNK), strict=True):
-            part = a - b
+            part = (a - b).double()
             parts.append(torch.dot(part, part))
-        return torch.stack(parts).sum(dtype=torch.float64)
+        return torch.stack(parts).sum()
 
 
 @contextmanager
