@@ -29,7 +29,7 @@ from fedgmr_plugin.kernels.sparse_linear import Support, available, flat_index, 
 #: Largest densities at which a parameter is stepped on its values, and at which a linear layer computes with
 #: them, and the fewest coordinates of either. Measured: benchmarks/NOTES.md, "Client step".
 THIN_DENSITY = 0.4
-SPARSE_DENSITY = 0.15
+SPARSE_DENSITY = 0.2
 THIN_SIZE = 2**17
 
 _CHUNK = 2**17  # coordinates of a large tensor that are worked on at a time: scratch that stays in the cache
