@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedgmr_plugin.engine.compact import Masks, drift_sq, leaves_of
+from fedgmr_plugin.engine.compact import Masks, drift_sq, is_chain, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.formats import fast_formats
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
@@ -214,7 +214,7 @@ class BuiltinTrainer:
         loss_sum = torch.zeros((), device=self.device)
         drift = torch.zeros((), dtype=torch.float64, device=self.device)
         samples = steps = 0
-        watched = isinstance(batches, BatchList) and batches.watched
+        watched = (isinstance(batches, BatchList) and batches.watched) or not is_chain(model)
         with fast_formats(model), leaves_of(model, masks, watched=watched) as leaves:
             step = self._optimizer([leaf.tensor for leaf in leaves], learning_rate)
             for x, y in batches:

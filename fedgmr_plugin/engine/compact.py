@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fedgmr_plugin.kernels.sparse_linear import Support, available, flat_index, sparse_linear, support
@@ -75,7 +77,7 @@ class Masks(dict[str, Tensor]):
         return known[1]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Leaf:
     """One tensor that is trained.
 
@@ -85,7 +87,8 @@ class Leaf:
         start: `tensor` at x_0.
         mask: for a masked whole parameter, bool of its shape.
         index_S: for values on S, their coordinates in the flattened parameter, increasing.
-        private: nobody but its layer looks at the parameter before training ends.
+        private: nobody but its layers looks at the parameter before training ends.
+        version: of the parameter's memory, when it last held what `tensor` does.
     """
 
     parameter: nn.Parameter
@@ -94,9 +97,14 @@ class Leaf:
     mask: Tensor | None = None
     index_S: Tensor | None = None
     private: bool = False
+    version: int = 0
 
     def restrict(self) -> None:
         """After backward: the gradient of `tensor` is that of the sub-model; masked coordinates have none."""
+        if self.index_S is not None and self.parameter._version != self.version:
+            # The model wrote into it, as an embedding of a largest norm does.
+            values_S = self.parameter.detach().view(-1).index_select(0, self.index_S)
+            self.tensor.detach().copy_(values_S)
         grad = self.parameter.grad
         if grad is None:
             return
@@ -114,6 +122,7 @@ class Leaf:
         """After a step: the parameter holds what `tensor` does."""
         if self.index_S is not None:
             self.parameter.detach().view(-1).scatter_(0, self.index_S, self.tensor.detach())
+            self.version = self.parameter._version
 
     def distance_sq(self) -> Tensor:
         """||x - x_0||^2 of this leaf, summed in float64."""
@@ -135,7 +144,7 @@ def leaves_of(
     """The leaves of `model`, which holds x_0; on leaving it holds what they do, and computes as before.
 
     Args:
-        watched: somebody looks at the model between steps.
+        watched: somebody looks at the model between steps, or it has code of its own (see `is_chain`).
     """
     known = masks if isinstance(masks, Masks) else Masks(masks or {})
     thin = {
@@ -144,7 +153,6 @@ def leaves_of(
         if name in known and _is_thin(parameter) and known.share(name) <= THIN_DENSITY
     }
     layers = _sparse_layers(model, {n for n in thin if known.share(n) <= SPARSE_DENSITY})
-    private = bool(layers) and not watched and is_chain(model)
     leaves = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -157,12 +165,11 @@ def leaves_of(
         values_S = parameter.detach().view(-1).index_select(0, index_S)
         start_S = values_S.clone()
         of_weight = layers.get(name, [])
-        is_private = private and bool(of_weight)
-        leaves.append(
-            Leaf(parameter, values_S.requires_grad_(), start_S, index_S=index_S, private=is_private)
-        )
+        private = not watched and len(of_weight) == _holders(model, parameter)
+        leaf = Leaf(parameter, values_S.requires_grad_(), start_S, None, index_S, private, parameter._version)
+        leaves.append(leaf)
         for layer in of_weight:
-            _compute_on(layer, values_S, known.support(name))
+            layer.__dict__["forward"] = _OnValues(layer, leaf, known.support(name))
     try:
         yield leaves
     finally:
@@ -245,23 +252,51 @@ def _sparse_layers(model: nn.Module, names: Set[str]) -> dict[str, list[nn.Linea
     return found
 
 
+def _holders(model: nn.Module, parameter: nn.Parameter) -> int:
+    """How many modules of `model` have `parameter`."""
+    return sum(any(p is parameter for p in m._parameters.values()) for m in model.modules())
+
+
 def is_chain(model: nn.Module) -> bool:
     """Whether `model` is torch's own layers in sequence, without hooks: no code but theirs sees a weight."""
     return all(
         type(m).__module__.startswith("torch.nn.modules.")
         and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         and (type(m) is nn.Sequential or not any(True for _ in m.children()))
+        and "forward" not in m.__dict__
         for m in model.modules()
     )
 
 
-def _compute_on(layer: nn.Linear, values_S: Tensor, where: Support) -> None:
-    """From now on `layer` computes with `values_S` alone, wherever its input allows that."""
+class _OnValues:
+    """The ``forward`` of a linear layer that computes with the values of `leaf` where its input allows."""
 
-    def forward(x: Tensor) -> Tensor:
-        plain = type(x) is Tensor and x.dtype == values_S.dtype and x.layout == torch.strided
-        if plain and not torch.is_autocast_enabled("cpu"):
-            return sparse_linear(x, values_S, layer.weight, layer.bias, where)
-        return F.linear(x, layer.weight, layer.bias)
+    def __init__(self, layer: nn.Linear, leaf: Leaf, where: Support) -> None:
+        self._layer, self._leaf, self._where = layer, leaf, where
 
-    layer.__dict__["forward"] = forward
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, leaf = self._layer, self._leaf
+        values_S, weight = leaf.tensor, layer.weight
+        if weight is not leaf.parameter or weight._version != leaf.version:
+            # Another weight for this call (``torch.func.functional_call``), or the model wrote into its own.
+            return F.linear(x, weight, layer.bias)
+        if _is_plain(x) and x.dtype == values_S.dtype:
+            return sparse_linear(x, values_S, weight, layer.bias, self._where)
+        flat = weight.detach().view(-1).scatter(0, self._where.index_E, values_S)
+        return F.linear(x, flat.view(self._where.shape), layer.bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[Tensor], Tensor]:
+        """A copy of the layer computes with its own weight."""
+        copied: Callable[[Tensor], Tensor] = nn.Linear.forward.__get__(deepcopy(self._layer, memo))
+        return copied
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether `x` is nothing but numbers: no subclass, no automatic type, no other differentiation."""
+    return (
+        type(x) is Tensor
+        and x.layout == torch.strided
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad.unpack_dual(x).tangent is None
+    )
