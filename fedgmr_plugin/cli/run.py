@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from fedgmr_plugin.errors import FedGMRError
+from fedgmr_plugin.errors import ConfigError, FedGMRError
 from fedgmr_plugin.runtimes.config_file import flatten, load, path_from
 
 
@@ -35,15 +35,13 @@ def run(script: str, arguments: tuple[str, ...]) -> None:
 
 
 def notes(arguments: Sequence[str]) -> list[str]:
-    """What is likely a slip, though FedML makes something of it.
-
-    Raises:
-        ConfigError: GMR-108 if the YAML file cannot be read.
-    """
-    path = path_from(arguments)
-    if path is None:
+    """What is likely a slip, though FedML makes something of it. A YAML file that cannot be read is refused
+    when the script hands it to FedML, not here."""
+    try:
+        path = path_from(arguments)
+        sections = load(path) if path is not None else {}
+    except ConfigError:
         return []
-    sections = load(path)
     name = str(flatten(sections).get("federated_optimizer", ""))
     if "fedgmr_args" in sections and name.lower() != "fedgmr":
         return [f"fedgmr_args has no effect: federated_optimizer={name!r} is not fedgmr"]
