@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fedgmr_plugin.engine import client, compact, formats
 from fedgmr_plugin.engine.client import (
@@ -20,10 +25,12 @@ from fedgmr_plugin.engine.client import (
     BatchPlan,
     BuiltinTrainer,
     LocalStats,
+    RecentMasks,
     TensorSamples,
+    parameter_masks,
     train_dispatch,
 )
-from fedgmr_plugin.engine.compact import Masks, leaves_of
+from fedgmr_plugin.engine.compact import Masks, _OnValues, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.formats import fast_formats
 from fedgmr_plugin.kernels import build_layout, rank, scores
@@ -313,6 +320,426 @@ def test_masks_remember_what_was_asked_for_until_a_mask_is_replaced() -> None:
     assert copied == masks and copied.support("w") is masks.support("w") and masks.share("w") == 0.75
     copied["w"] = torch.tensor([[True, False], [False, False]])
     assert copied.index("w").tolist() == [0] and masks.index("w").tolist() == [0, 2, 3]
+
+
+# -- what else may happen to a weight --------------------------------------------------------------
+
+
+def reference(
+    model: nn.Module, masks: dict[str, Tensor], batches: Sequence[Batch], case: dict[str, Any]
+) -> tuple[float, float, list[list[Tensor]]]:
+    """Train `model` densely with torch's own optimizers: (mean loss, drift, x_k before each step and after).
+
+    Weights under masks must be 0; gradients outside are filled with 0.
+    """
+    parameters = dict(model.named_parameters())
+    keys = {"lr": 0.1, "weight_decay": case.get("weight_decay", 0.0)}
+    optimizer: torch.optim.Optimizer
+    if case.get("optimizer") == "adam":
+        optimizer = torch.optim.Adam(parameters.values(), amsgrad=True, **keys)
+    else:
+        optimizer = torch.optim.SGD(parameters.values(), momentum=case.get("momentum", 0.0), **keys)
+    path, losses = [[p.detach().clone() for p in parameters.values()]], []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        for name, parameter in parameters.items():
+            if parameter.grad is not None and name in masks:
+                parameter.grad.masked_fill_(~masks[name], 0.0)
+        if "gradient_clip" in case:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), case["gradient_clip"])
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        path.append([p.detach().clone() for p in parameters.values()])
+    squares = [
+        sum(float((a - b).square().sum()) for a, b in zip(x_k, path[0], strict=True)) for x_k in path[:-1]
+    ]
+    return sum(losses) / len(losses), sum(squares) / len(squares), path
+
+
+def cut(model: nn.Module, share: float = 0.3, seed: int = 0) -> dict[str, Tensor]:
+    """Masks of `model`'s matrices, applied to it; a row without a weight has no direction to normalise."""
+    masks = {n: m for n, m in masks_of(model, share, seed).items() if "parametrizations" not in n}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in masks:
+                parameter.mul_(masks[name])
+    return masks
+
+
+def assert_trains_as_the_reference(
+    make: Any, batches: Sequence[Batch], case: dict[str, Any], *, layers: list[str] | None = None
+) -> None:
+    """For the model that `make` returns, however little of it is left; `layers` are those on values."""
+    dense, thin = make(), make()
+    masks = cut(dense)
+    cut(thin)
+    loss, drift, path = reference(dense, masks, batches, case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compact, "THIN_DENSITY", 1.0)
+        patch.setattr(compact, "SPARSE_DENSITY", 1.0)
+        if layers is not None:
+            with leaves_of(thin, masks):
+                assert [
+                    n for n, m in thin.named_modules() if type(m.__dict__.get("forward")) is _OnValues
+                ] == layers
+        own = [m.__dict__.get("forward") for m in thin.modules()]
+        stats = BuiltinTrainer(**case).train(thin, batches, masks, learning_rate=0.1, client=0)
+    for (name, got), wanted in zip(thin.named_parameters(), path[-1], strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-13), name
+        if name in masks:
+            assert (got[~masks[name]] == 0).all()
+    assert stats.train_loss == pytest.approx(loss, rel=1e-6)
+    assert stats.drift_sq == pytest.approx(drift, rel=1e-10)
+    assert [m.__dict__.get("forward") for m in thin.modules()] == own
+
+
+EVERY = [*ALL, {"momentum": 0.9, "weight_decay": 0.1, "gradient_clip": 0.1}]
+EVERY += [{"optimizer": "adam", "weight_decay": 0.1, "gradient_clip": 0.1}]
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_training_is_torchs_own_on_masked_gradients(case: dict[str, Any]) -> None:
+    assert_trains_as_the_reference(stack, batches_of(5, 4), case, layers=["0", "2", "4"])
+
+
+class Uses(nn.Module):
+    """One linear layer, and a use of it that each test chooses."""
+
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.net, self.out, self.use = nn.Linear(4, 4), nn.Linear(4, 3), use
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.out(torch.tanh(self.use(self.net, x)))
+        return result
+
+
+def swapped(net: nn.Linear, x: Tensor) -> Tensor:
+    weights = {"weight": 2 * net.weight, "bias": net.bias}
+    result: Tensor = torch.func.functional_call(net, weights, (x,))
+    return result
+
+
+def slopes(net: nn.Linear, x: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.jacrev(lambda z: torch.tanh(net(z))))(x).sum(-1)
+
+
+def tangents(net: nn.Linear, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        y = torch.tanh(net(forward_ad.make_dual(x, torch.ones_like(x))))
+        return forward_ad.unpack_dual(y).tangent
+
+
+def clamped(net: nn.Linear, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        net.weight.clamp_(-0.2, 0.2)
+    return net(x)
+
+
+def clamped_after(net: nn.Linear, x: Tensor) -> Tensor:
+    y = net(x.detach()).detach()
+    return y + clamped(net, x)
+
+
+def copied(net: nn.Linear, x: Tensor) -> Tensor:
+    other = copy.deepcopy(net)
+    other.weight.data.mul_(2)
+    return net(x) + copy.deepcopy(other)(x).detach()
+
+
+USES: dict[str, Any] = {
+    "twice": lambda net, x: net(torch.tanh(net(x))),
+    "and its weight": lambda net, x: net(x) * net.weight.square().mean(),
+    "its weight only": lambda net, x: F.linear(x, net.weight),
+    "not at all": lambda net, x: x,
+    "recomputed": lambda net, x: checkpoint(net, x, use_reentrant=False),
+    "recomputed within backward": lambda net, x: checkpoint(net, x.requires_grad_(), use_reentrant=True),
+    "another weight for once": swapped,
+    "vmap": lambda net, x: torch.func.vmap(net)(x),
+    "jacobians": slopes,
+    "forward differentiation": tangents,
+    "written before": clamped,
+    "written between": clamped_after,
+    "copied": copied,
+    "no gradient": lambda net, x: net(x).detach(),
+    "infinite outside": lambda net, x: x @ net.weight.clamp(min=0).sqrt().where(net.weight > 0, 0.0).T,
+}
+
+
+@pytest.mark.parametrize("case", [{"momentum": 0.9, "weight_decay": 0.1}, {"optimizer": "adam"}], ids=str)
+@pytest.mark.parametrize("use", USES)
+def test_any_use_of_a_layer_trains_as_the_reference(use: str, case: dict[str, Any]) -> None:
+    assert_trains_as_the_reference(lambda: Uses(USES[use]), batches_of(4, 4), case, layers=["net", "out"])
+
+
+def test_a_gradient_that_is_infinite_outside_the_mask_moves_nothing_there() -> None:
+    """d sqrt(w) / dw at the 0 of a masked weight."""
+
+    def make() -> Uses:
+        model = Uses(lambda net, x: x @ net.weight.sqrt().T)
+        with torch.no_grad():
+            model.net.weight.abs_().add_(1)
+        return model
+
+    batches = batches_of(3, 4)
+    for case in EVERY[:4]:
+        assert_trains_as_the_reference(make, batches, case)
+    probe = make()
+    masks = cut(probe)
+    F.cross_entropy(probe(batches[0][0]), batches[0][1]).backward()
+    assert probe.net.weight.grad is not None
+    assert not torch.isfinite(probe.net.weight.grad[~masks["net.weight"]]).any()
+
+
+def tokens(count: int) -> list[Batch]:
+    g = torch.Generator().manual_seed(7)
+    return [(torch.randint(0, 10, (6,), generator=g), torch.randint(0, 10, (6,), generator=g))] * count
+
+
+def tied() -> nn.Sequential:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10)).double()
+    model[1].weight = model[0].weight
+    return model
+
+
+def renormed() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Embedding(10, 4, max_norm=0.3), nn.Linear(4, 10)).double()
+
+
+def repeated() -> nn.Sequential:
+    torch.manual_seed(3)
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(4, 3)).double()
+
+
+def patched() -> nn.Sequential:
+    """A layer whose ``forward`` somebody replaced with one that looks at another layer."""
+    model = stack()
+    model[1].forward = lambda x: torch.tanh(x) * model[0].weight.norm()  # type: ignore[method-assign]
+    return model
+
+
+def doubled() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(Doubled(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def sharing_with_a_subclass() -> nn.Sequential:
+    torch.manual_seed(3)
+    model = nn.Sequential(Doubled(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model[2].weight = model[0].weight
+    return model
+
+
+def weight_normed() -> nn.Sequential:
+    model = stack()
+    nn.utils.parametrizations.weight_norm(model[0])
+    return model
+
+
+def hooked() -> nn.Sequential:
+    model = stack()
+    model[0].weight.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+    model[2].register_forward_hook(lambda layer, _, y: y * layer.weight.norm())
+    return model
+
+
+def frozen() -> nn.Sequential:
+    model = stack()
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def biasless() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False)).double()
+
+
+@pytest.mark.parametrize("case", [{"momentum": 0.9, "weight_decay": 0.1}, {"optimizer": "adam"}], ids=str)
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (repeated, ["0", "3"]),
+        (patched, ["0", "2", "4"]),
+        (doubled, ["2"]),
+        (sharing_with_a_subclass, ["2"]),
+        (weight_normed, ["2", "4"]),
+        (hooked, ["2", "4"]),
+        (frozen, ["2", "4"]),
+        (biasless, ["0", "2"]),
+        (tied, ["1"]),
+        (renormed, ["1"]),
+    ],
+)
+def test_any_model_trains_as_the_reference(make: Any, layers: list[str], case: dict[str, Any]) -> None:
+    batches = tokens(4) if make in (tied, renormed) else batches_of(4, 4)
+    assert_trains_as_the_reference(make, batches, case, layers=layers)
+
+
+def test_sparse_gradients_train_as_dense_ones() -> None:
+    """Those of an embedding that asks for them."""
+    dense, picky = (
+        nn.Sequential(nn.Embedding(10, 4, sparse=s), nn.Linear(4, 10)).double() for s in (False, True)
+    )
+    picky.load_state_dict(dense.state_dict())
+    models = iter([dense, picky])
+    assert_trains_as_the_reference(lambda: next(models), tokens(4), {"momentum": 0.9}, layers=["1"])
+
+
+class Marked(Tensor):
+    """A user's own kind of input."""
+
+
+def test_inputs_of_a_subclass_see_the_weights_of_each_step() -> None:
+    batches = [(x.as_subclass(Marked), y) for x, y in batches_of(4, 4)]
+    assert_trains_as_the_reference(stack, batches, {"momentum": 0.9}, layers=["0", "2", "4"])
+
+
+def test_automatic_types_see_the_weights_of_each_step() -> None:
+    """Without its cache, which keeps a weight's first value as long as the context lasts."""
+    dense, thin = stack(torch.float32), stack(torch.float32)
+    masks, batches = cut(dense), batches_of(4, 4, dtype=torch.float32)
+    cut(thin)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        reference(dense, masks, batches, {})
+        patch.setattr(compact, "THIN_DENSITY", 1.0)
+        patch.setattr(compact, "SPARSE_DENSITY", 1.0)
+        BuiltinTrainer().train(thin, batches, masks, learning_rate=0.1, client=0)
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), thin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", [stack, lambda: Uses(USES["twice"])])
+@pytest.mark.parametrize("sparse", [0.0, 1.0])
+def test_whoever_watches_sees_every_x_k(make: Any, sparse: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact, "THIN_DENSITY", 1.0)
+    monkeypatch.setattr(compact, "SPARSE_DENSITY", sparse)
+    dense, thin = make(), make()
+    masks, data = cut(dense), batches_of(5, 4)
+    cut(thin)
+    _, _, path = reference(dense, masks, data, {"momentum": 0.9})
+    seen: list[list[Tensor]] = []
+    rows = TensorSamples(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))
+    indices = [np.arange(5 * k, 5 * k + 5) for k in range(5)]
+    batches = BatchList(rows, indices, lambda: seen.append([p.detach().clone() for p in thin.parameters()]))
+    BuiltinTrainer(momentum=0.9).train(thin, batches, masks, learning_rate=0.1, client=0)
+    seen.append([p.detach().clone() for p in thin.parameters()])
+    assert len(seen) == len(path) == 6
+    for x_k, wanted in zip(seen, path, strict=True):
+        assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(x_k, wanted, strict=True))
+
+
+class Fails(nn.Module):
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("enough")
+        return x
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_model_that_fails_computes_as_before_on_what_it_reached(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compact, "THIN_DENSITY", 1.0)
+    monkeypatch.setattr(compact, "SPARSE_DENSITY", 1.0)
+    dense, thin = stack(), nn.Sequential(*stack(), Fails(steps))
+    masks, batches = cut(dense), batches_of(3, 4)
+    cut(thin)
+    _, _, path = reference(dense, masks, batches, {})
+    with pytest.raises(RuntimeError, match="enough"):
+        BuiltinTrainer().train(thin, batches, masks, learning_rate=0.1, client=0)
+    assert all("forward" not in m.__dict__ for m in thin.modules())
+    for got, wanted in zip(thin.parameters(), path[steps], strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-13)
+        assert got.requires_grad and got.is_leaf
+    with torch.no_grad():  # a write into a weight counts again
+        thin[0].weight.zero_()
+        assert torch.equal(thin[0](batches[0][0]), thin[0].bias.expand(5, 6))
+
+
+def test_a_trained_model_can_be_copied_and_pickled() -> None:
+    model = stack()
+    trained(model, masks_of(model, 0.1, 0), batches_of(2, 4), {}, thin=1.0, sparse=1.0)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert torch.equal(other(x), model(x))
+
+
+# -- the optimizer and the masks -------------------------------------------------------------------
+
+
+@few
+@given(
+    momentum=st.sampled_from([0.0, 0.5, 0.9]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+    rate=st.sampled_from([0.0, 0.03, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+    pattern=st.lists(st.sets(st.integers(0, 2)), min_size=1, max_size=5),
+)
+def test_sgd_is_torchs_to_the_bit(
+    momentum: float, weight_decay: float, rate: float, dtype: torch.dtype, seed: int, pattern: list[set[int]]
+) -> None:
+    """Whichever tensors have a gradient in a step; gradients are left as they are."""
+    g = torch.Generator().manual_seed(seed)
+    ours = [torch.randn(s, generator=g, dtype=dtype).requires_grad_() for s in [(3,), (2, 4), ()]]
+    torchs = [t.detach().clone().requires_grad_() for t in ours]
+    sgd = client.SGD(ours, rate, momentum, weight_decay)
+    wanted = torch.optim.SGD(torchs, lr=rate, momentum=momentum, weight_decay=weight_decay)
+    for present in pattern:
+        for i, (a, b) in enumerate(zip(ours, torchs, strict=True)):
+            a.grad = torch.randn(a.shape, generator=g, dtype=dtype) if i in present else None
+            b.grad = None if a.grad is None else a.grad.clone()
+        sgd.step()
+        wanted.step()
+        for a, b in zip(ours, torchs, strict=True):
+            assert torch.equal(a, b) and (
+                a.grad is None or (b.grad is not None and torch.equal(a.grad, b.grad))
+            )
+
+
+def test_recent_masks_are_equal_and_the_oldest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stack(torch.float32)
+    layout = build_layout(model)
+    w_D = layout.gather(model)
+    ranking = rank(layout, w_D, scores("magnitude", layout, w_D), (0.2, 0.4, 0.6, 0.8, 1.0))
+    made: list[Tensor] = []
+
+    def spy(layout_: Any, mask_D: Tensor) -> Any:
+        made.append(mask_D)
+        return parameter_masks(layout_, mask_D)
+
+    monkeypatch.setattr(client, "parameter_masks", spy)
+    recent = RecentMasks(layout, most=2)
+    first = recent(ranking, 0)
+    for rung in (0, 1, 0, 1):
+        masks, wanted = recent(ranking, rung), parameter_masks(layout, ranking.mask(rung))
+        assert masks is not None and wanted is not None and masks.keys() == wanted.keys()
+        assert all(torch.equal(masks[n], wanted[n]) for n in wanted)
+    assert len(made) == 2
+    recent(ranking, 0)
+    assert recent(ranking, 4) is None and recent(ranking, 4) is None and len(made) == 3
+    recent(ranking, 0)
+    assert len(made) == 3  # 1 was used longest ago
+    recent(ranking, 1)
+    assert len(made) == 4
+    assert first is not None
+    first.clear()
+    assert recent(ranking, 0) and len(made) == 4
 
 
 # -- formats ---------------------------------------------------------------------------------------
