@@ -14,9 +14,9 @@ The model holds x_k whenever anybody can look; a *private* leaf is written back 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -287,7 +287,7 @@ class _OnValues:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[Tensor], Tensor]:
         """A copy of the layer computes with its own weight."""
-        copied: Callable[[Tensor], Tensor] = nn.Linear.forward.__get__(deepcopy(self._layer, memo))
+        copied: Callable[[Tensor], Tensor] = nn.Linear.forward.__get__(copy.deepcopy(self._layer, memo))
         return copied
 
 

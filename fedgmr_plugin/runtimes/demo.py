@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ COMMON: dict[str, Any] = {
     "update_scope": "buffer",
     "update_form": "replacement",
     "staleness": "constant",
+    "workers": min(4, os.cpu_count() or 1),
 }
 CONTENDERS = (
     Contender("fedgmr", "FedGMR", {}),
