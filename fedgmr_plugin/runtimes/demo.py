@@ -25,7 +25,7 @@ class Contender(NamedTuple):
 COMMON: dict[str, Any] = {
     "heterogeneity": "high",
     "model_megabytes": 25.98,
-    "time_budget": 2000.0,
+    "time_budget": 1600.0,
     "interval": 10,
     "patience": 3,
     "trigger_metric": "loss",
