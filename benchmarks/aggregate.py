@@ -1,6 +1,6 @@
 """Mask-aware aggregation of ten clients' updates of an 11-million-weight model.
 
-    python -m benchmarks.aggregate
+    python -m benchmarks.bench aggregate
 
 The floor counts every value and mask bit read once, and the global vector read and written once. One
 ranking: all updates are cut from the vector's own. Several: six of ten are stale, from two older rankings
@@ -9,10 +9,12 @@ made of weights that have moved since.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, machine, seconds, triad_bandwidth
+from benchmarks.measure import Row, seconds, triad_bandwidth
 from fedgmr_plugin.kernels.aggregate import MaskedUpdate, merge
 from fedgmr_plugin.kernels.masks import Ranking
 
@@ -82,12 +84,7 @@ def measure() -> list[Row]:
         values = sum(len(u.values_S) for u in updates)
         floor = (4 * values + len(updates) * SIZE / 8 + 8 * SIZE) / bandwidth
 
-        def ours(
-            updates: list[MaskedUpdate] = updates, ranked_D: Tensor = ranked_D, new_D: Tensor = new_D
-        ) -> None:
-            merge(ranked_D, home, updates, out=new_D)
-
-        taken = seconds(ours)
+        taken = seconds(partial(merge, ranked_D, home, updates, out=new_D))
         detail = f"{1e3 * taken:.1f} ms, floor {1e3 * floor:.1f} ms at {bandwidth / 1e9:.1f} GB/s"
         rows.append(Row(name, "floor", taken / floor, goal, detail))
 
@@ -96,18 +93,6 @@ def measure() -> list[Row]:
         weights = [u.weight for u in updates]
         reference = tensor_loop(w_D, masks, dense, weights)
         assert torch.allclose(home.flat(new_D), reference, atol=1e-6)
-        loop = seconds(lambda: tensor_loop(w_D, masks, dense, weights), repeats=7)  # noqa: B023
+        loop = seconds(partial(tensor_loop, w_D, masks, dense, weights))
         rows.append(Row(name, "per-tensor loop", loop / taken, ">= 10", f"{1e3 * loop:.0f} ms"))
     return rows
-
-
-def main() -> None:
-    """Print the rows."""
-    rows = measure()
-    print(machine())
-    for row in rows:
-        print(f"{row.name}, against {row.against}: {row.value:.2f} (goal {row.goal}); {row.detail}")
-
-
-if __name__ == "__main__":
-    main()

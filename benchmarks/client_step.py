@@ -1,6 +1,6 @@
 """What a client's local step costs at each density.
 
-    python -m benchmarks.client_step
+    python -m benchmarks.bench client_step
 
 Everything that is compared runs in one process, in turn, on one thread; times are medians over `ROUNDS`
 rounds. What was tried on the way is in `benchmarks/NOTES.md`.
@@ -128,13 +128,3 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
         )
         for row in step_rows(rounds)
     ]
-
-
-def main() -> None:
-    """Print the rows."""
-    for row in measure():
-        print(row)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What the engine costs beyond the clients' steps, and how that grows with the number of clients.
 
-    python -m benchmarks.engine
+    python -m benchmarks.bench engine
 
 Overhead: windows of ten clients (high heterogeneity) on VGG11 with a trainer that does nothing, so what is
 timed is everything else: ranking, cutting, placing, reading batches, gathering, admitting, merging, the
@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import models
-from benchmarks.measure import Row, machine, seconds
+from benchmarks.measure import Row, seconds
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import Batch, BatchPlan, LocalStats, LocalUpdate, Metrics, TensorSamples
-from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.client import Batch, BatchPlan, LocalStats, Metrics, TensorSamples
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Clients, Simulation, Training
@@ -79,7 +78,7 @@ def overhead() -> Row:
     images = TensorSamples(torch.rand(200, 3, 32, 32), torch.randint(0, 10, (200,)))
     run = simulation(model, images, 10, 10, 1000)
     run.start()
-    per_window = []
+    per_window: list[float] = []
     arrivals = 0
     for _ in range(26):  # one interval: masks are rebuilt once
         start, before = time.perf_counter(), run.server.dispatches
@@ -129,7 +128,7 @@ def growth() -> list[Row]:
 
 def memory() -> Row:
     """Peak memory of an idle run of VGG11 beyond one model and the payloads, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.engine", "memory"]
+    command = [sys.executable, "-m", "benchmarks.engine"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     above, vector = map(float, printed.split())
     detail = f"{above / 1e6:.0f} MB, a vector {vector / 1e6:.0f} MB"
@@ -145,21 +144,14 @@ def print_memory() -> None:
     gc.collect()
     before = _memory("VmRSS")
     run = simulation(model, images, 10, 10, 1000)
-    uploads = []
-
-    def train(sent: Dispatch) -> LocalUpdate:
-        update = Simulation.train(run, sent)
-        uploads.append(update.values_S.nbytes)
-        return update
-
-    run.train = train  # type: ignore[method-assign]
     run.start()
     payloads = 0
     for _ in range(30):
-        down = {id(p.values_S): p.values_S.nbytes for p in run.pending.values()}
-        uploads.clear()
+        waiting = dict(run.pending)
+        down = {id(p.values_S): p.values_S.nbytes for p in waiting.values()}
         run.step()
-        payloads = max(payloads, sum(down.values()) + sum(uploads))
+        up = sum(p.values_S.nbytes for number, p in waiting.items() if number not in run.pending)
+        payloads = max(payloads, sum(down.values()) + up)
     vector = 4 * run.layout.size
     print(_memory("VmHWM") - before - payloads - vector, vector)
 
@@ -178,15 +170,5 @@ def measure() -> list[Row]:
     return [overhead(), *growth(), memory()]
 
 
-def main() -> None:
-    """Print the rows."""
-    if sys.argv[1:] == ["memory"]:
-        print_memory()
-        return
-    print(machine())
-    for row in measure():
-        print(f"{row.name}, against {row.against}: {row.value:.3f} (goal {row.goal}); {row.detail}")
-
-
 if __name__ == "__main__":
-    main()
+    print_memory()

@@ -176,6 +176,11 @@ def summary(method: str, seed: int) -> dict[str, Any]:
     }
 
 
+def until(run: dict[str, Any], time_s: float) -> float:
+    """Mean accuracy of a run's last `LAST` evaluations up to a virtual second."""
+    return float(np.mean([a for t, a in run["curve"] if t <= time_s + 100][-LAST:]))
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
@@ -220,6 +225,13 @@ def table() -> str:
             f"| {TITLES['fedgmr']} - {TITLES[method]} | {gains.mean():+.2f} "
             f"| [{gains.mean() - half:+.2f}, {gains.mean() + half:+.2f}] |"
         )
+    times = range(10_000, 70_001, 10_000)
+    lines += ["", f"| at virtual second | {' | '.join(f'{t:,}' for t in times)} |", "| --- " * 8 + "|"]
+    for method in COMPARED:
+        means = [np.mean([until(run, t) for run in by_method[method].values()]) for t in times]
+        lines.append(f"| {TITLES[method]} | {' | '.join(f'{100 * m:.1f}' for m in means)} |")
+    restored = [run["restored_by"] for run in by_method["fedgmr"].values()]
+    lines += ["", f"Last restoration, by seed: window {', '.join(f'{w:,}' for w in restored)}."]
     if by_method["gradient"]:
         lines += [
             "",

@@ -34,13 +34,3 @@ def measure() -> list[Row]:
         detail = f"{1e3 * taken:.0f} ms, the sort {1e3 * sorting:.0f} ms"
         rows.append(Row(name, "sort of the scores", taken / sorting, goal, detail))
     return rows
-
-
-def main() -> None:
-    """Print the rows."""
-    for row in measure():
-        print(row)
-
-
-if __name__ == "__main__":
-    main()

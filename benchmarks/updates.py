@@ -1,6 +1,6 @@
 """Client updates a second of whole simulated runs, against a bare PyTorch loop.
 
-    python -m benchmarks.updates
+    python -m benchmarks.bench updates
 
 A CNN of 18,378 parameters on Fashion-MNIST, 50 clients, 10 in flight, K = 5, batch 20, high heterogeneity,
 one thread a process. The bare loop is what one would write without a framework: a shuffling DataLoader per
@@ -122,13 +122,3 @@ def measure() -> list[Row]:
         name = f"client updates a second, {workers} process{'es' if workers > 1 else ''}"
         rows.append(Row(name, "bare loop", ratio, goal, f"{ours:.0f} against {bare:.0f}"))
     return rows
-
-
-def main() -> None:
-    """Print the rows."""
-    for row in measure():
-        print(row)
-
-
-if __name__ == "__main__":
-    main()

@@ -243,7 +243,7 @@ def test_only_plain_linear_layers_compute_on_their_values() -> None:
     compiled.compile()
     assert sparse_layers(compiled) == []
     replaced = nn.Sequential(nn.Linear(20, 20))
-    replaced[0].forward = lambda x: x  # type: ignore[method-assign]
+    replaced[0].forward = lambda x: x  # type: ignore[method-assign]  # what users do
     with leaves_of(replaced, masks_of(replaced, 0.1, 0)):
         pass
     assert "forward" in replaced[0].__dict__
@@ -521,7 +521,7 @@ def repeated() -> nn.Sequential:
 def patched() -> nn.Sequential:
     """A layer whose ``forward`` somebody replaced with one that looks at another layer."""
     model = stack()
-    model[1].forward = lambda x: torch.tanh(x) * model[0].weight.norm()  # type: ignore[method-assign]
+    model[1].forward = lambda x: torch.tanh(x) * model[0].weight.norm()  # type: ignore[method-assign]  # likewise
     return model
 
 
@@ -675,7 +675,7 @@ def test_a_trained_model_can_be_copied_and_pickled() -> None:
     model = stack()
     trained(model, masks_of(model, 0.1, 0), batches_of(2, 4), {}, thin=1.0, sparse=1.0)
     x = torch.randn(2, 4, dtype=torch.float64)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  (its own bytes)
         assert torch.equal(other(x), model(x))
 
 

@@ -81,7 +81,7 @@ def messages(draw: st.DrawFn) -> Message:
     mask = Mask.of(ranking, tops, held) if kind != "update" and draw(st.booleans()) else None
     addressed = kind != "increment" or draw(st.booleans())
     header = Header(
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,  # type: ignore[arg-type]  # hypothesis draws a plain str
         run=draw(names),
         version=draw(whole),
         ranking=ranking.digest,
@@ -394,7 +394,7 @@ def test_the_page_shows_the_golden_dispatch(repository: Path) -> None:
 def simple(**changes: Any) -> Message:
     """A dispatch of 4 of 40 coordinates with a mask, or another header."""
     ranking = family([0 if j % 10 == 3 else 1 for j in range(40)], 2)
-    mask = Mask.of(ranking, (0,))
+    mask: Mask | None = Mask.of(ranking, (0,))
     header = Header(
         kind="dispatch",
         run="r",
@@ -409,7 +409,7 @@ def simple(**changes: Any) -> Message:
     )
     header = replace(header, **changes)
     if not header.mask_bytes:
-        mask = None  # type: ignore[assignment]
+        mask = None
     return Message(header, torch.tensor([1.0, -2.0, 3.0, -4.0]), mask)
 
 

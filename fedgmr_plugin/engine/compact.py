@@ -189,18 +189,13 @@ def _scratch_of(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
     if parameter.numel() < THIN_SIZE:
         return torch.empty_like(parameter.detach())
     held = _scratch.setdefault(model, {}).get(name)
-    if (
-        held is None
-        or held.shape != parameter.shape
-        or held.stride() != parameter.stride()
-        or (
-            held.dtype,
-            held.device,
-        )
-        != (parameter.dtype, parameter.device)
-    ):
+    if held is None or _form(held) != _form(parameter):
         held = _scratch[model][name] = torch.empty_like(parameter.detach())
     return held
+
+
+def _form(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.stride(), t.dtype, t.device
 
 
 def _clear(grad: Tensor, mask: Tensor) -> None:

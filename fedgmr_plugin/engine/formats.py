@@ -90,7 +90,7 @@ def _on(compute: Forward, format_: torch.memory_format) -> Forward:
 
     def forward(x: Tensor) -> Tensor:
         if x.dim() == 4 and (x.stride(1) == 1) != (format_ is torch.channels_last):
-            x = _Formatted.apply(x, format_)  # type: ignore[no-untyped-call]
+            x = _Formatted.apply(x, format_)  # type: ignore[no-untyped-call]  # torch does not type it
         return compute(x)
 
     return forward

@@ -73,7 +73,7 @@ def sparse_linear(x: Tensor, values_E: Tensor, weight: Tensor, bias: Tensor | No
             where a gradient is to be differentiated again, and gets a gradient of its own there: a leaf's
             total gradient on S is that of `values_E` plus that of `weight` on S.
     """
-    y: Tensor = _SparseLinear.apply(x, values_E, weight, bias, where)  # type: ignore[no-untyped-call]
+    y: Tensor = _SparseLinear.apply(x, values_E, weight, bias, where)  # type: ignore[no-untyped-call]  # torch does not type it
     return y
 
 

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 Train = Callable[[Dispatch], LocalUpdate]
 
 _RUN = "workers"
-#: First byte of what travels; the rest is a ranking, a dispatch, an update, or a traceback.
+#: First byte of what travels; the rest is a ranking, a dispatch, an update, or an error's text.
 _RANKING, _DISPATCH, _UPDATE, _FAILURE = b"R", b"D", b"U", b"F"
 #: Rankings that a worker remembers, the last used ones; both ends forget by the same rule.
 _REMEMBERED = 4
