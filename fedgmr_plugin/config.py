@@ -62,7 +62,7 @@ class FedGMRConfig(BaseModel):
     density_min: Density = Field(
         0.02,
         description="Where the server's density floor starts; it climbs the ladder with the server's "
-        "trigger.",
+        "trigger. Nobody's density is below it.",
     )
     density_step: Literal["ladder", "fixed", "proportional"] = Field(
         "ladder",
@@ -310,6 +310,15 @@ class FedGMRConfig(BaseModel):
         for i in by_remainder[: clients - sum(counts)]:
             counts[i] += 1
         return tuple(d for (d, _), count in zip(classes, counts, strict=True) for _ in range(count))
+
+    def start_densities(self, clients: int) -> tuple[float, ...]:
+        """Density that each client starts with: its initial one, but at least the server's floor.
+
+        Raises:
+            ConfigError: GMR-109 as for `initial_densities`.
+        """
+        floor = 1.0 if self.dense_start else self.density_min
+        return tuple(max(density, floor) for density in self.initial_densities(clients))
 
 
 class ConfigRefused(ConfigError):

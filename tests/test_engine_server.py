@@ -222,6 +222,12 @@ def test_a_dense_start_gives_everybody_the_whole_model() -> None:
     assert all(len(s.values_S) == world.layout.size for s in world.sent.values())
 
 
+def test_nobody_starts_below_the_floor() -> None:
+    world = World((1.0, 0.5, 0.2), density_min=0.3, trigger="none").start()
+    assert [s.density for s in world.sent.values()] == [1.0, 0.5, 0.3]
+    assert world.server.gmr.floor == 0.3
+
+
 # -- admission -------------------------------------------------------------------------------------
 
 
@@ -506,6 +512,24 @@ def test_one_client_cannot_make_the_uploads_of_others_be_thrown_away() -> None:
             w.handle(w.upload(0))
             w.close()
         assert torch.equal(world.server.w_D, reference.server.w_D)
+
+
+def test_a_refused_window_leaves_the_buffer_as_it_was() -> None:
+    """What a client sent before stays, also where its next upload is refused with the window."""
+    world = World((1.0, 0.5), update_scope="buffer", windows=20, interval=20).start()
+    other = World((1.0, 0.5), update_scope="buffer", windows=20, interval=20).start()
+    for w in (world, other):
+        w.window()
+    world.server.after_merge = lambda _, w_D: w_D * math.inf
+    refused = world.window([0])
+    world.server.after_merge = None
+    assert [r["code"] for r in records(refused, "rejected")] == ["GMR-403"]
+    other.close()
+    for w in (world, other):
+        numbers = {s.client: n for n, s in w.sent.items() if n in w.server.flights}
+        w.handle(w.upload(numbers[1], seed=5))
+        w.close()
+    assert torch.equal(world.server.w_D, other.server.w_D)
 
 
 def test_a_hook_that_breaks_the_model_leaves_it_untouched() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fedgmr_plugin import __main__ as entry
 from fedgmr_plugin.cli.run import run
 from fedgmr_plugin.errors import ConfigError, HostError
-from fedgmr_plugin.runtimes import config_file, host, registration
+from fedgmr_plugin.runtimes import config_file, host, registration, uncaught
 
 FEDAVG = """
 import hashlib, json, socket, sys
@@ -283,7 +283,7 @@ def test_sections_are_read_and_flattened(tmp_path: Path) -> None:
         (b"- a\n- b\n", "is a list, not sections"),
         (b"just text\n", "is a str, not sections"),
         (b"a: {x: 1}\nrounds: 3\n", "has 'rounds' at its top level"),
-        (b"a:\n", "has 'a' at its top level"),
+        (b"a:\n", "has an empty section 'a'"),
         (b"a: {x: 1\nb: ]\n", "is not valid YAML: .*line 2"),
         (b"a:\n\tx: 1\n", "is not valid YAML: .*line 2"),
         (b"a: !!python/object/apply:os.system [exit]\n", "is not valid YAML"),
@@ -335,6 +335,97 @@ def test_an_unsupported_runtime_is_refused_before_fedml_starts_it(
             registration.check_command_line(["--cf", str(path)])
 
 
+def test_likely_slips_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    train = "train_args: {federated_optimizer: %s, local_steps: 9}\n"
+    tracking = "tracking_args: {run_name: wandb-needs-it}\n"
+    for name, slip in (
+        ("FedGRM", "note: fedgmr_args has no effect: federated_optimizer='FedGRM' is not fedgmr\n"),
+        ("FedGMR", "note: local_steps in train_args has no effect: options of fedgmr belong in "),
+    ):
+        path.write_text(train % name + tracking + "fedgmr_args: {trigger: none}\n")
+        registration.check_command_line(["--cf", str(path)])
+        assert capsys.readouterr().err.startswith(slip)
+    path.write_text("train_args: {federated_optimizer: FedGMR}\n" + tracking)
+    registration.check_command_line(["--cf", str(path)])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("section", "code", "place"),
+    [
+        ("fedgmr_arg: {trigger: none}", "GMR-101", "c.yaml: fedgmr_arg"),
+        ("FedGMR-args: {trigger: none}", "GMR-101", "c.yaml: FedGMR-args"),
+        ("fedgrm_args: {trigger: none}", "GMR-101", "c.yaml: fedgrm_args"),
+        ("gmr: {trigger: none}", "GMR-101", "c.yaml: gmr"),
+        ("fedgmr_args: {trigger: never}", "GMR-103", "c.yaml: fedgmr_args.trigger"),
+        ("fedgmr_args: {densities: [1.0, 0.5]}", "GMR-109", "c.yaml: fedgmr_args.densities"),
+        ("fedgmr_args: {compute_slowdown: [1.0]}", "GMR-109", "c.yaml: fedgmr_args.compute_slowdown"),
+        ("fedgmr_args:", "GMR-108", "c.yaml"),
+        ("fedgmr_args: [1]", "GMR-108", "c.yaml"),
+        ("train: {fedgmr_args: [1]}", "GMR-102", "c.yaml: fedgmr_args"),
+    ],
+)
+def test_options_are_checked_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, code: str, place: str
+) -> None:
+    monkeypatch.setattr(host, "prepare", lambda: pytest.fail("too late"))
+    path = tmp_path / "c.yaml"
+    common = "all: {federated_optimizer: %s, client_num_in_total: 3}\n"
+    path.write_text(common % "fedgmr" + section + "\n")
+    monkeypatch.setattr(sys, "argv", ["main.py", "--cf", str(path)])
+    with pytest.raises(ConfigError) as refusal:
+        registration.register()
+    registration.unregister()
+    assert refusal.value.code == code and refusal.value.where.endswith(place)
+    if code != "GMR-108":
+        path.write_text(common % "FedAvg" + section + "\n")
+        registration.check_command_line(["--cf", str(path)])
+
+
+@pytest.mark.parametrize("name", ["fed_args", "model_args", "train_args", "federate_args", "server_args"])
+def test_sections_of_other_names_stay_free(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"all: {{federated_optimizer: fedgmr}}\n{name}: {{own: 1}}\n")
+    registration.check_command_line(["--cf", str(path)])
+
+
+def test_a_script_that_registers_ends_with_the_message_alone(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("t: {federated_optimizer: fedgmr}\nfedgmr_args: {density_min: 1.3}\n")
+    script = "import fedgmr_plugin; fedgmr_plugin.register()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--cf", "c.yaml"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(
+        "GMR-104 density_min=1.3 is outside (0, 1]\n        in c.yaml: fedgmr_args."
+    )
+
+
+def test_the_hook_shows_our_errors_and_passes_others_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also after FedML has put its own hook in the place of ours."""
+    seen: list[str] = []
+
+    def others(name: str) -> Any:
+        return lambda kind, error, trace: seen.append(name)
+
+    monkeypatch.setattr(sys, "excepthook", others("python"))
+    uncaught.install()
+    monkeypatch.setattr(sys, "excepthook", others("fedml"))
+    uncaught.install()
+    uncaught.install()
+    sys.excepthook(HostError, HostError("GMR-502", "ours"), None)
+    sys.excepthook(ValueError, ValueError(), None)
+    assert capsys.readouterr().err.startswith("GMR-502 ours\n") and seen == ["fedml"]
+    uncaught.restore()
+    sys.excepthook(HostError, HostError("GMR-502", "ours"), None)
+    assert seen == ["fedml", "fedml"]
+    uncaught.restore()
+
+
 # -- `fedgmr run` ----------------------------------------------------------------------------------
 
 
@@ -380,17 +471,25 @@ def test_run_leaves_the_script_its_own_exit(tmp_path: Path, quiet: list[str]) ->
     assert isinstance(CliRunner().invoke(run, [str(script)]).exception, ZeroDivisionError)
 
 
-def test_run_points_out_likely_slips(tmp_path: Path, quiet: list[str]) -> None:
+def test_run_says_when_a_script_was_given_no_configuration(tmp_path: Path, quiet: list[str]) -> None:
     script, yaml = tmp_path / "main.py", tmp_path / "c.yaml"
     script.write_text("raise ZeroDivisionError\n")
     assert "was given no --cf" in CliRunner().invoke(run, [str(script)]).output
     assert "no --cf" not in CliRunner().invoke(run, [str(script), "--cf", str(yaml)]).output
-    script.write_text("")
-    for name, slip in (("FedGRM", True), ("FedGMR", False)):
-        yaml.write_text(f"train_args: {{federated_optimizer: {name}}}\nfedgmr_args: {{}}\n")
-        result = CliRunner().invoke(run, [str(script), "--cf", str(yaml)])
-        assert result.exit_code == 0
-        assert ("fedgmr_args has no effect: federated_optimizer='FedGRM'" in result.output) == slip
+
+
+def test_run_shows_where_a_users_own_trainer_failed(tmp_path: Path, quiet: list[str]) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        "from fedgmr_plugin.errors import HostError as E\n"
+        "try:\n    [][7]\n"
+        "except IndexError as error:\n    raise E('GMR-506', 'train raised IndexError') from error\n"
+    )
+    result = CliRunner().invoke(run, [str(script)])
+    assert result.exit_code == 2
+    trace, _, message = result.output.partition("\n\nGMR-506")
+    assert "line 3" in trace and "[][7]" in trace and "IndexError: list index out of range" in trace
+    assert message.startswith(" train raised IndexError") and "fedgmr_plugin" not in trace
 
 
 def test_run_refuses_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

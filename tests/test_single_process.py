@@ -19,12 +19,15 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fedgmr_plugin.cli.plan import table
+from fedgmr_plugin.config import parse
 from fedgmr_plugin.engine.simulate import model_sha256
 from fedgmr_plugin.errors import ConfigError, DataError, FedGMRError, HostError, ModelError
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import registration
 from fedgmr_plugin.runtimes.planning import plan_run
+from fedgmr_plugin.runtimes.settings import fedml_keys
 
 
 @pytest.fixture(autouse=True)
@@ -470,9 +473,10 @@ def test_probe_needs_the_built_in_trainer(tmp_path: Path) -> None:
 
 def test_the_plan_agrees_with_the_run(tmp_path: Path) -> None:
     options = {"client_jitter": 0, "server_jitter": 0, "model_megabytes": 37.2, "trigger": "none"}
-    finished = run(arguments(tmp_path, options))
+    args = arguments(tmp_path, options)
+    finished = run(args)
     log = read_run(finished.directory)
-    plan = plan_run(finished.simulation.config, 4, network())
+    plan = plan_run(finished.simulation.config, fedml_keys(args), network())
     assert plan.window_seconds == pytest.approx(12.66, abs=1e-9)
     assert log.column("window", "end")[0] == pytest.approx(plan.window_seconds, abs=1e-9)
     assert set(log.column("arrival", "client").tolist()) == {0, 1, 2, 3}
@@ -480,3 +484,60 @@ def test_the_plan_agrees_with_the_run(tmp_path: Path) -> None:
     for record in log.records("dispatch")[:4]:
         assert record["support"] == sizes[record["density"]]
         assert record["bytes_down"] == pytest.approx(37.2e6 * record["density"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"heterogeneity": "none", "server_download": 4.0, "model_megabytes": 26.0},
+        {"heterogeneity": "none", "incremental_splitting": False, "model_megabytes": 26.0},
+        {"densities": [1.0, 0.5, 0.5, 0.2], "server_download": 3.0, "payload_rule": "support"},
+        {"densities": [1.0, 0.5, 0.2, 0.1], "density_min": 0.3, "incremental_splitting": False},
+        {"densities": [1.0, 0.5, 0.2, 0.1], "dense_start": True, "schedule": "sync", "client_upload": 0.01},
+        {"payload_rule": "encoded", "client_upload": 0.001, "client_download": 0.001},
+    ],
+    ids=lambda options: ",".join(options),
+)
+@pytest.mark.parametrize("in_flight", [4, 2])
+def test_the_plan_knows_what_clients_share_and_what_messages_weigh(
+    tmp_path: Path, options: dict[str, Any], in_flight: int
+) -> None:
+    """Flights and windows of a run with frozen densities, to the last byte of the first interval."""
+    still = {"client_jitter": 0, "server_jitter": 0, "trigger": "none", "interval": 40}
+    args = arguments(tmp_path, {**still, **options}, comm_round=40, client_num_per_round=in_flight)
+    finished = run(args)
+    log = read_run(finished.directory)
+    plan = plan_run(finished.simulation.config, fedml_keys(args), network())
+    assert plan.window_seconds == pytest.approx(log.column("window", "end")[-1] / 40, rel=1e-12)
+    assert plan.mean_density == pytest.approx(log.column("window", "mean_density")[0])
+
+    sent = {r["dispatch"]: r["time"] for r in log.records("dispatch")}
+    took: dict[int, list[float]] = {}
+    for r in log.records("arrival"):
+        took.setdefault(r["client"], []).append(r["time"] - sent[r["dispatch"]])
+    for group in plan.classes:
+        density, seconds = next(iter(group.seconds.items()))
+        assert seconds == pytest.approx(max(np.mean(took[n]) for n in group.clients if n in took), rel=1e-9)
+        assert group.windows[density] == pytest.approx(seconds / plan.window_seconds)
+    down = {s.density: s.megabytes_down for s in plan.sub_models}
+    first = log.records("dispatch")[0]
+    assert first["bytes_down"] / 1e6 == pytest.approx(down[first["density"]], rel=1e-12)
+
+
+def test_a_plan_gives_up_on_clients_that_never_land(tmp_path: Path) -> None:
+    options = {"densities": [1.0, 1.0, 1.0, 0.001], "trigger": "none", "compute_slowdown": [1, 1, 1, 1e6]}
+    args = arguments(tmp_path, options)
+    plan = plan_run(parse(options, where="here"), fedml_keys(args), network())
+    assert plan.classes[-1].seconds[0.02] is None and plan.classes[-1].windows[0.02] is None
+    assert plan.classes[0].seconds[1.0] is not None
+    assert "1 of class 0.001 at 0.02" in table(plan) and "not heard of" in table(plan)
+
+
+def test_the_table_of_a_plan_stays_narrow(tmp_path: Path) -> None:
+    """Forty densities of their own make forty rows, not forty columns."""
+    densities = [round(0.02 * (n + 1), 2) for n in range(40)]
+    args = arguments(tmp_path, client_num_in_total=40, client_num_per_round=40)
+    plan = plan_run(parse({"densities": densities}, where="here"), fedml_keys(args), network())
+    lines = table(plan).splitlines()
+    assert max(map(len, lines)) <= 22 + 6 * 18
+    assert sum(line.startswith("1 of class") for line in lines) == 40

@@ -15,6 +15,7 @@ import click
 
 from fedgmr_plugin import __version__
 from fedgmr_plugin.errors import FedGMRError
+from fedgmr_plugin.runtimes.uncaught import describe
 
 
 class Entry(NamedTuple):
@@ -82,7 +83,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except FedGMRError as error:
-            click.echo(str(error), err=True)
+            click.echo(describe(error), err=True)
             ctx.exit(2)
 
 

@@ -42,7 +42,8 @@ def demo(output: str, seed: int) -> None:
             f"{contender.title:<22}{_percent(row.accuracy):>10}{reached:>12}{row.megabytes_up:>9,.0f}"
             f"{row.megabytes_down:>9,.0f}{_number(row.mean_density):>9}{_number(row.mean_staleness):>11}"
         )
-    say(f"\nreport: {report.resolve()}")
+    say("\nOne seed; every run completes the window in which its budget ends. Other seeds: --seed.")
+    say(f"report: {report.resolve()}")
 
 
 def next_free(parent: Path) -> Path:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ def plan(script: str | None, path: str, as_json: bool) -> None:
     would begin. By default `main.py` beside the YAML file; without one, the YAML's own model and data set.
     """
     answer = _plan(script, path)
-    click.echo(json.dumps(answer.as_dict(), indent=2) if as_json else _table(answer))
+    click.echo(json.dumps(answer.as_dict(), indent=2) if as_json else table(answer))
 
 
 def _plan(script: str | None, path: str) -> Any:
@@ -37,7 +39,7 @@ def _plan(script: str | None, path: str) -> Any:
     script = script or (str(beside) if beside.is_file() else None)
     arguments = ["--cf", path]
     silenced = io.StringIO()  # FedML replaces the write method of whatever sys.stdout is
-    with planning.instead_of_training(), contextlib.redirect_stdout(silenced):
+    with planning.instead_of_training(), contextlib.redirect_stdout(silenced), _without_chatter():
         try:
             if script is not None:
                 run_script(script, arguments)
@@ -55,7 +57,19 @@ def _plan(script: str | None, path: str) -> Any:
     )
 
 
-def _table(plan: Any) -> str:
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Nothing is logged below a warning: FedML reports its own steps as INFO."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def table(plan: Any) -> str:
+    """A `RunPlan` for a terminal."""
     lines = [
         f"model  {plan.coordinates:,} coordinates, {plan.prunable:,} prunable, {plan.model_megabytes:.2f} MB",
         f"window {plan.window_seconds:.2f} s, mean density at the start {plan.mean_density:.3f}",
@@ -63,23 +77,29 @@ def _table(plan: Any) -> str:
         f"{'layer':<40} {'kind':<9} {'size':>12}",
         *(f"{layer['name']:<40} {layer['kind']:<9} {layer['size']:>12,}" for layer in plan.layers),
         "",
-        f"{'density':>8} {'coordinates':>12} {'share':>8} {'MB':>9}",
+        f"{'density':>8} {'coordinates':>12} {'share':>8} {'MB down':>9} {'MB up':>9}",
         *(
-            f"{s.density:>8g} {s.coordinates:>12,} {s.share:>8.3f} {s.megabytes:>9.3f}"
+            f"{s.density:>8g} {s.coordinates:>12,} {s.share:>8.3f} {s.megabytes_down:>9.3f} "
+            f"{s.megabytes_up:>9.3f}"
             for s in plan.sub_models
         ),
         "",
         "one flight (download, training, upload): seconds, and windows in brackets",
     ]
-    densities = [s.density for s in plan.sub_models]
-    lines.append(f"{'clients':<22}" + "".join(f"{'d = ' + format(d, 'g'):>18}" for d in densities))
+    rungs = sorted({d for group in plan.classes for d in list(group.seconds)[1:]})
+    columns = ["start", *(f"d = {rung:g}" for rung in rungs)]
+    lines.append(f"{'clients':<22}" + "".join(f"{column:>18}" for column in columns))
     for group in plan.classes:
+        own = next(iter(group.seconds))
         name = f"{len(group.clients)} of class {group.initial_density:g}"
-        cells = [
-            f"{group.seconds[d]:.2f} ({group.windows[d]:.2f})" if d in group.seconds else ""
-            for d in densities
-        ]
+        name += f" at {own:g}" if own != group.initial_density else ""
+        cells = [_flight(group, own), *(_flight(group, rung) if rung > own else "" for rung in rungs)]
         lines.append(f"{name:<22}" + "".join(f"{cell:>18}" for cell in cells))
     for finding in plan.findings:
         lines += ["", f"{finding['code']} {finding['message']}"]
     return "\n".join(lines)
+
+
+def _flight(group: Any, density: float) -> str:
+    seconds, windows = group.seconds[density], group.windows[density]
+    return "not heard of" if seconds is None else f"{seconds:.2f} ({windows:.2f})"

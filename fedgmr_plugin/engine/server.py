@@ -16,7 +16,7 @@ client's last upload takes part in every merge. See the method page, sections 3 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +39,8 @@ from fedgmr_plugin.engine.events import (
     WindowClosed,
 )
 from fedgmr_plugin.engine.measures import Norms, norms, step_sq
-from fedgmr_plugin.engine.seeds import numpy_generator, torch_generator
+from fedgmr_plugin.engine.sampling import choose_idle
+from fedgmr_plugin.engine.seeds import torch_generator
 from fedgmr_plugin.errors import UpdateRejected
 from fedgmr_plugin.kernels import density as gmr
 from fedgmr_plugin.kernels.aggregate import Coverage, MaskedUpdate, merge
@@ -104,8 +105,7 @@ class Server:
         self.time = 0.0
         self.phase: Literal["ready", "collecting", "validating", "finished"] = "ready"
         self.candidate: Literal["global", "scaled"] = "global" if config.evaluate == "global" else "scaled"
-        densities = (1.0,) * clients if config.dense_start else config.initial_densities(clients)
-        self.gmr = gmr.start(self.rules, densities)
+        self.gmr = gmr.start(self.rules, config.start_densities(clients))
         self.dispatches = 0
         self.rejected = 0
         self.counts = [0] * clients  # dispatches made to each client
@@ -193,11 +193,7 @@ class Server:
         self.staged = {}
         for admitted in arrived:
             del self.flights[admitted.upload.dispatch]
-        if self.config.update_scope == "buffer":
-            self.buffer.update({a.upload.client: a for a in arrived})
-            effects = self._merge([self.buffer[n] for n in sorted(self.buffer)], arrived, event)
-        else:
-            effects = self._merge(arrived, arrived, event)
+        effects = self._merge(arrived, event)
         self.version += 1
         self.time = event.end
 
@@ -228,8 +224,12 @@ class Server:
         )
         return MaskedUpdate(admitted.flight.ranking, admitted.flight.rung, admitted.upload.values_S, weight)
 
-    def _merge(self, scope: list[Admitted], arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
-        """Merge the uploads in `scope`, if any `arrived`; returns the records of those and of the window."""
+    def _merge(self, arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
+        """Merge what `update_scope` says, if any `arrived`; returns their records and the window's."""
+        latest, scope = self.buffer, arrived
+        if self.config.update_scope == "buffer":
+            latest = {**self.buffer, **{a.upload.client: a for a in arrived}}
+            scope = [latest[n] for n in sorted(latest)]
         updates = [self._weighted(a) for a in scope] if arrived else []
         weights = {a.upload.dispatch: u.weight for a, u in zip(scope, updates, strict=False)}
         if updates and self.before_merge is not None:
@@ -255,6 +255,7 @@ class Server:
             if not math.isfinite(moved):
                 return self._refuse_window(arrived, event)
             self._spare_D, self.ranked_D, self._flat_D = self.ranked_D, new_D, None
+            self.buffer = latest
             if self.config.update_scope == "arrivals" and len(updates) == len(arrived):
                 shares = list(coverage.shares)
         records: list[Effect] = [
@@ -264,10 +265,8 @@ class Server:
         return [*records, self._window(arrived, len(updates), coverage, moved, event)]
 
     def _refuse_window(self, arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
-        """Finite uploads added up to something that is not: none of them is merged."""
+        """Finite uploads added up to something that is not: none is merged, and the buffer stays."""
         self.rejected += len(arrived)
-        for a in arrived:
-            self.buffer.pop(a.upload.client, None)
         refused: list[Effect] = [
             self._rejected(a.upload, "GMR-403", "the merged model would hold NaN or infinity")
             for a in arrived
@@ -388,14 +387,8 @@ class Server:
 
     def _dispatch(self) -> list[Effect]:
         """Sub-models for idle clients, as many as may be in flight."""
-        busy = sorted({f.client for f in self.flights.values()})
-        free = len(self.counts) - len(busy)
-        slots = max(min(self.plan.in_flight - len(busy), free), 0)
-        chosen: Iterable[int] = range(free)
-        if slots < free:
-            generator = numpy_generator(self.plan.seed, "sampling", self.version)
-            chosen = generator.choice(free, size=slots, replace=False).tolist()
-        idle = sorted(_among_the_idle(position, busy) for position in chosen)
+        busy = {f.client for f in self.flights.values()}
+        idle = choose_idle(self.plan.seed, self.version, len(self.counts), busy, self.plan.in_flight)
         if not idle:
             return []
         prunable, parameters = self._norms()
@@ -462,16 +455,6 @@ class Server:
         if which == "global" or min(self.gmr.densities) >= 1.0:
             return self.w_D.clone()
         return self.w_D * self.coverage().to(self.w_D.dtype)
-
-
-def _among_the_idle(position: int, busy: Sequence[int]) -> int:
-    """The client at `position` among all that are not in `busy` (increasing)."""
-    client = position
-    for b in busy:
-        if b > client:
-            break
-        client += 1
-    return client
 
 
 #: Nobody holds anything: no update was merged.

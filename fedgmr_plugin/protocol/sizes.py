@@ -26,6 +26,10 @@ class MessageSizes:
         self._known: dict[int, tuple[str, int]] = {}  # client to the ranking and rung of its last mask
         self._masks: dict[tuple[str, int], int] = {}  # (ranking, rung) to the bytes of the mask
 
+    def forget_clients(self) -> None:
+        """As if no client knew a mask: masks travel again, of the same size."""
+        self._known.clear()
+
     def __call__(self, sent: Dispatch) -> Transfer:
         """MB of the message to the client and of the client's answer."""
         ranking, rung = sent.ranking, sent.rung

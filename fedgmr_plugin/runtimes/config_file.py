@@ -57,6 +57,9 @@ def load(path: str) -> Sections:
     if not isinstance(content, Mapping):
         raise _refused(path, f"is a {type(content).__name__}, not sections of keys")
     for section, keys in content.items():
+        if keys is None:
+            hint = "Delete its line or give it a key: FedML stops at a section without one."
+            raise _refused(path, f"has an empty section {str(section)!r}", hint)
         if not isinstance(keys, Mapping):
             raise _refused(path, f"has {section!r} at its top level, which is not a section of keys")
     return {str(section): dict(keys) for section, keys in content.items()}
@@ -67,5 +70,5 @@ def flatten(sections: Sections) -> dict[str, Any]:
     return {key: value for keys in sections.values() for key, value in keys.items()}
 
 
-def _refused(path: str, problem: str) -> ConfigError:
-    return ConfigError("GMR-108", f"--cf {path} {problem}", where=str(Path(path).absolute()))
+def _refused(path: str, problem: str, hint: str = "") -> ConfigError:
+    return ConfigError("GMR-108", f"--cf {path} {problem}", where=str(Path(path).absolute()), hint=hint)

@@ -5,9 +5,10 @@
     FedML is missing, or is not 0.9.6             HostError GMR-505, GMR-501
     setuptools does not have pkg_resources        HostError GMR-505 with the line that repairs it
     torchvision's compiled operators do not load  defines the two operator schemas it looks up
+    `import fedml` warns about pkg_resources      drops that one warning: users can do nothing about it
     `fedml.init` calls FedML's cloud              skips the call if nobody configured the cloud
 
-FedML's logging, its warnings and its files in ~/.fedml are left alone. The state is that of the
+FedML's logging, its other warnings and its files in ~/.fedml are left alone. The state is that of the
 process, as FedML's own is; `restore` undoes every change.
 """
 
@@ -19,6 +20,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,10 @@ def prepare() -> tuple[str, ...]:
     if not torchvision_usable():
         define_torchvision_schemas()
     try:
-        fedml: Any = importlib.import_module("fedml")
-        mlops: Any = importlib.import_module("fedml.core.mlops")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+            fedml: Any = importlib.import_module("fedml")
+            mlops: Any = importlib.import_module("fedml.core.mlops")
     except (ImportError, AttributeError, RuntimeError, TypeError) as error:
         # AttributeError: NumPy 2; RuntimeError: torch; TypeError: protobuf's generated code.
         raise HostError("GMR-505", f"import fedml failed: {type(error).__name__}: {error}") from error

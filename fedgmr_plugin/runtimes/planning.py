@@ -2,44 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.network import mean_flight_seconds, payload_megabytes
+from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.network import LogNormalLinks, Transfer, VirtualNetwork, payload_megabytes
+from fedgmr_plugin.engine.sampling import choose_idle
 from fedgmr_plugin.kernels.layout import build_layout, validate
-from fedgmr_plugin.kernels.masks import rank, scores
+from fedgmr_plugin.kernels.masks import Ranking, rank, scores
+from fedgmr_plugin.protocol.sizes import MessageSizes
 from fedgmr_plugin.runtimes import single_process
-from fedgmr_plugin.runtimes.settings import fedml_keys, options
+from fedgmr_plugin.runtimes.settings import FedMLKeys, fedml_keys, options
+
+#: A rehearsal ends after so many windows, even if some class of clients has not been heard of by then.
+MOST_WINDOWS = 500
 
 
 @dataclass(frozen=True)
 class SubModel:
-    """One density: its coordinates, its share of all, and its size on the simulated link (MB)."""
+    """One density: its coordinates, its share of all, and what it moves on the simulated link (MB).
+
+    With ``payload_rule: encoded`` the download includes the mask, which travels when a client first meets it.
+    """
 
     density: float
     coordinates: int
     share: float
-    megabytes: float
+    megabytes_down: float
+    megabytes_up: float
 
 
 @dataclass(frozen=True)
 class ClientClass:
-    """Clients of one initial density, and what a flight costs them at each density from there on.
+    """Clients of one initial density, and what a flight costs them at the density that they start with and at
+    each rung above, while every other client holds that rung or more.
 
     Attributes:
-        seconds, windows: one flight, by density; a window is the unconstrained clients' flight and the slack.
+        seconds: one flight of the slowest of them, mean over its flights; None where none ended in
+            `MOST_WINDOWS` windows.
+        windows: the same in windows of the mean length.
     """
 
     initial_density: float
     clients: tuple[int, ...]
-    seconds: dict[float, float]
-    windows: dict[float, float]
+    seconds: dict[float, float | None]
+    windows: dict[float, float | None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ def instead_of_training() -> Iterator[None]:
     """While active, FedML's single-process simulator plans the run and raises `Planned`."""
 
     def build(args: Any, _device: Any, _dataset: Any, model: nn.Module, *_: Any) -> NoReturn:
-        raise Planned(plan_run(options(args), fedml_keys(args).clients, model))
+        raise Planned(plan_run(options(args), fedml_keys(args), model))
 
     original = single_process.build
     single_process.build = build  # type: ignore[assignment]
@@ -90,47 +103,39 @@ def fedml_simulation() -> None:
     fedml.run_simulation()
 
 
-def plan_run(config: FedGMRConfig, clients: int, model: nn.Module) -> RunPlan:
-    """Plan a run of `model` with `clients` clients; nothing is trained and no data are read.
+def plan_run(config: FedGMRConfig, keys: FedMLKeys, model: nn.Module) -> RunPlan:
+    """Plan a run of `model`; nothing is trained and no data are read.
 
-    The sizes of sub-models are those of the initial weights (pruned biases depend on the weights); times
-    are means without jitter. Sub-models are ranked by |w|, whatever `score` is.
+    The sizes of sub-models are those of the initial weights (pruned biases depend on the weights), ranked by
+    |w|, whatever `score` is. Times come from rehearsals on the simulated network without jitter: clients
+    share the server's links as in the run.
 
     Raises:
         ConfigError: GMR-109. ModelError: GMR-2xx.
     """
     layout = build_layout(model, config.dense_layers)
-    initial = config.initial_densities(clients)
-    start = (1.0,) * clients if config.dense_start else initial
-    densities = sorted({*start, *(rung for rung in config.density_ladder if rung > min(start))})
+    initial, start = config.initial_densities(keys.clients), config.start_densities(keys.clients)
+    rungs = [rung for rung in config.density_ladder if rung > min(start)]
     w_D = layout.gather(model)
     ranking = rank(
         layout,
         w_D,
         scores("magnitude", layout, w_D),
-        densities,
+        sorted({*start, *rungs}),
         layer_floor=config.layer_floor,
         prune_biases=config.prune_biases,
     )
-    megabytes = config.model_megabytes or layout.size * torch.finfo(layout.dtype).bits / 8e6
-    shares = {d: end / layout.size for d, end in zip(densities, ranking.ends, strict=True)}
-
-    def payload(density: float) -> float:
-        return payload_megabytes(config, megabytes, density, shares[density])
-
-    def seconds(client: int, density: float) -> float:
-        return mean_flight_seconds(config, payload(density), client, density, initial[client])
-
-    is_sync = config.schedule == "sync"
-    awaited = [n for n in range(clients) if is_sync or initial[n] == max(initial)]
-    slack = 0.0 if is_sync else config.window_slack
-    window = max(seconds(n, start[n]) for n in awaited) + slack + config.aggregation_seconds
+    megabytes = config.model_megabytes or layout.size * layout.dtype.itemsize / 1e6
+    stage = _Stage(config, keys, ranking, layout.dtype, initial, megabytes)
+    at_start, *restored = [stage.rehearse([max(d, rung) for d in start]) for rung in (0.0, *rungs)]
     classes = []
     for d0 in sorted(set(initial), reverse=True):
-        members = tuple(n for n in range(clients) if initial[n] == d0)
-        reachable = [d for d in densities if d >= start[members[0]]]
-        slowest = {d: max(seconds(n, d) for n in members) for d in reachable}
-        classes.append(ClientClass(d0, members, slowest, {d: s / window for d, s in slowest.items()}))
+        members = tuple(n for n in range(keys.clients) if initial[n] == d0)
+        own = start[members[0]]
+        runs = {own: at_start} | {r: run for r, run in zip(rungs, restored, strict=True) if r > own}
+        seconds = {d: _slowest(run.seconds[n] for n in members) for d, run in runs.items()}
+        windows = {d: None if s is None else s / runs[d].window for d, s in seconds.items()}
+        classes.append(ClientClass(d0, members, seconds, windows))
     return RunPlan(
         layers=tuple(
             {"name": e.name, "kind": e.kind, "size": e.size, "shape": list(e.shape)} for e in layout.entries
@@ -142,10 +147,80 @@ def plan_run(config: FedGMRConfig, clients: int, model: nn.Module) -> RunPlan:
         coordinates=layout.size,
         prunable=layout.prunable,
         model_megabytes=megabytes,
-        window_seconds=window,
-        mean_density=sum(start) / clients,
+        window_seconds=at_start.window,
+        mean_density=sum(start) / keys.clients,
         sub_models=tuple(
-            SubModel(d, end, shares[d], payload(d)) for d, end in zip(densities, ranking.ends, strict=True)
+            SubModel(d, end, end / layout.size, *stage.moves(d))
+            for d, end in zip(ranking.densities, ranking.ends, strict=True)
         ),
         classes=tuple(classes),
     )
+
+
+class _Rehearsal(NamedTuple):
+    """Mean length of a window, and mean seconds of each client's flights [N]; None where none ended."""
+
+    window: float
+    seconds: list[float | None]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The simulated network of a run, without jitter, and what its dispatches move."""
+
+    config: FedGMRConfig
+    keys: FedMLKeys
+    ranking: Ranking
+    dtype: torch.dtype
+    initial: tuple[float, ...]
+    megabytes: float
+
+    def moves(self, density: float) -> Transfer:
+        """MB of a client's first dispatch at `density` and of its answer."""
+        return self._transfer(MessageSizes(), 0, 0, density)
+
+    def rehearse(self, densities: Sequence[float]) -> _Rehearsal:
+        """Fly clients of fixed `densities` for an interval at least, and until every class has landed.
+
+        Clients are chosen as the server chooses them.
+        """
+        still = self.config.model_copy(update={"client_jitter": 0.0, "server_jitter": 0.0})
+        links = LogNormalLinks(still, self.initial, self.keys.seed)
+        network = VirtualNetwork(still, self.initial, self.megabytes, links)
+        sizes = MessageSizes()
+        since: dict[int, float] = {}
+        flown: list[list[float]] = [[] for _ in self.initial]
+        silent = set(self.initial)
+        flights = 0
+        while network.window < MOST_WINDOWS and (silent or network.window < self.config.interval):
+            if network.window % self.config.interval == 0:
+                sizes.forget_clients()
+            chosen = choose_idle(
+                self.keys.seed, network.window, self.keys.clients, since, self.keys.in_flight
+            )
+            for n in chosen:
+                d, flights = densities[n], flights + 1
+                network.dispatch(flights, n, d, self._share(d), self._transfer(sizes, n, flights, d))
+                since[n] = network.now
+            for arrival in network.close_window().arrivals:
+                flown[arrival.client].append(arrival.time - since.pop(arrival.client))
+                silent.discard(self.initial[arrival.client])
+        return _Rehearsal(
+            network.now / network.window, [sum(took) / len(took) if took else None for took in flown]
+        )
+
+    def _transfer(self, sizes: MessageSizes, client: int, dispatch: int, density: float) -> Transfer:
+        if self.config.payload_rule == "encoded":
+            rung = self.ranking.rung(density)
+            values_S = torch.empty(self.ranking.ends[rung], dtype=self.dtype, device="meta")
+            return sizes(Dispatch(dispatch, client, 0, 0, density, self.ranking, rung, values_S, 1.0))
+        size = payload_megabytes(self.config, self.megabytes, density, self._share(density))
+        return Transfer(size, size)
+
+    def _share(self, density: float) -> float:
+        return self.ranking.ends[self.ranking.rung(density)] / self.ranking.rung_D.numel()
+
+
+def _slowest(seconds: Iterable[float | None]) -> float | None:
+    """The largest that is known."""
+    return max((s for s in seconds if s is not None), default=None)

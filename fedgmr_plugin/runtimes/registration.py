@@ -11,12 +11,19 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import click
+
+from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.errors import HostError
-from fedgmr_plugin.runtimes import config_file, host
+from fedgmr_plugin.runtimes import config_file, host, uncaught
+from fedgmr_plugin.runtimes.settings import SECTION, options
 
 OPTIMIZER = "fedgmr"
+#: Options of ours that are keys of FedML too, with another meaning.
+FEDML_READS = frozenset({"run_name", "output_dir"})
 
 #: (constructed object, FedML's arguments, the constructor's further arguments) -> None
 Builder = Callable[..., None]
@@ -41,13 +48,15 @@ _wrapped: dict[type, _Wrapped] = {}
 def register() -> None:
     """Teach FedML the optimizer "fedgmr"; a second call changes nothing.
 
-    The YAML that `--cf` of this process names is checked first, because FedML would ignore its faults.
+    The YAML that `--cf` of this process names is checked first, because FedML would ignore its faults. An
+    error of ours that nobody catches ends the program with its message instead of a traceback.
 
     Raises:
-        ConfigError: GMR-108 for a missing or broken YAML file.
+        ConfigError: GMR-108 for a missing or broken YAML file; what its `fedgmr_args` are refused for.
         HostError: GMR-501 or GMR-505 if FedML is not usable; GMR-502 if the YAML asks for fedgmr
             under a runtime that it does not support.
     """
+    uncaught.install()
     check_command_line(sys.argv[1:])
     host.prepare()
     for dispatch in TABLE:
@@ -59,12 +68,16 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Give FedML its constructors, and its cloud, back; without `register` before, do nothing."""
+    """Give FedML its constructors, and its cloud, back, and Python its hook for uncaught exceptions.
+
+    Without `register` before, do nothing.
+    """
     for cls, wrapped in list(_wrapped.items()):
         if cls.__init__ is wrapped.wrapper:  # type: ignore[misc]
             cls.__init__ = wrapped.original  # type: ignore[misc]
         del _wrapped[cls]
     host.restore()
+    uncaught.restore()
 
 
 def registered() -> tuple[str, ...]:
@@ -92,6 +105,7 @@ def wrap(cls: type, build: Builder) -> None:
         current = _wrapped.get(cls)
         mine = current is not None and current.wrapper is __init__
         if mine and is_fedgmr(getattr(args, "federated_optimizer", None)):
+            uncaught.install()
             build(self, args, *rest, **keywords)
         else:
             original(self, args, *rest, **keywords)
@@ -104,20 +118,39 @@ def check_command_line(arguments: Sequence[str]) -> None:
     """Check the YAML that a command line gives to FedML, as far as it can be known beforehand.
 
     FedML initialises a runtime (broker, MPI, cloud) before it looks at the optimizer, so a runtime
-    that fedgmr cannot serve is refused here already.
+    that fedgmr cannot serve is refused here already; so are wrong options, before data and model are built.
 
     Raises:
-        ConfigError: GMR-108 for a missing or broken file.
+        ConfigError: GMR-108 for a missing or broken file; what `settings.options` raises, under fedgmr.
         HostError: GMR-502 for fedgmr under another `training_type` or `backend` than supported.
     """
     path = config_file.path_from(arguments)
     if path is None:
         return
-    settings = config_file.flatten(config_file.load(path))
-    training_type, backend = settings.get("training_type"), settings.get("backend")
-    supported = training_type in (None, "simulation") and backend in (None, "sp")
-    if is_fedgmr(settings.get("federated_optimizer")) and not supported:
-        raise _unsupported(training_type, backend, where=path)
+    sections = config_file.load(path)
+    settings = config_file.flatten(sections)
+    if is_fedgmr(settings.get("federated_optimizer")):
+        training_type, backend = settings.get("training_type"), settings.get("backend")
+        if training_type not in (None, "simulation") or backend not in (None, "sp"):
+            raise _unsupported(training_type, backend, where=path)
+        options(SimpleNamespace(**{**settings, "yaml_config_file": path}), source=path)
+    if not _wrapped:
+        for note in notes(sections):
+            click.echo(f"note: {note}", err=True)
+
+
+def notes(sections: config_file.Sections) -> list[str]:
+    """What is likely a slip in a YAML file, though FedML makes something of it."""
+    optimizer = config_file.flatten(sections).get("federated_optimizer")
+    if not is_fedgmr(optimizer):
+        message = f"{SECTION} has no effect: federated_optimizer={optimizer!r} is not fedgmr"
+        return [message] if SECTION in sections else []
+    return [
+        f"{key} in {section} has no effect: options of fedgmr belong in the section {SECTION}"
+        for section, keys in sections.items()
+        for key in keys
+        if section != SECTION and key in FedGMRConfig.model_fields and key not in FEDML_READS
+    ]
 
 
 def _single_process(

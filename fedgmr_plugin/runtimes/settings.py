@@ -6,6 +6,7 @@ again: only there can a misspelt key be seen.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -47,21 +48,47 @@ class FedMLKeys(NamedTuple):
     dataset: str
 
 
-def options(args: Any) -> FedGMRConfig:
+def options(args: Any, source: str = "args") -> FedGMRConfig:
     """The `fedgmr_args` of a run: ``args.fedgmr_args`` if a program set it, else the YAML file's section.
 
+    Args:
+        args: FedML's arguments.
+        source: where `args` come from, for messages.
+
     Raises:
-        ConfigError: GMR-100 to GMR-106, GMR-108.
+        ConfigError: GMR-100 to GMR-106, GMR-108, GMR-109; GMR-101 also for a misspelt section.
     """
     given = getattr(args, SECTION, None)
-    if isinstance(given, FedGMRConfig):
-        return given
-    if given is not None:
-        return parse(given, where=f"args.{SECTION}")
+    where = f"{source}: {SECTION}"
     path = getattr(args, "yaml_config_file", "")
-    if not path:
-        return FedGMRConfig()
-    return parse(config_file.load(path).get(SECTION), where=f"{path}: {SECTION}")
+    if given is None and path:
+        given, where = _section(config_file.load(path), path), f"{path}: {SECTION}"
+    config = given if isinstance(given, FedGMRConfig) else parse(given, where=where)
+    clients = getattr(args, "client_num_in_total", None)
+    for name in ("densities", "compute_slowdown"):
+        values = getattr(config, name)
+        if values is not None and isinstance(clients, int) and len(values) != clients:
+            message = f"{name} has {len(values)} values for client_num_in_total={clients}"
+            raise ConfigError("GMR-109", message, where=f"{where}.{name}")
+    return config
+
+
+def _section(sections: config_file.Sections, path: str) -> Any:
+    """The options' section; None without one.
+
+    Raises:
+        ConfigError: GMR-101 if another section can only have been meant to be it.
+    """
+    if SECTION not in sections:
+        for name in sections:
+            if "gmr" in name.lower() or difflib.get_close_matches(name.lower(), [SECTION], cutoff=0.85):
+                raise ConfigError(
+                    "GMR-101",
+                    f"section {name!r} is not {SECTION}, so its options would be ignored",
+                    where=f"{path}: {name}",
+                    hint=f"Did you mean `{SECTION}`?",
+                )
+    return sections.get(SECTION)
 
 
 def fedml_keys(args: Any) -> FedMLKeys:
