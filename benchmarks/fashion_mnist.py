@@ -45,6 +45,7 @@ COMMON: dict[str, Any] = {
 BUFFERED = {"update_scope": "buffer", "update_form": "replacement", "staleness": "constant"}
 METHODS: dict[str, dict[str, Any]] = {
     "fedgmr": {**BUFFERED, "trigger": "plateau"},
+    "fedgmr_arrivals": {"trigger": "plateau"},
     "frozen_buffered": {**BUFFERED},
     "frozen": {},
     "fedavg": {"dense_start": True, "schedule": "sync", "update_form": "replacement"},
@@ -54,6 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
 COMPARED = ("fedgmr", "frozen_buffered", "fedavg")
 TITLES = {
     "fedgmr": "FedGMR (buffer, replacement form)",
+    "fedgmr_arrivals": "FedGMR (arrivals, delta form)",
     "frozen": "without GMR (arrivals, delta form)",
     "frozen_buffered": "without GMR (buffer, replacement form)",
     "fedavg": "dense FedAvg, synchronous",
