@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedgmr_plugin.kernels import MaskedUpdate, Ranking, merge, staleness_weight
+from fedgmr_plugin.kernels import MaskedUpdate, Ranking, aggregate, merge, staleness_weight
 from fedgmr_plugin.kernels.blocks import BLOCK
 
 SIZE = 6
@@ -234,6 +234,34 @@ def test_vectors_longer_than_a_block_merge_like_short_ones(size: int, form: Any)
         wanted = torch.where(weights > 0, mean, w_D.double()).float()
         got = merged(w_D, home, updates, form=form)
         assert torch.allclose(got, wanted, rtol=2**-23, atol=2e-6)
+
+
+@pytest.mark.parametrize("most", [1, 9, 2**16])
+def test_more_combinations_of_rungs_than_a_table_holds(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine rankings of seven rungs: the numbers of combinations do not change a bit of the result."""
+    generator = torch.Generator().manual_seed(0)
+    size, ladder = 3000, (0.02, 0.05, 0.1, 0.2, 0.5, 0.9)
+    w_D = torch.randn(size, generator=generator)
+    home, *others = (
+        Ranking(ladder, torch.randint(0, 7, (size,), generator=generator, dtype=torch.int16))
+        for _ in range(9)
+    )
+    updates = [
+        MaskedUpdate(r, n % 6, torch.randn(r.ends[n % 6], generator=generator), 1.0 + n % 4)
+        for n, r in enumerate([home, *others, *others[::2], home])
+    ]
+    unlimited = merge(home.ranked(w_D), home, updates)
+    monkeypatch.setattr(aggregate, "_MOST_COMBINATIONS", most)
+    result = merge(home.ranked(w_D), home, updates)
+    assert torch.equal(result.w_D, unlimited.w_D)
+    assert result.coverage == unlimited.coverage
+    holders = torch.stack([u.ranking.mask(u.rung) for u in updates])
+    weights = (holders * torch.tensor([u.weight for u in updates]).double()[:, None]).sum(0)
+    assert result.coverage.held == int(holders.sum())
+    assert result.coverage.uncovered == int((weights == 0).sum())
+    assert result.coverage.least_holders == int(holders.sum(0)[weights > 0].min())
+    shares = [u.weight / float(weights[h].min()) for u, h in zip(updates, holders, strict=True)]
+    assert result.coverage.shares == pytest.approx(shares, rel=1e-15)
 
 
 COVERED = [o for o in OPTIONS if o.get("rule") != "plain_average"]

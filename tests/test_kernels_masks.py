@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -390,3 +391,16 @@ def test_masks_of_a_large_model_are_ranked_in_reasonable_time() -> None:
         kept = magnitude[ranking.mask(rung)[:1_000_000]]
         assert len(kept) == int(density * 1_000_000)
         assert math.isclose(float(kept.min()), float(magnitude.sort().values[-len(kept)]))
+
+
+@given(
+    rungs=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    edges=st.lists(st.integers(0, 40), max_size=5),
+)
+def test_coordinates_between_two_edges_are_a_slice_of_each_rung(rungs: list[int], edges: list[int]) -> None:
+    ranking = Ranking((0.1, 0.2, 0.3), torch.tensor(rungs, dtype=torch.int16))
+    order = ranking.order_D.tolist()
+    edges = sorted(min(e, len(rungs)) for e in edges)
+    for rung, places in enumerate(ranking.crossings(edges)):
+        for (low, high), (a, b) in zip(itertools.pairwise(edges), itertools.pairwise(places), strict=True):
+            assert order[a:b] == [j for j in range(low, high) if rungs[j] == rung]

@@ -25,7 +25,7 @@ from fedgmr_plugin.engine.compact import Masks, drift_sq, is_chain, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.formats import fast_formats
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
-from fedgmr_plugin.kernels.blocks import sum_sq
+from fedgmr_plugin.kernels.blocks import distance_sq
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking
 
@@ -335,24 +335,23 @@ def train_dispatch(
     The result depends on `sent`, the client's samples, the plan and the seed only: all global random
     generators are seeded for this dispatch and restored afterwards.
     """
-    index_S = sent.index_S
     x_D = torch.zeros(layout.size, dtype=layout.dtype, device=sent.values_S.device)
-    layout.scatter(model, x_D.scatter_(0, index_S, sent.values_S))
+    layout.scatter(model, sent.ranking.place(sent.values_S, x_D))
     masks = (recent or RecentMasks(layout))(sent.ranking, sent.rung)
     batches = BatchList(samples, list(plan.batches(sent.client, len(samples), sent.count)), on_step)
     with isolated_rng(derive(plan.seed, "training", sent.client, sent.count)):
         stats = trainer.train(
             model, batches, masks, learning_rate=learning_rate * sent.learning_rate_scale, client=sent.client
         )
-    values_S = torch.index_select(layout.gather(model, out=x_D), 0, index_S)
-    change_S = values_S - sent.values_S
+    values_S = sent.ranking.cut(layout.gather(model, out=x_D), sent.rung)
     stop = sent.ranking.ends[0]
     buffers = slice(stop - (layout.size - layout.parameters), stop)
-    change_S[buffers] = 0.0
-    change_sq = sum_sq(change_S)
+    kept = values_S[buffers].clone()
+    values_S[buffers] = sent.values_S[buffers]
+    change_sq = distance_sq(values_S, sent.values_S)
     if form == "delta":
-        change_S[buffers] = values_S[buffers]
-        values_S = change_S
+        values_S -= sent.values_S
+    values_S[buffers] = kept
     return LocalUpdate(sent.dispatch, sent.client, values_S, change_sq, stats)
 
 

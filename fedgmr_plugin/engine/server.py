@@ -114,6 +114,7 @@ class Server:
         self.buffer: dict[int, Admitted] = {}
         self.interval_start_D = w_D.clone() if config.score == "weight_change" else None
         self._densities_mean: tuple[tuple[float, ...], float] = ((), 0.0)
+        self.ranked_D: Tensor = w_D  # in no ranking's order before the first
         self._flat_D: Tensor | None = w_D
         self._spare_D: Tensor | None = None
         self.put(w_D, self._rank())
@@ -127,7 +128,8 @@ class Server:
 
     def put(self, w_D: Tensor, ranking: Ranking) -> None:
         """Make `w_D` [D], in the layout's order, the global vector, and `ranking` its ranking."""
-        self.ranking, self.ranked_D, self._flat_D = ranking, ranking.ranked(w_D), w_D
+        self.ranking, self._flat_D = ranking, None
+        self.ranked_D, self._spare_D = ranking.ranked(w_D, out=self._spare_D), self.ranked_D
         is_other_D = torch.zeros_like(w_D, dtype=torch.bool)
         for entry in self.layout.entries:
             if entry.kind in ("dense", "bias"):
@@ -189,11 +191,7 @@ class Server:
     # -- windows --------------------------------------------------------------------------------------
 
     def _close(self, event: WindowClosed) -> list[Effect]:
-        arrived = sorted(self.staged.values(), key=lambda a: a.order)
-        self.staged = {}
-        for admitted in arrived:
-            del self.flights[admitted.upload.dispatch]
-        effects = self._merge(arrived, event)
+        effects = self._merge(self._arrived(), event)
         self.version += 1
         self.time = event.end
 
@@ -209,6 +207,14 @@ class Server:
         else:
             effects += self._dispatch()
         return effects
+
+    def _arrived(self) -> list[Admitted]:
+        """The window's uploads in the order of their merge, which are no longer in flight."""
+        arrived = sorted(self.staged.values(), key=lambda a: a.order)
+        self.staged = {}
+        for admitted in arrived:
+            del self.flights[admitted.upload.dispatch]
+        return arrived
 
     def _budget_spent(self) -> Literal["windows", "time_budget"] | None:
         if self.config.time_budget is not None and self.time >= self.config.time_budget:

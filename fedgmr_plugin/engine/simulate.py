@@ -169,15 +169,7 @@ class Simulation:
         """One window: train who arrives, merge, dispatch; returns the `end` record after the last."""
         server_bytes_down = self.network.channel_megabytes() * 1e6
         window = self.network.close_window()
-        sent = [self.pending.pop(a.dispatch) for a in window.arrivals]
-        if self._probing is not None:
-            self._probing.answered(sent, list(self.pending.values()))
-        effects: list[Effect] = []
-        up = 0.0
-        updates = self._execute(sent)
-        for arrival, update in zip(window.arrivals, updates, strict=True):
-            effects += self.server.handle(_upload(arrival, update))
-            up += arrival.megabytes * 1e6
+        up = sum(arrival.megabytes for arrival in window.arrivals) * 1e6
         self.bytes_up += up
         totals = {
             "bytes_up": up,
@@ -186,11 +178,27 @@ class Simulation:
             "learning_rate": self.training.learning_rate * self.server.learning_rate_scale,
         }
         self._window_down = 0.0
-        effects += self._merge(window, updates)
+        effects = self._take_in(window)
         for effect in effects:
             if isinstance(effect, Record) and effect.fields["type"] == "window":
                 effect.fields.update(totals)
         return self._carry_out(effects)
+
+    def _take_in(self, window: Window) -> list[Effect]:
+        """Train who arrives and hand the updates to the server; closes its window."""
+        sent = [self.pending.pop(a.dispatch) for a in window.arrivals]
+        if self._probing is not None:
+            self._probing.answered(sent, list(self.pending.values()))
+        updates = list(self._execute(sent))
+        del sent  # payloads whose time is over: memory for those that the server cuts next
+        effects: list[Effect] = []
+        for arrival, update in zip(window.arrivals, updates, strict=True):
+            effects += self.server.handle(_upload(arrival, update))
+        closed = WindowClosed(window.start, window.close, window.end)
+        if self._probing is not None:
+            return effects + self._probing.merge(closed, updates)
+        updates.clear()
+        return effects + self.server.handle(closed)
 
     def train_in_turn(self, sent: Sequence[Dispatch]) -> list[LocalUpdate]:
         """The default executor."""
@@ -366,11 +374,6 @@ class Simulation:
             )
         probe = Probe(self.model, self.layout, self.training.trainer, data)  # type: ignore[arg-type]
         return Probing(self.server, probe, self.training.learning_rate)
-
-    def _merge(self, window: Window, updates: Sequence[LocalUpdate]) -> list[Effect]:
-        """Close the window, under observation where it is wanted."""
-        closed = WindowClosed(window.start, window.close, window.end)
-        return self.server.handle(closed) if self._probing is None else self._probing.merge(closed, updates)
 
     def _gradient_votes(self) -> list[bool]:
         return [] if self._probing is None else self._probing.gradient_votes(self._mean_seconds)

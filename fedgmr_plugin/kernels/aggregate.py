@@ -19,9 +19,10 @@ of the exact one (with |x_nj - x0_nj| in the delta form). The only update of a m
 values among updates of the vector's own ranking, pass as they are.
 
 Updates that were cut from the vector's own ranking are prefixes of it: their sums run over contiguous
-memory, block by block, with one weight for a whole rung. Updates of older rankings are summed among
-themselves first, as prefixes of their own order, and then placed once per ranking. Sums run ranking by
-ranking (the vector's own first) and within one in the order of `updates`: equal inputs give equal bits.
+memory, block by block, with one weight for a whole rung. With updates of other rankings, blocks are of the
+layout's order instead, in which each rung of each ranking is a slice of that ranking's order: updates of one
+ranking are summed among themselves and placed together. Sums run ranking by ranking (the vector's own first)
+and within one in the order of `updates`: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedgmr_plugin.kernels.blocks import BLOCK, blocks
-from fedgmr_plugin.kernels.masks import Ranking, Segment
+from fedgmr_plugin.kernels.masks import Ranking
 
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 Rule = Literal["mask_aware", "global_average", "plain_average"]
 Form = Literal["delta", "replacement"]
 
@@ -43,6 +48,9 @@ Form = Literal["delta", "replacement"]
 #: Weights below this share of the largest are raised to it: nothing where somebody else holds the coordinate,
 #: and products with it stay above float32's smallest numbers.
 _LEAST_WEIGHT = 2.0**-100
+
+#: Combinations of rungs in one table; beyond it, a block's own are numbered anew.
+_MOST_COMBINATIONS = 2**16
 
 
 class MaskedUpdate(NamedTuple):
@@ -102,31 +110,14 @@ class _Rule(NamedTuple):
     step: float
     total: float
 
-    def factors(self, weight: float) -> tuple[float, float]:
-        """(a, b) of w' = a w + b sum_n c_n m_nj (x_nj - w_j) where the holders weigh `weight` together."""
+    def factors(self, weight_C: Floats) -> tuple[Floats, Floats]:
+        """(a, b) of w' = a w + b sum_n c_n m_nj (x_nj - w_j) by what the holders weigh together [C]."""
         if self.rule == "plain_average":
-            return 1.0 - self.step * (1.0 - weight / self.total), self.step / self.total
-        if weight == 0.0:
-            return 1.0, 0.0
-        return 1.0, self.step / (weight if self.rule == "mask_aware" else self.total)
-
-    def settle(self, old_B: Tensor, new_B: Tensor, weight_B: Tensor, nobody_B: Tensor) -> None:
-        """Turn `new_B` from summed changes into new values, in place.
-
-        Args:
-            weight_B: sum of the holders' weights, float64.
-            nobody_B: where there is no holder.
-        """
-        if self.rule == "plain_average":
-            keep_B = (1.0 - self.step) + weight_B * (self.step / self.total)
-            torch.add(keep_B.to(old_B.dtype) * old_B, new_B, alpha=self.step / self.total, out=new_B)
-            return
-        if self.rule == "mask_aware":
-            new_B.div_(weight_B.to(new_B.dtype))
-        torch.add(
-            old_B, new_B, alpha=self.step / (1.0 if self.rule == "mask_aware" else self.total), out=new_B
-        )
-        new_B.copy_(torch.where(nobody_B, old_B, new_B))
+            keep_C = 1.0 - self.step * (1.0 - weight_C / self.total)
+            return keep_C, np.full_like(weight_C, self.step / self.total)
+        is_held_C = weight_C > 0.0
+        by_C = np.where(is_held_C, weight_C, 1.0) if self.rule == "mask_aware" else self.total
+        return np.ones_like(weight_C), np.where(is_held_C, self.step / by_C, 0.0)
 
     def is_mean(self) -> bool:
         """Whether the new value is the holders' mean, nothing else mixed in."""
@@ -196,7 +187,7 @@ def _merge_prefixes(
             uncovered += 0 if holders else length
             counts += [len(holders)] if holders else []
         rule = rules[segment.is_buffer]
-        keep, gain = rule.factors(weight)
+        keep, gain = (float(f[0]) for f in rule.factors(np.array([weight])))
         for at in blocks(segment.start, segment.stop, w_D):
             old_B, new_B = w_D[at], new_D[at]
             if not holders:
@@ -212,16 +203,23 @@ def _merge_prefixes(
 
 
 class _Scratch:
-    """Room for the sums of one block."""
+    """Room for the vectors of one block."""
 
     def __init__(self, like: Tensor) -> None:
-        size = min(BLOCK, like.numel()) if like.device.type == "cpu" else like.numel()
-        self._sum, self._part = like.new_empty(size), like.new_empty(size)
+        self._like = like
+        self._size = min(BLOCK, like.numel()) if like.device.type == "cpu" else like.numel()
+        self._room: dict[str, Tensor] = {}
+
+    def take(self, use: str, length: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The vector [length] of one use, with what was left in it."""
+        if use not in self._room:
+            self._room[use] = self._like.new_empty(self._size, dtype=dtype)
+        return self._room[use][:length]
 
     def sum_of(self, updates: Sequence[MaskedUpdate], at: slice, base_B: Tensor | None) -> Tensor:
         """sum_n c_n (v_n - base) [B] over the positions `at` of updates that all reach that far."""
         length = at.stop - at.start
-        sum_B, part_B = self._sum[:length], self._part[:length]
+        sum_B, part_B = self.take("sum", length), self.take("part", length)
         for n, u in enumerate(updates):
             value_B = u.values_S[at] if base_B is None else torch.sub(u.values_S[at], base_B, out=part_B)
             torch.mul(value_B, u.weight, out=sum_B) if n == 0 else sum_B.add_(value_B, alpha=u.weight)
@@ -236,67 +234,131 @@ def _merge_scattered(
     buffers: int,
     new_D: Tensor,
 ) -> Coverage:
-    """`merge` of updates from several rankings; `new_D` holds the sums until they are complete."""
-    if len(updates) == 1 and rules[0].is_mean() and rules[1].is_mean() and rules[0].form == "replacement":
-        place_S = ranking.places(updates[0].index_S)
-        new_D.copy_(w_D).index_copy_(0, place_S.to(torch.int64), updates[0].values_S)
-        parameters = w_D.numel() - buffers
-        held = len(place_S) - buffers
-        return Coverage(parameters - held, int(held > 0), held, (float(len(place_S) > 0),))
+    """`merge` of updates from several rankings, block by block of the layout's order.
 
-    weight_D = torch.zeros(w_D.numel(), dtype=torch.float64, device=w_D.device)
-    count_D = torch.zeros(w_D.numel(), dtype=torch.int16, device=w_D.device)
-    new_D.zero_()
-    scratch = _Scratch(w_D)
-    groups: dict[str, list[MaskedUpdate]] = {ranking.digest: []}
-    for u in updates:
-        groups.setdefault(u.ranking.digest, []).append(u)
-    for digest, group in groups.items():
-        for at, segment, place_B in _reached(group, None if digest == ranking.digest else ranking, buffers):
-            holders = [u for u in group if u.rung >= segment.rung]
-            weight = weight_D.new_tensor(sum(u.weight for u in holders)).expand(at.stop - at.start)
-            count = count_D.new_tensor(len(holders)).expand(at.stop - at.start)
-            base_B = None
-            if rules[segment.is_buffer].form == "replacement":
-                base_B = w_D[at] if place_B is None else torch.index_select(w_D, 0, place_B)
-            change_B = scratch.sum_of(holders, at, base_B)
-            for whole_D, part_B in ((new_D, change_B), (weight_D, weight), (count_D, count)):
-                if place_B is None:
-                    whole_D[at] += part_B
-                else:
-                    whole_D.index_add_(0, place_B, part_B)
-
-    uncovered, least_holders = 0, len(updates)
-    for segment in ranking.segments(buffers):
-        for at in blocks(segment.start, segment.stop, w_D):
-            nobody_B = count_D[at] == 0
-            if not segment.is_buffer:
-                uncovered += int(nobody_B.sum())
-                least_holders = min(least_holders, int(count_D[at].masked_fill(nobody_B, len(updates)).min()))
-            rules[segment.is_buffer].settle(w_D[at], new_D[at], weight_D[at], nobody_B)
-
+    There, a block's coordinates of one rung are a slice of the ranking's order, so all memory is read as
+    streams; and who holds a coordinate, hence its factors, depends on its rungs alone.
+    """
+    parameters = w_D.numel() - buffers
     held = sum(len(u.values_S) - buffers for u in updates)
-    least_weight = {id(u): math.inf for u in updates}
-    for digest, group in groups.items():
-        for at, segment, place_B in _reached(group, None if digest == ranking.digest else ranking, buffers):
-            lowest = float((weight_D[at] if place_B is None else weight_D.index_select(0, place_B)).min())
-            for u in group:
-                if u.rung >= segment.rung:
-                    least_weight[id(u)] = min(lowest, least_weight[id(u)])
-    shares = tuple(u.weight / least_weight[id(u)] for u in updates)
+    if len(updates) == 1 and all(rule.is_mean() and rule.form == "replacement" for rule in rules):
+        ranking.ranked(updates[0].ranking.place(updates[0].values_S, ranking.flat(w_D)), out=new_D)
+        return Coverage(parameters - held, int(held > 0), held, (float(len(updates[0].values_S) > 0),))
+
+    pieces = [*blocks(0, parameters, w_D), *blocks(parameters, w_D.numel(), w_D)]
+    owners = {r.digest: r for r in (ranking, *(u.ranking for u in updates))}
+    home, *others = (_Group.of(owner, updates, pieces, owner is ranking) for owner in owners.values())
+    groups = [home, *others] if any(home.holders) else others
+    scratch = _Scratch(w_D)
+    uncovered, least_holders = 0, len(updates)
+    least_N = np.full(len(updates), np.inf)
+    for k, at in enumerate(pieces):
+        length = at.stop - at.start
+        rule = rules[at.start >= parameters]
+        home_B = home.places(k, at.start, scratch.take("home", length, torch.int64))
+        base_B = None
+        if rule.form == "replacement":
+            base_B = scratch.take("base", length)
+            for part, place_S in home.slices(k, home_B):
+                base_B.scatter_(0, place_S, w_D[part])
+        change_B = scratch.take("change", length).fill_(-0.0)  # which changes no number that is added to it
+        for group in groups:
+            place_B = home_B
+            if group is not home:
+                place_B = group.places(k, at.start, scratch.take("other", length, torch.int64))
+            for holders, (part, place_S) in zip(group.holders, group.slices(k, place_B), strict=False):
+                if holders:
+                    base_S = None
+                    if base_B is not None:
+                        base_S = torch.index_select(base_B, 0, place_S, out=scratch.take("old", len(place_S)))
+                    change_B.scatter_add_(0, place_S, scratch.sum_of(holders, part, base_S))
+
+        code_B, weight_C, holds_CN = _combinations(groups, at, scratch)
+        keep_C, gain_C = (torch.from_numpy(f).to(w_D) for f in rule.factors(weight_C))
+        change_B.mul_(torch.index_select(gain_C, 0, code_B, out=scratch.take("part", length)))
+        keep_B = torch.index_select(keep_C, 0, code_B) if rule.rule == "plain_average" else None
+        for part, place_S in home.slices(k, home_B):
+            new_S = torch.index_select(change_B, 0, place_S, out=new_D[part])
+            new_S += w_D[part] if keep_B is None else w_D[part] * torch.index_select(keep_B, 0, place_S)
+
+        count_C = torch.bincount(code_B, minlength=len(weight_C)).cpu().numpy()
+        holders_C = holds_CN.sum(axis=1)
+        if at.start < parameters:
+            uncovered += int(count_C[holders_C == 0].sum())
+            least_holders = min([least_holders, *holders_C[(count_C > 0) & (holders_C > 0)].tolist()])
+        here_CN = holds_CN & (count_C > 0)[:, None]
+        least_N = np.minimum(least_N, np.where(here_CN, weight_C[:, None], np.inf).min(axis=0))
+
+    shares = tuple(u.weight / least for u, least in zip(updates, least_N.tolist(), strict=True))
     return Coverage(uncovered, least_holders if held else 0, held, shares)
 
 
-def _reached(
-    group: Sequence[MaskedUpdate], home: Ranking | None, buffers: int
-) -> Iterator[tuple[slice, Segment, Tensor | None]]:
-    """Blocks of the order of a group's ranking that some update of the group reaches.
+class _Group(NamedTuple):
+    """The updates of one ranking of R rungs; here rung R is what none of its sub-models holds.
 
-    With `home`, each comes with the places of its coordinates in that ranking's order (int32 [B]).
+    Attributes:
+        ranking: theirs.
+        holders: of each rung, the updates that hold it, in the order of the merge [R + 1].
+        weight_R: sum of their weights [R + 1].
+        holds_RN: which of the merge's updates they are [R + 1, N].
+        crossings: where each rung's slice of the order crosses the edges of the layout's blocks; of the rungs
+            that anybody holds only, but for the vector's own ranking.
     """
-    longest = max((u.rung for u in group), default=-1)
-    for segment in group[0].ranking.segments(buffers) if group else ():
-        if segment.rung > longest:
-            return
-        for at in blocks(segment.start, segment.stop, group[0].values_S):
-            yield at, segment, None if home is None else home.places(group[0].ranking.order_D[at])
+
+    ranking: Ranking
+    holders: list[list[MaskedUpdate]]
+    weight_R: Floats
+    holds_RN: Bools
+    crossings: list[list[int]]
+
+    @classmethod
+    def of(
+        cls, ranking: Ranking, updates: Sequence[MaskedUpdate], pieces: Sequence[slice], is_home: bool
+    ) -> _Group:
+        """Those of `updates` that were cut from `ranking`; `is_home` for the vector's own."""
+        reach = [u.rung if u.ranking.digest == ranking.digest else -1 for u in updates]
+        rungs = range(len(ranking.densities) + 1)
+        holds = [[r >= rung for r in reach] for rung in rungs]
+        holders = [[u for u, has in zip(updates, row, strict=True) if has] for row in holds]
+        weight_R = np.array([sum(u.weight for u in those) for those in holders], dtype=np.float64)
+        crossings = ranking.crossings([0, *(piece.stop for piece in pieces)])
+        crossings = crossings[: len(rungs) if is_home else max(reach) + 1]
+        return cls(ranking, holders, weight_R, np.array(holds, dtype=np.bool_), crossings)
+
+    def places(self, block: int, start: int, out_B: Tensor) -> Tensor:
+        """int64 [B]: the block's coordinates rung by rung, counted from its `start`; the head of `out_B`."""
+        order_D = self.ranking.order_D
+        for part, place_S in self.slices(block, out_B):
+            place_S.copy_(order_D[part])
+        return out_B.sub_(start)
+
+    def slices(self, block: int, place_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """For each rung its slice of the ranking's order in a block, and its part of `place_B`."""
+        parts = [slice(edges[block], edges[block + 1]) for edges in self.crossings]
+        lengths = [part.stop - part.start for part in parts]
+        return zip(parts, place_B[: sum(lengths)].split(lengths), strict=True)
+
+
+def _combinations(groups: Sequence[_Group], at: slice, scratch: _Scratch) -> tuple[Tensor, Floats, Bools]:
+    """Which combination of rungs each coordinate of a block has, and what the combinations mean.
+
+    Returns:
+        code_B: int32 [B], numbers of combinations.
+        weight_C: sum of the holders' weights.
+        holds_CN: which updates hold it.
+    """
+    length = at.stop - at.start
+    code_B = scratch.take("code", length, torch.int32).zero_()
+    weight_C, holds_CN = np.zeros(1), np.zeros((1, groups[0].holds_RN.shape[1]), dtype=np.bool_)
+    for group in groups:
+        rungs = len(group.weight_R)
+        if len(weight_C) * rungs > _MOST_COMBINATIONS:
+            present, renumbered_B = torch.unique(code_B, return_inverse=True)
+            code_B.copy_(renumbered_B)
+            kept = present.cpu().numpy()
+            weight_C, holds_CN = weight_C[kept], holds_CN[kept]
+        rung_B = scratch.take("rung", length, torch.int32).copy_(group.ranking.rung_D[at])
+        torch.add(rung_B, code_B, alpha=rungs, out=code_B)
+        weight_C = (weight_C[:, None] + group.weight_R).reshape(-1)
+        holds_CN = (holds_CN[:, None] | group.holds_RN).reshape(len(weight_C), -1)
+    return code_B, weight_C, holds_CN

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-#: Coordinates of a piece on a CPU. Measured on merges of 11 million: pieces of 2**15 cost 45 % more (Python's
-#: share), of 2**17 7 % more; larger ones leave the cache of smaller processors.
-BLOCK = 2**18
+#: Coordinates of a piece on a CPU, chosen by measurement (benchmarks/NOTES.md): Python's share shows in
+#: smaller ones, and larger ones leave the cache of smaller processors.
+BLOCK = 2**19
 
 
 def blocks(start: int, stop: int, like: Tensor) -> Iterator[slice]:
@@ -21,10 +21,10 @@ def blocks(start: int, stop: int, like: Tensor) -> Iterator[slice]:
     return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
 
-def sum_sq(v: Tensor) -> float:
-    """||v||^2 of a vector, in float64."""
+def distance_sq(a_D: Tensor, b_D: Tensor) -> float:
+    """||a - b||^2 of two vectors; differences in their type, squares and their sum in float64."""
     total = 0.0
-    for at in blocks(0, v.numel(), v):
-        v_B = v[at].to(torch.float64)
-        total += float(torch.dot(v_B, v_B))
+    for at in blocks(0, a_D.numel(), a_D):
+        step_B = (a_D[at] - b_D[at]).to(torch.float64)
+        total += float(torch.dot(step_B, step_B))
     return total

@@ -51,14 +51,16 @@ class Ranking:
 
     @cached_property
     def order_D(self) -> Tensor:
-        """int64 [D]: coordinates by rung, increasing within one rung."""
-        order_D = torch.empty(self.rung_D.numel(), dtype=torch.int64, device=self.rung_D.device)
+        """Coordinates by rung, increasing within one rung; int32 [D], or int64 from 2^31 coordinates on."""
+        size = self.rung_D.numel()
+        kind = torch.int32 if size < 2**31 else torch.int64
+        order_D = torch.empty(size, dtype=kind, device=self.rung_D.device)
         start_R = [0, *self.ends]
-        for at in blocks(0, self.rung_D.numel(), self.rung_D):
+        for at in blocks(0, size, self.rung_D):
             rung_B, index_B = torch.sort(self.rung_D[at], stable=True)
             counts = torch.bincount(rung_B, minlength=len(start_R)).tolist()
-            for r, part in enumerate(index_B.split(counts)):
-                torch.add(part, at.start, out=order_D[start_R[r] : start_R[r] + len(part)])
+            for r, part in enumerate(index_B.add_(at.start).split(counts)):
+                order_D[start_R[r] : start_R[r] + len(part)] = part
                 start_R[r] += len(part)
         return order_D
 
@@ -98,25 +100,36 @@ class Ranking:
             if stop > start:
                 yield Segment(start, stop, max(i - 1, 0), i == 1)
 
-    def ranked(self, flat_D: Tensor) -> Tensor:
-        """A vector [D] in the layout's order, in the order of the ranking (a new tensor)."""
-        return torch.index_select(flat_D, 0, self.order_D)
+    def ranked(self, flat_D: Tensor, out: Tensor | None = None) -> Tensor:
+        """A vector [D] in the layout's order, in the order of the ranking (a new tensor, or `out`)."""
+        return torch.index_select(flat_D, 0, self.order_D, out=out)
 
     def flat(self, ranked_D: Tensor) -> Tensor:
         """A vector [D] in the order of the ranking, in the layout's order (a new tensor)."""
-        return torch.empty_like(ranked_D).scatter_(0, self.order_D, ranked_D)
+        return self.place(ranked_D, torch.empty_like(ranked_D))
 
-    def places(self, index_S: Tensor) -> Tensor:
-        """int32 [S]: where coordinates of the layout stand in the order of the ranking."""
-        return torch.index_select(self._place_D, 0, index_S)
+    def cut(self, flat_D: Tensor, rung: int) -> Tensor:
+        """Payload [S] of the rung's sub-model of a vector [D] in the layout's order (a new tensor)."""
+        return torch.index_select(flat_D, 0, self.order_D[: self.ends[rung]])
 
-    @cached_property
-    def _place_D(self) -> Tensor:
-        return self.flat(torch.arange(self.rung_D.numel(), dtype=torch.int32, device=self.rung_D.device))
+    def place(self, values_S: Tensor, flat_D: Tensor) -> Tensor:
+        """Write a payload [S] to its coordinates of a vector [D] in the layout's order; returns that."""
+        for at in blocks(0, len(values_S), values_S):
+            flat_D.scatter_(0, self.order_D[at].to(torch.int64), values_S[at])
+        return flat_D
+
+    def crossings(self, edges: Sequence[int]) -> list[list[int]]:
+        """Where the order crosses `edges` of the layout (ascending, E of them), rung by rung [R + 1][E].
+
+        Coordinates increase within a rung, so those between two edges are a slice of it.
+        """
+        edge_E = torch.tensor(edges, dtype=self.order_D.dtype, device=self.order_D.device)
+        bounds = itertools.pairwise((0, *self.ends, self.rung_D.numel()))
+        return [(torch.searchsorted(self.order_D[a:b], edge_E) + a).tolist() for a, b in bounds]
 
     def support(self, rung: int) -> Tensor:
-        """int64 [S]: coordinates of the rung's sub-model, in the order of its payload."""
-        return self.order_D[: self.ends[rung]]
+        """int64 [S]: coordinates of the rung's sub-model, in the order of its payload (a new tensor)."""
+        return self.order_D[: self.ends[rung]].to(torch.int64, copy=True)
 
     def mask(self, rung: int) -> Tensor:
         """bool [D]: the rung's mask."""
@@ -159,7 +172,7 @@ def scores(
     """
     w_P = prunable_values(layout, w_D)
     if score == "magnitude":
-        return w_P.abs()
+        return w_P.abs_()
     if score == "weight_change":
         if change_D is None:
             raise ValueError("weight_change needs change_D")
