@@ -195,6 +195,11 @@ class FedGMRConfig(BaseModel):
         description="Simulated size of a sub-model: S * d (the paper's), S * its share of coordinates, or "
         "the bytes of the messages that would travel, masks included.",
     )
+    payload_dtype: Literal["model", "bfloat16", "float16"] = Field(
+        "model",
+        description="Type in which values travel, both ways: the model's own, or rounded to half its size. "
+        "Sums stay in the model's type.",
+    )
     client_download: Positive = Field(
         20.0, description="MB/s at density 1; a client has this times its initial density."
     )
@@ -275,6 +280,11 @@ class FedGMRConfig(BaseModel):
             problems.append(
                 f"GMR-104|run_name|run_name={self.run_name!r} is no name of a directory: letters, digits and "
                 "any of _.+=- behind the first"
+            )
+        if self.probe and self.payload_dtype != "model":
+            problems.append(
+                f"GMR-106|probe|probe=true measures terms that know no rounding, but "
+                f"payload_dtype={self.payload_dtype}"
             )
         if self.payload_rule == "encoded" and self.model_megabytes is not None:
             problems.append(

@@ -24,12 +24,13 @@ from fedgmr_plugin.engine.client import (
     Metrics,
     TensorSamples,
 )
-from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.events import Dispatch, UploadArrived
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Clients, Simulation, Training, model_sha256
 from fedgmr_plugin.engine.snapshot import Snapshot, restore, snapshot
+from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.kernels import ModelLayout, build_layout
 from fedgmr_plugin.kernels.cost import window_seconds
 from fedgmr_plugin.protocol.runlog import encode
@@ -617,6 +618,47 @@ class Poisonous(BuiltinTrainer):
             with torch.no_grad():
                 next(iter(model.parameters()))[0, 0] = float("nan")
         return stats._replace(samples=0) if client == 2 else stats
+
+
+@pytest.mark.parametrize("form", ["delta", "replacement"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_values_travel_in_a_narrow_type_both_ways(form: str, kind: str) -> None:
+    """Clients start from rounded weights, the server merges rounded updates; sums are not rounded."""
+    dtype = getattr(torch, kind)
+    world = World(payload_dtype=kind, update_form=form, trigger="none")
+    uploads: list[UploadArrived] = []
+    handle = world.server.handle
+
+    def watch(event: Any) -> Any:
+        if isinstance(event, UploadArrived):
+            uploads.append(event)
+        return handle(event)
+
+    world.server.handle = watch  # type: ignore[method-assign]
+    world.simulation.start()
+    sent: dict[int, Dispatch] = {}
+    for _ in range(4):
+        sent.update(world.simulation.pending)
+        world.simulation.step()
+    assert len(uploads) >= 4 and not torch.equal(world.server.w_D, world.server.w_D.to(dtype).float())
+    stop, buffers = world.server.ranking.ends[0], world.layout.size - world.layout.parameters
+    for upload in uploads:
+        start_S = sent[upload.dispatch].values_S
+        for values_S in (start_S, upload.values_S):
+            assert values_S.dtype == torch.float32 and torch.equal(values_S, values_S.to(dtype).float())
+        change_S = (upload.values_S if form == "delta" else upload.values_S - start_S).double()
+        assert buffers > 0
+        change_S[stop - buffers : stop] = 0.0
+        assert upload.change_sq == pytest.approx(float(change_S.square().sum()), rel=1e-12)
+
+
+def test_a_weight_too_large_for_the_payload_is_an_error_and_not_an_infinity() -> None:
+    model = mlp()
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = 1e5
+    with pytest.raises(WireError, match="GMR-722 weight=100000 does not fit payload_dtype=float16"):
+        World(model=model, payload_dtype="float16").simulation.start()
+    World(model=model, payload_dtype="bfloat16").simulation.start()
 
 
 def test_a_client_that_returns_nan_is_rejected_and_the_run_goes_on() -> None:

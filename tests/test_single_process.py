@@ -44,6 +44,10 @@ def network(seed: int = 0) -> nn.Module:
         return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3))
 
 
+def network_size() -> int:
+    return sum(p.numel() for p in network().parameters())
+
+
 def arguments(tmp_path: Path, options: dict[str, Any] | None = None, **keys: Any) -> SimpleNamespace:
     return SimpleNamespace(
         **{
@@ -522,6 +526,27 @@ def test_the_plan_knows_what_clients_share_and_what_messages_weigh(
     down = {s.density: s.megabytes_down for s in plan.sub_models}
     first = log.records("dispatch")[0]
     assert first["bytes_down"] / 1e6 == pytest.approx(down[first["density"]], rel=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["density", "support", "encoded"])
+def test_half_the_bytes_in_half_the_type(tmp_path: Path, rule: str) -> None:
+    still = {"payload_rule": rule, "client_jitter": 0, "server_jitter": 0, "trigger": "none"}
+    sent = {}
+    for kind in ("model", "float16"):
+        args = arguments(tmp_path, {**still, "payload_dtype": kind})
+        finished = run(args)
+        log = read_run(finished.directory)
+        assert log.header["config"]["payload_dtype"] == kind
+        sent[kind] = log.column("dispatch", "bytes_down")[0]
+        plan = plan_run(finished.simulation.config, fedml_keys(args), network())
+        assert max(s.megabytes_down for s in plan.sub_models) == pytest.approx(sent[kind] / 1e6, rel=1e-12)
+    values = network_size() * 4 if rule == "encoded" else sent["model"]
+    assert sent["model"] - sent["float16"] == pytest.approx(values / 2, abs=16)
+
+
+def test_probe_refuses_a_narrow_payload(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="GMR-106 probe=true"):
+        run(arguments(tmp_path, {"probe": True, "payload_dtype": "bfloat16"}))
 
 
 def test_a_plan_gives_up_on_clients_that_never_land(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from fedgmr_plugin.engine.compact import Masks, drift_sq, is_chain, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.formats import fast_formats
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
-from fedgmr_plugin.kernels.blocks import distance_sq
+from fedgmr_plugin.kernels.blocks import sum_sq
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking
+from fedgmr_plugin.kernels.rounding import travelled
 
 Batch = tuple[Any, Any]
 Index = NDArray[np.int64]
@@ -326,11 +327,12 @@ def train_dispatch(
     form: Literal["delta", "replacement"],
     on_step: Callable[[], None] | None = None,
     recent: RecentMasks | None = None,
+    payload_dtype: torch.dtype | None = None,
 ) -> LocalUpdate:
     """Carry out one dispatch on `model` (overwritten).
 
     `on_step` is called before each batch is read; with the built-in trainer `model` then holds x_k. `recent`
-    shares masks among calls.
+    shares masks among calls. `payload_dtype` is the type in which the update travels.
 
     The result depends on `sent`, the client's samples, the plan and the seed only: all global random
     generators are seeded for this dispatch and restored afterwards.
@@ -345,13 +347,16 @@ def train_dispatch(
         )
     values_S = sent.ranking.cut(layout.gather(model, out=x_D), sent.rung)
     stop = sent.ranking.ends[0]
-    buffers = slice(stop - (layout.size - layout.parameters), stop)
-    kept = values_S[buffers].clone()
-    values_S[buffers] = sent.values_S[buffers]
-    change_sq = distance_sq(values_S, sent.values_S)
+    first_buffer = stop - (layout.size - layout.parameters)
     if form == "delta":
+        buffers = values_S[first_buffer:stop].clone()
         values_S -= sent.values_S
-    values_S[buffers] = kept
+        values_S[first_buffer:stop] = buffers
+    values_S = travelled(values_S, payload_dtype)
+    change_sq = sum(
+        sum_sq(values_S[part], None if form == "delta" else sent.values_S[part])
+        for part in (slice(0, first_buffer), slice(stop, None))
+    )
     return LocalUpdate(sent.dispatch, sent.client, values_S, change_sq, stats)
 
 

@@ -41,11 +41,12 @@ from fedgmr_plugin.engine.events import (
 from fedgmr_plugin.engine.measures import Norms, norms, step_sq
 from fedgmr_plugin.engine.sampling import choose_idle
 from fedgmr_plugin.engine.seeds import torch_generator
-from fedgmr_plugin.errors import UpdateRejected
+from fedgmr_plugin.errors import UpdateRejected, WireError
 from fedgmr_plugin.kernels import density as gmr
 from fedgmr_plugin.kernels.aggregate import Coverage, MaskedUpdate, merge
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
+from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES, travelled
 from fedgmr_plugin.kernels.staleness import staleness_weight
 
 
@@ -405,7 +406,7 @@ class Server:
             density = self.gmr.densities[client]
             rung = self.ranking.rung(density)
             if rung not in payloads:
-                payloads[rung] = self.ranked_D[: self.ranking.ends[rung]].clone()
+                payloads[rung] = self._payload(rung)
             sent = Dispatch(
                 self.dispatches,
                 client,
@@ -438,6 +439,19 @@ class Server:
                 sent,
             ]
         return effects
+
+    def _payload(self, rung: int) -> Tensor:
+        """The rung's sub-model as a client receives it [S].
+
+        Raises:
+            WireError: GMR-722 if a weight is too large for `payload_dtype`.
+        """
+        values_S = self.ranked_D[: self.ranking.ends[rung]].clone()
+        received_S = travelled(values_S, PAYLOAD_TYPES[self.config.payload_dtype])
+        if received_S is not values_S and not bool(received_S.isfinite().all()):
+            largest, kind = float(values_S.abs().max()), self.config.payload_dtype
+            raise WireError("GMR-722", f"weight={largest:g} does not fit payload_dtype={kind}")
+        return received_S
 
     def _norms(self) -> tuple[Norms, Norms]:
         """Squared norms of the global vector, over prunable coordinates and over all parameters."""

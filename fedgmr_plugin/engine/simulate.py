@@ -51,6 +51,7 @@ from fedgmr_plugin.engine.probing import Probing
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.kernels.layout import ModelLayout
+from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 
 Which = Literal["global", "scaled"]
 
@@ -218,6 +219,7 @@ class Simulation:
             form=self.config.update_form,
             on_step=None if self._probing is None else self._probing.watch(sent, self.model),
             recent=self._masks,
+            payload_dtype=PAYLOAD_TYPES[self.config.payload_dtype],
         )
 
     # -- effects --------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ def blocks(start: int, stop: int, like: Tensor) -> Iterator[slice]:
     return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
 
-def distance_sq(a_D: Tensor, b_D: Tensor) -> float:
-    """||a - b||^2 of two vectors; differences in their type, squares and their sum in float64."""
+def sum_sq(v: Tensor, base: Tensor | None = None) -> float:
+    """||v||^2 or ||v - base||^2; differences in their type, squares and their sum in float64."""
     total = 0.0
-    for at in blocks(0, a_D.numel(), a_D):
-        step_B = (a_D[at] - b_D[at]).to(torch.float64)
-        total += float(torch.dot(step_B, step_B))
+    for at in blocks(0, v.numel(), v):
+        v_B = (v[at] if base is None else v[at] - base[at]).to(torch.float64)
+        total += float(torch.dot(v_B, v_B))
     return total

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.network import Transfer
 from fedgmr_plugin.protocol.header import Header, Outcome, Task
@@ -20,9 +22,13 @@ class MessageSizes:
     its digest. An upload carries values only: the server issued the mask. Uploads are measured with an
     outcome of three numbers of full length, and every header has a run's name of eight letters: what a run
     is called must not change its clock.
+
+    Args:
+        dtype: type in which values travel; the model's own by default.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
         self._known: dict[int, tuple[str, int]] = {}  # client to the ranking and rung of its last mask
         self._masks: dict[tuple[str, int], int] = {}  # (ranking, rung) to the bytes of the mask
 
@@ -47,7 +53,7 @@ class MessageSizes:
             ranking=ranking.digest,
             size=ranking.rung_D.numel(),
             cuts=(ranking.ends[rung],),
-            dtype=sent.values_S.dtype,
+            dtype=self._dtype or sent.values_S.dtype,
             mask_bytes=mask_bytes,
             client=sent.client,
             dispatch=sent.dispatch,

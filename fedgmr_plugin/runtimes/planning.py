@@ -16,9 +16,10 @@ from fedgmr_plugin.engine.network import LogNormalLinks, Transfer, VirtualNetwor
 from fedgmr_plugin.engine.sampling import choose_idle
 from fedgmr_plugin.kernels.layout import build_layout, validate
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
+from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.sizes import MessageSizes
 from fedgmr_plugin.runtimes import single_process
-from fedgmr_plugin.runtimes.settings import FedMLKeys, fedml_keys, options
+from fedgmr_plugin.runtimes.settings import FedMLKeys, dense_megabytes, fedml_keys, options
 
 #: A rehearsal ends after so many windows, even if some class of clients has not been heard of by then.
 MOST_WINDOWS = 500
@@ -125,7 +126,7 @@ def plan_run(config: FedGMRConfig, keys: FedMLKeys, model: nn.Module) -> RunPlan
         layer_floor=config.layer_floor,
         prune_biases=config.prune_biases,
     )
-    megabytes = config.model_megabytes or layout.size * layout.dtype.itemsize / 1e6
+    megabytes = dense_megabytes(config, layout)
     stage = _Stage(config, keys, ranking, layout.dtype, initial, megabytes)
     at_start, *restored = [stage.rehearse([max(d, rung) for d in start]) for rung in (0.0, *rungs)]
     classes = []
@@ -177,7 +178,7 @@ class _Stage:
 
     def moves(self, density: float) -> Transfer:
         """MB of a client's first dispatch at `density` and of its answer."""
-        return self._transfer(MessageSizes(), 0, 0, density)
+        return self._transfer(self._sizes(), 0, 0, density)
 
     def rehearse(self, densities: Sequence[float]) -> _Rehearsal:
         """Fly clients of fixed `densities` for an interval at least, and until every class has landed.
@@ -187,7 +188,7 @@ class _Stage:
         still = self.config.model_copy(update={"client_jitter": 0.0, "server_jitter": 0.0})
         links = LogNormalLinks(still, self.initial, self.keys.seed)
         network = VirtualNetwork(still, self.initial, self.megabytes, links)
-        sizes = MessageSizes()
+        sizes = self._sizes()
         since: dict[int, float] = {}
         flown: list[list[float]] = [[] for _ in self.initial]
         silent = set(self.initial)
@@ -208,6 +209,9 @@ class _Stage:
         return _Rehearsal(
             network.now / network.window, [sum(took) / len(took) if took else None for took in flown]
         )
+
+    def _sizes(self) -> MessageSizes:
+        return MessageSizes(PAYLOAD_TYPES[self.config.payload_dtype])
 
     def _transfer(self, sizes: MessageSizes, client: int, dispatch: int, density: float) -> Transfer:
         if self.config.payload_rule == "encoded":

@@ -31,13 +31,14 @@ from fedgmr_plugin.errors import ConfigError, DataError
 from fedgmr_plugin.kernels.aggregate import MaskedUpdate
 from fedgmr_plugin.kernels.cost import cost_of_layer, macs_per_weight
 from fedgmr_plugin.kernels.layout import ModelLayout, build_layout, validate
+from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.runlog import RunLogWriter
 from fedgmr_plugin.protocol.schema import SCHEMA
 from fedgmr_plugin.protocol.sizes import MessageSizes
 from fedgmr_plugin.runtimes.aggregator import AggregatorBridge
 from fedgmr_plugin.runtimes.data import FederatedData, read_dataset
 from fedgmr_plugin.runtimes.progress import Progress
-from fedgmr_plugin.runtimes.settings import FedMLKeys, as_mapping, fedml_keys, options
+from fedgmr_plugin.runtimes.settings import FedMLKeys, as_mapping, dense_megabytes, fedml_keys, options
 from fedgmr_plugin.runtimes.traces import load_traces
 from fedgmr_plugin.runtimes.trainer import FedMLTrainer, is_known
 from fedgmr_plugin.runtimes.workers import Workers
@@ -172,7 +173,8 @@ def build(
         before_merge=hooks.before if hooks else None,
         after_merge=hooks.after if hooks else None,
     )
-    megabytes = config.model_megabytes or layout.size * layout.dtype.itemsize / 1e6
+    megabytes = dense_megabytes(config, layout)
+    sizes = MessageSizes(PAYLOAD_TYPES[config.payload_dtype])
     steps = config.local_steps if isinstance(config.local_steps, int) else None
     batch_plan = BatchPlan(keys.batch_size, steps, keys.epochs, config.shuffle, keys.seed)
 
@@ -197,7 +199,7 @@ def build(
         lambda fields: run.record(fields),
         executor=workers,
         evaluate=evaluate if bridge.user_defined else None,
-        sizes=MessageSizes() if config.payload_rule == "encoded" else lambda sent: None,
+        sizes=sizes if config.payload_rule == "encoded" else lambda sent: None,
     )
     header = {
         "type": "header",
@@ -222,7 +224,7 @@ def build(
         },
         "model_megabytes": megabytes,
         "eta": keys.learning_rate,
-        "local_steps": steps,
+        "local_steps": steps if isinstance(trainer, BuiltinTrainer) else None,  # others choose their own
         "windows": keys.windows,
         "time_budget": config.time_budget,
     }
