@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from theory.bounds import BOUNDS
+from theory.check import check_runs
 from theory.cli import main
 from theory.laboratory import Quadratic, Schedule, simulate
 
@@ -30,15 +31,35 @@ def call(*arguments: object) -> Result:
 
 def test_check_a_good_run(tmp_path: Path) -> None:
     run = write(tmp_path / "run.jsonl")
-    result = call("check", tmp_path, "--json", tmp_path / "out.json", "--html", tmp_path / "out.html")
+    result = call("check", tmp_path, "--html", tmp_path / "out.html")
     assert result.exit_code == 0, result.output
     assert "0 VIOLATED" in result.output and "laws of the log" in result.output
-    data = json.loads((tmp_path / "out.json").read_text())
-    assert data["runs"][0]["path"] == str(run)
+    assert json.loads(call("check", run, "--json").output)["runs"][0]["path"] == str(run)
     page = (tmp_path / "out.html").read_text()
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org/2000/svg", "")
     assert page.count("<svg") == 2 and all(name in page for name in ("mask", "descent", "A4E"))
     ElementTree.fromstring(page.removeprefix("<!doctype html>").replace('<meta charset="utf-8">', ""))
+
+
+def test_what_is_printed_can_go_to_a_file(tmp_path: Path) -> None:
+    run = write(tmp_path / "run.jsonl")
+    for command in ("check", "gap"):
+        for flags in ((), ("--json",)):
+            printed = call(command, run, *flags).output
+            result = call(command, run, *flags, "--output", tmp_path / "out")
+            assert (result.exit_code, result.output) == (0, "")
+            assert (tmp_path / "out").read_text() == printed
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("check", "-o"), ("check", "--html"), ("gap", "-o"), ("gap", "--svg")]
+)
+def test_a_file_that_cannot_be_written_exits_with_two(tmp_path: Path, command: str, option: str) -> None:
+    run = write(tmp_path / "run.jsonl")
+    for place in (tmp_path / "no" / "out", run / "out", tmp_path):
+        result = call(command, run, option, place)
+        assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+        assert str(place) in result.output
 
 
 def test_verbose_lists_the_laws(tmp_path: Path) -> None:
@@ -80,9 +101,48 @@ def test_a_truncated_last_line_is_readable_but_not_whole(tmp_path: Path) -> None
 def test_given_constants(tmp_path: Path) -> None:
     run = write(tmp_path / "run.jsonl")
     assert call("check", run, "--given", "L=0.01").exit_code == 1
-    for bad in ("l=1", "L", "L=one"):
+    for bad in (
+        "l=1",
+        "L",
+        "L=one",
+        "L=-1",
+        "L=nan",
+        "L=inf",
+        "L=1e999",
+        "sigma_sq=-1e-9",
+        "F_inf=-inf",
+        "=1",
+        "",
+    ):
         result = call("check", run, "--given", bad)
         assert result.exit_code == 2 and "--given" in result.output
+    assert "did you mean sigma_sq?" in call("check", run, "--given", "sigma=1").output
+    assert call("check", run, "--given", "F_inf=-1").exit_code == 0
+    with pytest.raises(ValueError, match="finite"):
+        check_runs([run], given={"L": float("nan")})
+
+
+def test_only_checks_can_be_accepted(tmp_path: Path) -> None:
+    run = write(tmp_path / "run.jsonl")
+    result = call("check", run, "--accept", "nosuch")
+    assert result.exit_code == 2 and "nested_shares" in result.output and "mask_merge" in result.output
+    assert "did you mean planned_end?" in call("check", run, "--accept", "planed_end").output
+
+
+def test_a_table_says_what_would_decide_more(tmp_path: Path) -> None:
+    """Without probes: the option that writes them. With another merge: which rows are about it."""
+    run = write(tmp_path / "run.jsonl")
+    assert "probe: true" not in call("check", run).output
+    lines = run.read_text().splitlines(keepends=True)
+    bare = [line for line in lines if not line.startswith(('{"type":"probe"', '{"type":"terms"'))]
+    run.write_text("".join(bare))
+    advised = json.loads(call("check", run, "--json").output)["runs"][0]["advice"]
+    assert "`probe: true`" in advised[0] and "A4 and (2), (3), (5), (9)" in advised[0]
+    run.write_text("".join(bare).replace('"update_scope":"arrivals"', '"update_scope":"buffer"'))
+    found = call("check", run, "--verbose").output
+    assert "(8), (26) to (28) are about another merge than this run's (update_scope='buffer')" in found
+    assert "does not apply to update_scope=buffer" in found
+    assert not any(f"{word} is not logged" in found for word in ("gamma_min", "uncovered", "pibar"))
 
 
 def test_several_seeds(tmp_path: Path) -> None:
@@ -94,9 +154,9 @@ def test_several_seeds(tmp_path: Path) -> None:
 
 def test_gap(tmp_path: Path) -> None:
     run = write(tmp_path / "run.jsonl")
-    result = call("gap", run, "--json", tmp_path / "gap.json", "--svg", tmp_path / "gap.svg")
+    result = call("gap", run, "--svg", tmp_path / "gap.svg")
     assert result.exit_code == 0 and "frozen densities" in result.output
-    assert json.loads((tmp_path / "gap.json").read_text())[0]["saving"] > 0
+    assert json.loads(call("gap", run, "--json").output)[0]["saving"] > 0
     ElementTree.fromstring((tmp_path / "gap.svg").read_text())
     assert call("gap", run, run, "--svg", tmp_path / "gap.svg").exit_code == 2
     assert call("gap", run, run).output.count("share of the gap") == 2
@@ -148,9 +208,9 @@ def test_another_framework(tmp_path: Path, repository: Path) -> None:
     log = tmp_path / "run.jsonl"
     script = repository / "examples" / "theory_from_another_framework.py"
     subprocess.run([sys.executable, str(script), str(log)], check=True, cwd=tmp_path)
-    result = call("check", log, "--json", tmp_path / "out.json")
+    result = call("check", log, "--json")
     assert result.exit_code == 0, result.output
-    findings = json.loads((tmp_path / "out.json").read_text())["runs"][0]["findings"]
+    findings = json.loads(result.output)["runs"][0]["findings"]
     found = {finding["name"]: finding["verdict"] for finding in findings}
     for name in (
         "matched",

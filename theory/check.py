@@ -8,24 +8,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from theory.advice import advice
 from theory.checks.coverage import coverage_bounds
 from theory.checks.decomposition import term_bounds
 from theory.checks.descent import descents
+from theory.checks.echoes import echoes
 from theory.checks.expectation import expectations
 from theory.checks.identity import term_laws
 from theory.checks.masks import mask_bounds
+from theory.checks.promises import promises
 from theory.checks.run import Run
 from theory.checks.structure import structure
 from theory.checks.values import values
 from theory.estimators import Estimate
 from theory.frame import Frame
 from theory.log import RunLog, read_log
-from theory.schema import SLACK
+from theory.schema import SLACK, constant_complaint
 from theory.verdict import Finding, Verdict
 
 #: Order of the groups in a report.
@@ -34,12 +40,13 @@ GROUPS = ("log", "assumption", "condition", "inequality", "expectation")
 
 @dataclass(frozen=True)
 class RunReport:
-    """What was found on one run."""
+    """What was found on one run; `advice` says what would decide more of it."""
 
     path: str
     name: str
     findings: tuple[Finding, ...]
     constants: Mapping[str, Estimate]
+    advice: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Finding:
         for finding in self.findings:
@@ -84,6 +91,7 @@ class Report:
                     "name": run.name,
                     "constants": {key: _constant(estimate) for key, estimate in run.constants.items()},
                     "findings": [finding.as_dict() for finding in run.findings],
+                    "advice": list(run.advice),
                 }
                 for run in self.runs
             ],
@@ -104,30 +112,41 @@ def check_runs(
 
     Raises:
         LogError: a log cannot be read.
+        ValueError: a given constant is unknown or out of its range.
     """
     return check_logs([read_log(path) for path in paths], given=given, slack=slack)
 
 
+@np.errstate(all="ignore")
 def check_logs(
     logs: Sequence[RunLog], *, given: Mapping[str, float] | None = None, slack: float = SLACK
 ) -> Report:
-    """`check_runs` for logs that were read already."""
+    """`check_runs` for logs that were read already.
+
+    Numbers of a log may overflow what is computed of them; what is then nan or infinite decides nothing.
+
+    Raises:
+        ValueError: a given constant is unknown or out of its range.
+    """
+    for name, value in (given or {}).items():
+        if complaint := constant_complaint(name, value):
+            raise ValueError(complaint)
     runs = [Run.of(Frame.of(log, dict(given or {}), slack)) for log in logs]
-    reports = tuple(_report(run) for run in runs)
-    return Report(reports, tuple(expectations(runs)) if runs else ())
+    expected = tuple(expectations(runs)) if runs else ()
+    return Report(tuple(_report(run, expected) for run in runs), expected)
 
 
-def _report(run: Run) -> RunReport:
+def _report(run: Run, expected: Sequence[Finding]) -> RunReport:
     frame = run.frame
     findings = (
-        *structure(frame), *values(frame), *term_laws(frame), *run.assumed.values(),
+        *structure(frame), *promises(frame), *echoes(frame), *values(frame), *term_laws(frame),
+        *run.assumed.values(),
         *(condition.finding for condition in run.conditions.values()),
         *descents(run), *term_bounds(run), *mask_bounds(run), *coverage_bounds(run),
     )  # fmt: skip
     ordered = sorted(findings, key=lambda f: (GROUPS.index(f.group), _number(f.equation)))
-    return RunReport(
-        frame.log.path, str(frame.log.header.get("run_name") or ""), tuple(ordered), run.constants
-    )
+    more = advice(frame, run.conditions, [*ordered, *expected])
+    return RunReport(frame.log.path, frame.log.name, tuple(ordered), run.constants, more)
 
 
 def _number(equation: str) -> int:
@@ -137,5 +156,6 @@ def _number(equation: str) -> int:
 def _constant(estimate: Estimate) -> dict[str, Any]:
     data = estimate._asdict()
     return {
-        key: None if isinstance(value, float) and value != value else value for key, value in data.items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in data.items()
     }

@@ -7,6 +7,24 @@ TheoryError
 
 from __future__ import annotations
 
+from reprlib import Repr
+from typing import Any
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 2, 3, 4
+
+
+def shown(value: Any) -> str:
+    """A value from a log as a message may show it: short, and without control characters."""
+    return _SHORT.repr(value)
+
+
+def plain(text: str) -> str:
+    """Text from a log as a page or a terminal may show it: at most 200 characters, all printable."""
+    cut = text if len(text) <= 200 else text[:199] + "~"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
 
 class TheoryError(Exception):
     """Base of the errors of this package."""

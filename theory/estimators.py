@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from theory.frame import Frame, gather
+from theory.frame import Frame, gather, rows_of
 from theory.intervals import Interval
 
 Floats = NDArray[np.float64]
@@ -96,8 +96,7 @@ def client_smoothness(frame: Frame) -> Interval:
     """The same of single clients, from terms records: along masks, delays and local paths, ``[3 E]``."""
     table = frame.log["term_arrivals"]
     terms = frame.log["terms"]
-    rows = np.searchsorted(terms["window"], table["window"]) if len(terms) else np.zeros(0, dtype=np.int64)
-    scale = gather(terms["scale_sq"], rows)
+    scale = gather(terms["scale_sq"], rows_of(terms["window"], table["window"]))
     parts = []
     for error, distance in (("M_sq", "mask_sq"), ("S_sq", "stale_sq"), ("D_sq", "drift_sq")):
         base = np.where(table[distance] > 0, table[distance], np.nan)

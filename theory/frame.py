@@ -106,6 +106,12 @@ class Frame:
         """Probe row of each window, ``[W]``."""
         return rows_of(self.log["probe"]["window"], self.window_number)
 
+    @cached_property
+    def window_end(self) -> Floats:
+        """Virtual time at which each window ended, its close where no end is logged, ``[W]``."""
+        table = self.log["window"]
+        return np.asarray(np.where(np.isnan(table["end"]), table["close"], table["end"]))
+
     def sent(self, key: str) -> Floats:
         """A dispatch column gathered to the arrivals that answer it, ``[A]``."""
         return gather(self.log["dispatch"][key], self.arrival_dispatch)
@@ -159,15 +165,36 @@ class Frame:
         return np.asarray(-self.least(-values, rows))
 
     @property
-    def arrivals_only(self) -> bool:
-        """Whether a window merges its own arrivals and nothing else (update scope ``arrivals``)."""
-        return bool(self.log.config("update_scope") != "buffer")
+    def buffered(self) -> bool:
+        """Whether windows merge the last upload of every client (update scope ``buffer``)."""
+        return bool(self.log.config("update_scope") == "buffer")
+
+    @cached_property
+    def arrivals_only(self) -> Bools:
+        """Windows that merge all of their arrivals and nothing else, ``[W]``.
+
+        Not so with update scope ``buffer``, nor where a defence took uploads out of the merge: there the
+        plugin, which knows every share, logs none.
+        """
+        known = np.ones(self.windows, dtype=bool)
+        if self.log.header.get("method") == "fedgmr":
+            known = ~np.isnan(self.per_window(self.log["arrival"]["pibar"]))
+        return known & (not self.buffered)
+
+    def unmerged(self, otherwise: str) -> str:
+        """Why a law of what a window merges has nothing to check: the update scope, or `otherwise`."""
+        if not self.buffered:
+            return otherwise
+        return (
+            "does not apply to update_scope=buffer: a window merges every client's last upload, not only its "
+            "arrivals"
+        )
 
     @cached_property
     def server_step(self) -> float:
         """The server's step size; 1 where the log does not say."""
         value = self.log.config("server_step")
-        return float(value) if isinstance(value, (int, float)) else 1.0
+        return 1.0 if value is None else float(value)
 
     @cached_property
     def gamma(self) -> Floats:
@@ -188,7 +215,7 @@ class Frame:
         """k_n = int(d * D_p) of each dispatch, ``[S]``; nan where D_p is unknown."""
         prunable = self.log.layout("prunable")
         density = self.log["dispatch"]["density"]
-        if not isinstance(prunable, (int, float)):
+        if prunable is None:
             return np.full(len(density), np.nan)
         return np.asarray(np.floor(density * prunable))
 
@@ -196,9 +223,9 @@ class Frame:
     def pruned_share(self) -> Floats:
         """q_n = 1 - k_n/D_p of each dispatch, ``[S]``; 1 - d_n where D_p is unknown."""
         prunable = self.log.layout("prunable")
-        if not isinstance(prunable, (int, float)) or not prunable:
+        if not prunable:
             return 1.0 - self.log["dispatch"]["density"]
-        return 1.0 - self.kept / prunable
+        return np.asarray(1.0 - self.kept / prunable)
 
     @cached_property
     def model_sq(self) -> Floats:
@@ -249,7 +276,7 @@ class Frame:
         table = self.log["dispatch"]
         logged = table["ranking_version"]
         interval = self.log.config("interval")
-        if not isinstance(interval, int) or interval < 1:
+        if interval is None:
             return logged
         first = np.full(len(table.texts["ranking"]) + 1, np.inf)
         np.minimum.at(first, table.codes["ranking"], table["version"])
@@ -331,7 +358,7 @@ class Frame:
         if self.log.config("dense_start") is True:
             return np.ones(len(client))
         start = self.log.header.get("densities")
-        if not isinstance(start, list) or not all(isinstance(d, (int, float)) for d in start):
+        if start is None:
             return np.full(len(client), np.nan)
         return gather(
             np.array(start, dtype=np.float64), rows_of(np.arange(len(start), dtype=np.float64), client)
@@ -341,7 +368,7 @@ class Frame:
     def frozen_share(self) -> Floats:
         """q_n of each arrival had its client kept its initial density, ``[A]``."""
         prunable = self.log.layout("prunable")
-        if not isinstance(prunable, (int, float)) or not prunable:
+        if not prunable:
             return 1.0 - self.initial_density
         return np.asarray(1.0 - np.floor(self.initial_density * prunable) / prunable)
 

@@ -75,7 +75,7 @@ class DensityGap:
     def total(self, series: str) -> float | None:
         """Mean of a series over the windows where it is known; None where it never is."""
         values: Floats = getattr(self, series)
-        known = values[~np.isnan(values)]
+        known = values[np.isfinite(values)]
         return float(known.mean()) if len(known) else None
 
     @property
@@ -104,6 +104,7 @@ class DensityGap:
         return data
 
 
+@np.errstate(all="ignore")
 def density_gap(log: RunLog) -> DensityGap:
     """Measures one run."""
     frame = Frame.of(log)
@@ -125,7 +126,7 @@ def density_gap(log: RunLog) -> DensityGap:
     whole = parts[0] + parts[1] + parts[2]
     error, share = _mask_error(frame)
     return DensityGap(
-        name=str(log.header.get("run_name") or log.path),
+        name=log.name or log.path,
         window=frame.window_number,
         distance=parts[0],
         gap=over_window(pibar * q * norm),
@@ -187,4 +188,4 @@ def _prices(frame: Frame) -> tuple[Price, ...]:
 
 
 def _nullable(values: Floats) -> list[float | None]:
-    return [None if np.isnan(value) else float(value) for value in values]
+    return [float(value) if np.isfinite(value) else None for value in values]

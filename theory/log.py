@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from theory.columns import Builder, Table
-from theory.errors import LogError
+from theory.errors import LogError, plain, shown
+from theory.header import checked_header
 from theory.schema import RECORDS, TERM_ARRIVAL, Key
 
 
@@ -44,20 +45,31 @@ class RunLog:
         """N."""
         return int(self.header["clients"])
 
+    @property
+    def name(self) -> str:
+        """The run's name, fit for a terminal or a page; '' where the log does not say."""
+        return plain(self.header.get("run_name") or "")
+
     def config(self, key: str) -> Any:
         """The effective option `key`, or None where the log does not say."""
-        config = self.header.get("config")
-        return config.get(key) if isinstance(config, dict) else None
+        return (self.header.get("config") or {}).get(key)
+
+    def fedml(self, key: str) -> Any:
+        """The host's option `key`, or None where the log does not say."""
+        return (self.header.get("fedml") or {}).get(key)
 
     def layout(self, key: str) -> Any:
         """``size``, ``prunable``, ``dtype`` or ``layers`` of the header's layout, or None."""
-        layout = self.header.get("layout")
-        return layout.get(key) if isinstance(layout, dict) else None
+        return (self.header.get("layout") or {}).get(key)
+
+    def layers(self, kind: str | None = None) -> list[float]:
+        """Sizes of the layers (those of one `kind`); none where the log does not say."""
+        return [float(x["size"]) for x in self.layout("layers") or () if kind in (None, x["kind"])]
 
     def number(self, key: str) -> float | None:
-        """The header's `key` if it is a number, else None."""
+        """The header's number `key`, or None where the log does not say."""
         value = self.header.get(key)
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        return None if value is None else float(value)
 
 
 def read_log(path: str | Path) -> RunLog:
@@ -71,8 +83,11 @@ def read_log(path: str | Path) -> RunLog:
         file = file / "run.jsonl"
     if not file.is_file():
         raise LogError("GMR-601", f"no run log at {str(path)!r}", path=str(file))
-    with file.open("rb") as stream:
-        return parse(stream, name=str(file))
+    try:
+        with file.open("rb") as stream:
+            return parse(stream, name=str(file))
+    except OSError as error:
+        raise LogError("GMR-601", f"cannot be read: {error.strerror}", path=str(file)) from error
 
 
 def parse(lines: Iterable[bytes], *, name: str = "<memory>") -> RunLog:
@@ -87,10 +102,10 @@ def parse(lines: Iterable[bytes], *, name: str = "<memory>") -> RunLog:
             break
         kind = record.get("type")
         if header is None:
-            header = _checked_header(record, name)
+            header = checked_header(record, name)
             continue
         if not isinstance(kind, str) or kind == "header" or ended:
-            raise LogError("GMR-602", f"type={kind!r} has no place here", path=name, line=number)
+            raise LogError("GMR-602", f"type={shown(kind)} has no place here", path=name, line=number)
         if kind in builders:
             builders[kind].add(record, number)
         if kind == "terms":
@@ -125,19 +140,6 @@ def _records(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[str,
 
 def _refuse_constant(token: str) -> float:
     raise ValueError(f"{token} is not JSON")
-
-
-def _checked_header(record: dict[str, Any], name: str) -> dict[str, Any]:
-    kind = record.get("type")
-    if kind != "header":
-        raise LogError("GMR-602", f"the first record is {kind!r}, not a header", path=name, line=1)
-    schema = record.get("schema")
-    if not isinstance(schema, str) or schema.split(".")[0] != "1":
-        raise LogError("GMR-603", f"schema={schema!r}, this release reads 1.x", path=name, line=1)
-    clients = record.get("clients")
-    if type(clients) is not int or clients < 1:
-        raise LogError("GMR-602", f"clients={clients!r} is not a positive integer", path=name, line=1)
-    return record
 
 
 def _add_objects(nested: Builder, record: dict[str, Any], line: int, name: str) -> None:

@@ -13,6 +13,8 @@ Floats = NDArray[np.float64]
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+#: Values beyond this are drawn at it.
+_LARGEST = 1e300
 _POINTS = 600
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 260, 64, 16, 34, 40
 
@@ -89,13 +91,15 @@ def _finite(line: Line, log_y: bool) -> Line:
     if log_y:
         with np.errstate(divide="ignore", invalid="ignore"):
             y = np.where(y > 0, np.log10(y), np.nan)
-    return line._replace(x=np.asarray(line.x, dtype=np.float64), y=y)
+    x = np.asarray(line.x, dtype=np.float64)
+    return line._replace(x=np.clip(x, -_LARGEST, _LARGEST), y=np.clip(y, -_LARGEST, _LARGEST))
 
 
 def _range(values: Sequence[Floats]) -> tuple[float, float]:
     flat = np.concatenate(values)
     low, high = float(flat.min()), float(flat.max())
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    pad = max(0.5, 1e-6 * abs(low))
+    return (low, high) if high - low > 1e-12 * abs(high) else (low - pad, high + pad)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -104,7 +108,7 @@ def _ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** np.floor(np.log10(raw))
     step = power * min((1, 2, 5, 10), key=lambda m: abs(m * power - raw))
     first = np.ceil(low / step - 1e-9)
-    return [float(round(k * step, 12)) for k in np.arange(first, np.floor(high / step + 1e-9) + 1)]
+    return [round(float(k * step), 12) for k in np.arange(first, np.floor(high / step + 1e-9) + 1)]
 
 
 def _pieces(line: Line) -> list[tuple[Floats, Floats]]:

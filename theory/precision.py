@@ -61,7 +61,7 @@ class Precision:
         """From the header's layout; float32 and 10^7 coordinates where it does not say."""
         dtype, size = log.layout("dtype"), log.layout("size")
         roundoff = _ROUNDOFF.get(str(dtype).removeprefix("torch."), 2.0**-24)
-        return cls(roundoff, float(size) if isinstance(size, (int, float)) else 1e7, slack)
+        return cls(roundoff, 1e7 if size is None else float(size), slack)
 
     def reduction(self, value: ArrayLike) -> Interval:
         """A squared norm of a stored vector."""

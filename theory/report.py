@@ -41,10 +41,17 @@ def text(report: Report, *, verbose: bool = False) -> str:
         for group in GROUPS[:-1]:
             lines += _group_text(group, [f for f in run.findings if f.group == group], verbose)
     lines += _group_text("expectation", list(report.expectations), verbose)
+    lines += _advice_text(report)
     bad = report.violated()
     lines.append("")
     lines.append(f"{len(bad)} VIOLATED" + (f": {', '.join(f.name for f in bad)}" if bad else ""))
     return "\n".join(lines)
+
+
+def _advice_text(report: Report) -> list[str]:
+    """What would decide more, said once for all runs that it is true of."""
+    sentences = dict.fromkeys(sentence for run in report.runs for sentence in run.advice)
+    return ["", "What would decide more", *(f"  {sentence}" for sentence in sentences)] if sentences else []
 
 
 def _constants_text(run: RunReport) -> list[str]:
@@ -159,6 +166,7 @@ def html_section(report: Report, gaps: Sequence[DensityGap] = ()) -> str:
         for group in GROUPS[:-1]:
             parts.append(_group_html(group, [f for f in run.findings if f.group == group]))
     parts.append(_group_html("expectation", list(report.expectations)))
+    parts += [f"<p>{escape(sentence.strip())}</p>" for sentence in _advice_text(report)[1:]]
     parts += [svg for gap in gaps for svg in gap_charts(gap)]
     return "".join(parts) + "</section>"
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from theory.errors import shown
 from theory.frame import Bools, Floats, Frame
 from theory.terms import HYPOTHESES
 from theory.verdict import Finding, Verdict, undetermined
@@ -74,17 +75,18 @@ def algorithm(frame: Frame) -> Condition:
     """ALG: read off the header and the arrivals."""
     log, busy = frame.log, frame.log["window"]["arrivals"] > 0
     rows = ~busy | ~np.isnan(frame.gamma)
-    config, fedml = log.header.get("config"), log.header.get("fedml")
-    if not isinstance(config, dict):
+    config = log.header.get("config")
+    if config is None:
         return Condition("ALG", None, rows, "the header has no config")
-    host = fedml if isinstance(fedml, dict) else {}
     departures = [
-        f"{key}={config[key]!r}" for key, ok in ANALYSED.items() if key in config and config[key] not in ok
+        f"{key}={shown(config[key])}"
+        for key, ok in ANALYSED.items()
+        if key in config and config[key] not in ok
     ]
-    if host.get("weight_decay") not in (None, 0):
-        departures.append(f"weight_decay={host['weight_decay']!r}")
-    if isinstance(host.get("client_optimizer"), str) and host["client_optimizer"].lower() != "sgd":
-        departures.append(f"client_optimizer={host['client_optimizer']!r}")
+    if log.fedml("weight_decay") not in (None, 0):
+        departures.append(f"weight_decay={log.fedml('weight_decay')}")
+    if (log.fedml("client_optimizer") or "sgd").lower() != "sgd":
+        departures.append(f"client_optimizer={shown(log.fedml('client_optimizer'))}")
     if departures:
         return Condition("ALG", False, np.zeros_like(rows), ", ".join(departures))
     missing = [key for key in ANALYSED if key not in config]
@@ -117,7 +119,7 @@ def top_k(frame: Frame) -> Condition:
         return Condition("TOPK", True, dense, "every sub-model is the whole model", len(dispatch))
     if score != "magnitude" or floor not in (0, None):
         known = None if score is None else False
-        return Condition("TOPK", known, dense, f"score={score}, layer_floor={floor}")
+        return Condition("TOPK", known, dense, f"score={shown(score)}, layer_floor={floor}")
     rows = dense | fresh(frame)
     if np.isnan(frame.ranking_version[~dense]).any():
         return Condition("TOPK", None, rows, "the age of the rankings is not known")
@@ -157,12 +159,10 @@ def floor_bounds(frame: Frame) -> tuple[float, float, float] | None:
 
     None unless the ranking is by magnitude under a layer floor and the layers are logged.
     """
-    floor, layers = frame.log.config("layer_floor"), frame.log.layout("layers")
-    if not isinstance(floor, (int, float)) or floor <= 0 or frame.log.config("score") != "magnitude":
+    floor = frame.log.config("layer_floor") or 0
+    if not 0 < floor <= 1 or frame.log.config("score") != "magnitude":
         return None
-    if not isinstance(layers, list):
-        return None
-    sizes = np.array([x["size"] for x in layers if x.get("kind") == "prunable"], dtype=np.float64)
+    sizes = np.array([size for size in frame.log.layers("prunable") if size])
     if not len(sizes):
         return None
     most = float(np.ceil(floor * sizes).clip(1).sum())

@@ -32,6 +32,7 @@ _PARTS = {
     "staleness": _Part("S", "stale_sq"),
     "drift": _Part("D", "drift_sq"),
 }
+_NO_SMOOTHNESS = "L is neither given nor measured"
 _NONE = "no terms records, or arrivals in them without the fields needed"
 
 
@@ -105,9 +106,8 @@ class TermBounds:
         )  # fmt: skip
         smooth, below = self.run.smooth()
         if not smooth:
-            reason = "L is neither given nor measured"
-            yield self.run.undecided(f"{name}_lipschitz", reason)
-            yield self.run.undecided(name, reason)
+            for bound in (f"{name}_lipschitz", name):
+                yield self.run.undecided(bound, self.run.unmet(bound) or _NO_SMOOTHNESS)
             return
         single = self.run.judged(
             f"{name}_lipschitz", {**smooth, f"{letter}_n_sq": own, distance: far}, self.entry_place,
@@ -125,7 +125,7 @@ class TermBounds:
         """The mask error from the average density gap, in records whose sub-models are all top-k."""
         name, (smooth, below) = "density_gap", self.run.smooth()
         if not smooth:
-            return self.run.undecided(name, "L is neither given nor measured")
+            return self.run.undecided(name, self.run.unmet(name) or _NO_SMOOTHNESS)
         dispatch, reduction = self.frame.log["dispatch"], self.frame.precision.reduction
         rows = rows_of(dispatch["dispatch"], self.entries["dispatch"])
         usable = fresh(self.frame) | (dispatch["density"] == 1)

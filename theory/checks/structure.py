@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from theory.frame import Bools, Floats, Frame, gather, rows_of
+from theory.frame import Bools, Floats, Frame, Ints, gather, rows_of
 from theory.judge import Place, law
 from theory.precision import CLOCK
 from theory.verdict import Finding, Verdict, undetermined
@@ -177,7 +177,7 @@ def restorations(frame: Frame) -> Finding:
     """Each dispatch has the density that the header and the restorations before it give the client."""
     title = "densities follow the restorations"
     table, raised = frame.log["dispatch"], frame.log["restoration"]
-    if not isinstance(frame.log.header.get("densities"), list):
+    if frame.log.header.get("densities") is None:
         return undetermined("restorations", "log", title, "the header has no densities")
     expected = frame.header_density(table["client"])
     events = raised.take(~np.isnan(raised["client"]) & ~np.isnan(raised["after"]))
@@ -197,7 +197,7 @@ def mean_density(frame: Frame) -> Finding:
     """A window's mean density is that of the header and the restorations up to it."""
     title = "the mean density follows the restorations"
     window, raised = frame.log["window"], frame.log["restoration"]
-    if not isinstance(frame.log.header.get("densities"), list) or not window.logged("mean_density"):
+    if frame.log.header.get("densities") is None or not window.logged("mean_density"):
         return undetermined("mean_density", "log", title, "densities or mean_density are not logged")
     events = raised.take(
         ~np.isnan(raised["client"]) & ~np.isnan(raised["after"]) & ~np.isnan(raised["before"])
@@ -208,7 +208,7 @@ def mean_density(frame: Frame) -> Finding:
     total = frame.header_density(np.arange(frame.log.clients, dtype=np.float64)).sum()
     expected = (total + gains[at]) / frame.log.clients
     return law(
-        "mean_density", title, ~_close(window["mean_density"], expected), place_of(frame, "window"),
+        "mean_density", title, ~close(window["mean_density"], expected), place_of(frame, "window"),
         lhs=window["mean_density"], rhs=expected,
     )  # fmt: skip
 
@@ -223,13 +223,13 @@ def clock(frame: Frame) -> Finding:
         np.where(np.isnan(table[k]), table["close"], table[k]) for k in ("start", "close", "end")
     )
     previous = np.concatenate([[-np.inf], end[:-1]])
-    early = _below(start, previous)
-    bad = early | _below(close, start) | _below(end, close)
+    early = below(start, previous)
+    bad = early | below(close, start) | below(end, close)
     finding = law(
         "clock", title, bad, place_of(frame, "window"), lhs=start, rhs=np.where(early, previous, close)
     )
     if finding.verdict is Verdict.HOLDS and len(sent) and not np.isnan(sent).any():
-        falls = np.concatenate([[False], _below(sent[1:], sent[:-1])])
+        falls = np.concatenate([[False], below(sent[1:], sent[:-1])])
         return law("clock", title, falls, place_of(frame, "dispatch"), lhs=sent)
     return finding
 
@@ -240,9 +240,9 @@ def causality(frame: Frame) -> Finding:
     when, sent = table["time"], frame.sent("time")
     close = gather(frame.log["window"]["close"], frame.arrival_window)
     known = ~np.isnan(when) & ~np.isnan(sent) & ~np.isnan(close)
-    late = _below(close, when)
+    late = below(close, when)
     return law(
-        "causality", title, late | _below(when, sent), place_of(frame, "arrival"), applies=known, lhs=when,
+        "causality", title, late | below(when, sent), place_of(frame, "arrival"), applies=known, lhs=when,
         rhs=np.where(late, close, sent), detail="arrival time against the window's close or the dispatch",
         reason="time and close are not logged",
     )  # fmt: skip
@@ -271,9 +271,11 @@ def counts(frame: Frame) -> Finding:
 
 
 def uploaded_bytes(frame: Frame) -> Finding:
-    """A window's uploaded bytes are those of its arrivals."""
-    arrival = frame.log["arrival"]
-    return _bytes(frame, "bytes_up", arrival["bytes_up"], frame.arrival_window)
+    """A window's uploaded bytes are those of its arrivals, and of uploads that were refused."""
+    arrival, refused = frame.log["arrival"], rows_of(frame.window_number, frame.log["rejected"]["window"])
+    more = np.zeros(frame.windows, dtype=bool)
+    more[refused[refused >= 0]] = True
+    return _bytes(frame, "bytes_up", arrival["bytes_up"], frame.arrival_window, more)
 
 
 def downloaded_bytes(frame: Frame) -> Finding:
@@ -282,21 +284,24 @@ def downloaded_bytes(frame: Frame) -> Finding:
     return _bytes(frame, "bytes_down", sent["bytes_down"], rows_of(frame.window_number, sent["version"]))
 
 
-def _bytes(
-    frame: Frame, key: str, parts: Floats, rows: np.ndarray[tuple[int], np.dtype[np.int64]]
-) -> Finding:
+def _bytes(frame: Frame, key: str, parts: Floats, rows: Ints, more: Bools | None = None) -> Finding:
+    """`more`: windows whose sum may exceed that of the logged parts."""
     title, table = f"{key} of a window is the sum of its parts", frame.log["window"]
     if not table.logged(key) or np.isnan(parts).any():
         return undetermined(key, "log", title, f"{key} is not logged")
     inside = rows >= 0
     found: Floats = np.bincount(rows[inside], weights=parts[inside], minlength=frame.windows) * 1.0
-    return law(key, title, ~_close(table[key], found), place_of(frame, "window"), lhs=table[key], rhs=found)
+    bad = ~close(table[key], found)
+    if more is not None:
+        bad &= ~more | below(table[key], found)
+    return law(key, title, bad, place_of(frame, "window"), lhs=table[key], rhs=found)
 
 
-def _close(a: Floats, b: Floats) -> Bools:
+def close(a: Floats, b: Floats) -> Bools:
+    """Whether two clocks, byte counts or rates agree within their rounding."""
     return np.asarray(np.abs(a - b) <= CLOCK * np.maximum(np.abs(a), np.abs(b)))
 
 
-def _below(a: Floats, b: Floats) -> Bools:
+def below(a: Floats, b: Floats) -> Bools:
     """a < b by more than a clock's rounding."""
-    return np.asarray((a < b) & ~_close(a, b))
+    return np.asarray((a < b) & ~close(a, b))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from theory.checks.structure import place_of
+from theory.checks.structure import close, place_of
 from theory.frame import Bools, Floats, Frame, gather, rows_of
 from theory.intervals import Interval, total
 from theory.judge import law
@@ -168,17 +168,16 @@ def norm_path(frame: Frame) -> Finding:
 
 
 def learning_rate(frame: Frame) -> Finding:
-    """The learning rate of a window is the header's (after warm-up, at most before)."""
+    """The learning rate of a window is the header's, to which it rises linearly over the warm-up."""
     title, table = "the learning rate is the header's", frame.log["window"]
-    eta, warm = frame.log.number("eta"), frame.log.config("warmup_windows")
+    eta, warm = frame.log.number("eta"), frame.log.config("warmup_windows") or 0
     logged = table["learning_rate"]
     if eta is None or len(table) == 0 or np.isnan(logged).all():
         return undetermined("learning_rate", "log", title, "eta or learning_rate is not logged")
-    warming = table["window"] < (warm if isinstance(warm, int) else 0)
-    bad = np.where(warming, logged > eta, logged != eta) & ~np.isnan(logged)
+    expected = eta * np.minimum(1.0, (table["window"] + 1) / warm) if warm else np.full(len(logged), eta)
     return law(
-        "learning_rate", title, bad, place_of(frame, "window"), applies=~np.isnan(logged), lhs=logged,
-        rhs=np.full(len(logged), eta),
+        "learning_rate", title, ~close(logged, expected), place_of(frame, "window"),
+        applies=~np.isnan(logged), lhs=logged, rhs=expected,
     )  # fmt: skip
 
 
@@ -201,11 +200,9 @@ def weights(frame: Frame) -> Finding:
     with np.errstate(invalid="ignore", divide="ignore"):
         if kind == "constant":
             factor = np.ones(len(tau))
-        elif kind == "polynomial" and isinstance(config("staleness_exponent"), (int, float)):
+        elif kind == "polynomial" and config("staleness_exponent") is not None:
             factor = (1.0 + tau) ** -float(config("staleness_exponent"))
-        elif kind == "hinge" and all(
-            isinstance(config(k), (int, float)) for k in ("hinge_slope", "hinge_delay")
-        ):
+        elif kind == "hinge" and None not in (config("hinge_slope"), config("hinge_delay")):
             slope, delay = float(config("hinge_slope")), float(config("hinge_delay"))
             factor = np.where(tau <= delay, 1.0, 1.0 / (slope * (tau - delay) + 1.0))
         else:
@@ -228,7 +225,7 @@ def shares(frame: Frame) -> Finding:
     bad = (pibar > 1 + 1e-6) | (pibar <= 0) | (pibar < least * (1 - 1e-6))
     return law(
         "shares", title, bad, place_of(frame, "arrival"), applies=known, lhs=pibar,
-        rhs=np.where(pibar > 1, 1.0, least), reason="pibar is not logged",
+        rhs=np.where(pibar > 1, 1.0, least), reason=frame.unmerged("pibar is not logged"),
     )  # fmt: skip
 
 
@@ -250,7 +247,7 @@ def nested_shares(frame: Frame) -> Finding:
         applies=known,
         lhs=table["pibar"],
         rhs=expected,
-        reason="no window whose arrivals share one ranking has weight and pibar",
+        reason=frame.unmerged("no window whose arrivals share one ranking has weight and pibar"),
     )
 
 
@@ -262,7 +259,7 @@ def fewest_holders(frame: Frame) -> Finding:
     bad = (fewest > arrivals) | ((fewest < 1) & ~empty) | (fewest < 0)
     return law(
         "fewest_holders", title, bad, place_of(frame, "window"), lhs=fewest, rhs=arrivals,
-        applies=~np.isnan(fewest) & frame.arrivals_only, reason="gamma_min is not logged",
+        applies=~np.isnan(fewest) & frame.arrivals_only, reason=frame.unmerged("gamma_min is not logged"),
     )  # fmt: skip
 
 
@@ -274,7 +271,8 @@ def nested_holders(frame: Frame) -> Finding:
     known = frame.nested & np.isfinite(expected) & ~np.isnan(table["gamma_min"]) & frame.arrivals_only
     return law(
         "nested_holders", title, table["gamma_min"] != expected, place_of(frame, "window"), applies=known,
-        lhs=table["gamma_min"], rhs=expected, reason="no window whose arrivals share one ranking",
+        lhs=table["gamma_min"], rhs=expected,
+        reason=frame.unmerged("no window whose arrivals share one ranking"),
     )  # fmt: skip
 
 
@@ -289,7 +287,7 @@ def coverage(frame: Frame) -> Finding:
     return law(
         "mean_coverage", title, bad, place_of(frame, "window"), applies=known, lhs=table["coverage"],
         rhs=found,
-        reason="coverage or support is not logged, or the model has buffers",
+        reason=frame.unmerged("coverage or support is not logged, or the model has buffers"),
     )  # fmt: skip
 
 
@@ -304,7 +302,7 @@ def uncovered(frame: Frame) -> Finding:
     known = ~np.isnan(table["uncovered"]) & ~np.isnan(expected) & frame.arrivals_only
     return law(
         "uncovered_count", title, table["uncovered"] != expected, place_of(frame, "window"), applies=known,
-        lhs=table["uncovered"], rhs=expected, reason="uncovered or support is not logged",
+        lhs=table["uncovered"], rhs=expected, reason=frame.unmerged("uncovered or support is not logged"),
     )  # fmt: skip
 
 
@@ -387,10 +385,5 @@ def probe_clients(frame: Frame) -> Finding:
 
 def _unbuffered(frame: Frame) -> float:
     """D without buffers; nan where the layout is not logged."""
-    size, layers = frame.log.layout("size"), frame.log.layout("layers")
-    if not isinstance(size, (int, float)):
-        return float("nan")
-    if not isinstance(layers, list):
-        return float(size)
-    buffers = [x.get("size", 0) for x in layers if isinstance(x, dict) and x.get("kind") == "buffer"]
-    return float(size) - float(sum(buffers))
+    size = frame.log.layout("size")
+    return float("nan") if size is None else float(size) - sum(frame.log.layers("buffer"))

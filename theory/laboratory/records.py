@@ -48,6 +48,9 @@ def preamble(problem: Problem, schedule: Schedule) -> list[Record]:
         "score": "magnitude",
         "layer_floor": 0.0,
         "prune_biases": bool(problem.rows),
+        "local_steps": schedule.local_steps,
+        "trigger": "time",
+        "density_min": min(schedule.densities),
         "interval": schedule.interval,
         "client_momentum": 0.0,
         "gradient_clip": None,
@@ -66,6 +69,7 @@ def preamble(problem: Problem, schedule: Schedule) -> list[Record]:
         "eta": schedule.eta,
         "local_steps": schedule.local_steps,
         "windows": schedule.windows,
+        "time_budget": None,
     }
     noise = problem.noise_sq
     constants = {
@@ -171,11 +175,11 @@ def terms(
     }  # fmt: skip
 
 
-def restoration(merged: int, client: int, before: float, after: float) -> Record:
+def restoration(merged: int, client: int, before: float, after: float, floor: float) -> Record:
     """A client's density rises."""
     return {
         "type": "restoration", "window": merged, "time": float(merged), "client": client, "cause": "time",
-        "before": before, "after": after, "floor": None,
+        "before": before, "after": after, "floor": floor,
     }  # fmt: skip
 
 

@@ -163,8 +163,10 @@ class _Server:
         decided = [] if restorer is None else restorer(merged, self.w, tuple(self.density))
         for client, density in [*planned, *decided]:
             if density > self.density[client]:
-                self.trace.records.append(records.restoration(merged, client, self.density[client], density))
-                self.density[client] = density
+                before, self.density[client] = self.density[client], density
+                self.trace.records.append(
+                    records.restoration(merged, client, before, density, min(self.density))
+                )
 
 
 def simulate(problem: Problem, schedule: Schedule, restorer: Restorer | None = None) -> Trace:
@@ -181,6 +183,12 @@ def simulate(problem: Problem, schedule: Schedule, restorer: Restorer | None = N
             server.dispatch(client, t)
         idle = server.window(t)
     trace.records.append(
-        {"type": "end", "windows": schedule.windows, "time": float(schedule.windows), "rejected": 0}
+        {
+            "type": "end",
+            "windows": schedule.windows,
+            "time": float(schedule.windows),
+            "reason": "windows",
+            "rejected": 0,
+        }
     )
     return trace

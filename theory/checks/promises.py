@@ -1,0 +1,220 @@
+"""Is the log consistent with itself? Promises: what the header announces and the records must keep.
+
+As in `theory.checks.structure`, these are laws of the schema (``docs/run-log.md``). A law whose fields
+are not logged, or whose option another framework does not have, is UNDETERMINED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import numpy as np
+
+from theory.checks.structure import below, close, place_of
+from theory.frame import Frame
+from theory.judge import Place, law
+from theory.verdict import Finding, Verdict, Witness, undetermined
+
+#: What is compared, and its two values in the header.
+_Pair = tuple[str, float | None, float | None]
+#: Stands for null where that is a value of its own.
+_NULL = -1.0
+
+#: Values of ``trigger``, and the causes of the restorations that each makes.
+CAUSES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "plateau": ("client_plateau", "server_plateau"),
+    "time": ("time",),
+    "mixed": ("client_plateau", "server_plateau", "time"),
+    "gradient": ("gradient",),
+}
+
+
+def promises(frame: Frame) -> Iterator[Finding]:
+    """All laws of this module."""
+    yield ranges(frame)
+    yield layout(frame)
+    yield header(frame)
+    yield planned_end(frame)
+    yield local_steps(frame)
+    yield trigger(frame)
+    yield restored_densities(frame)
+    yield density_floor(frame)
+
+
+def ranges(frame: Frame) -> Finding:
+    """No count, size or squared norm is negative, and no share above 1 (`theory.schema.RECORDS`)."""
+    title, tables = "numbers lie in their ranges", frame.log.tables
+    strays = sorted((stray, kind) for kind, table in tables.items() for stray in table.strays)
+    checks = sum(map(len, tables.values()))
+    if not strays:
+        return Finding("ranges", "log", title, Verdict.HOLDS, checks=checks)
+    (line, key, value, _), kind = strays[0]
+    witness = Witness(line=line, detail=f"{kind}.{key} = {value:.9g}")
+    count = sum(1 + stray.more for stray, _ in strays)
+    return Finding(
+        "ranges", "log", title, Verdict.VIOLATED, checks=checks, witness=witness, reason=f"{count} do not"
+    )
+
+
+def layout(frame: Frame) -> Finding:
+    """D and D_p are the sums over the layers, and a layer's size is the product of its shape."""
+    title, log = "the layout adds up", frame.log
+    layers = log.layout("layers")
+    if layers is None:
+        return undetermined("layout", "log", title, "layout.layers is not logged")
+    pairs: list[_Pair] = [
+        ("layout.size against its layers", log.layout("size"), sum(log.layers())),
+        ("layout.prunable against its layers", log.layout("prunable"), sum(log.layers("prunable"))),
+    ]
+    for i, layer in enumerate(layers):
+        if layer.get("shape") is not None:
+            pairs.append((f"layers[{i}] against its shape", layer["size"], prod(map(float, layer["shape"]))))
+    return _told_twice("layout", title, pairs)
+
+
+def header(frame: Frame) -> Finding:
+    """What the header says twice, it says alike: its own keys, the method's options and the host's."""
+    log = frame.log
+    config = log.header.get("config") or {}
+    pairs: list[_Pair] = [
+        ("eta against fedml.learning_rate", log.number("eta"), log.fedml("learning_rate")),
+        ("windows against fedml.comm_round", log.number("windows"), log.fedml("comm_round")),
+        ("clients against fedml.client_num_in_total", log.clients, log.fedml("client_num_in_total")),
+        ("seed against fedml.random_seed", log.number("seed"), log.fedml("random_seed")),
+        ("model_megabytes against config", log.number("model_megabytes"), log.config("model_megabytes")),
+    ]
+    for key in ("time_budget", "local_steps"):
+        if key in config and key in log.header:
+            told = None if config[key] == "epochs" else config[key]
+            own, other = (_NULL if side is None else float(side) for side in (log.header[key], told))
+            pairs.append((f"{key} against config ({_NULL:g} stands for null)", own, other))
+    return _told_twice("header", "the header agrees with itself", pairs)
+
+
+def _told_twice(name: str, title: str, pairs: Sequence[_Pair]) -> Finding:
+    """Pairs of numbers in the header that must be equal; one that is missing is not checked."""
+    known = [(what, float(a), float(b)) for what, a, b in pairs if a is not None and b is not None]
+    lhs, rhs = np.array([a for _, a, _ in known]), np.array([b for _, _, b in known])
+    wrong = next((what for what, a, b in known if a != b), "")
+    place = Place(np.ones(len(known), dtype=np.int64))
+    return law(name, title, lhs != rhs, place, lhs=lhs, rhs=rhs, detail=wrong)
+
+
+def planned_end(frame: Frame) -> Finding:
+    """The run ended where the header says: after its windows, or at the first end beyond the time budget.
+
+    A budget that is reached ends a run at once, before the number of windows is looked at.
+    """
+    name, title, log, table = "planned_end", "the run ended as planned", frame.log, frame.log["end"]
+    planned, ends = log.number("windows"), frame.window_end
+    limit = log.number("time_budget")
+    budget = np.full(len(ends), np.nan if limit is None else limit)
+    spent = ~(below(ends, budget) | np.isnan(ends + budget))
+    surplus = np.concatenate([[False], spent[:-1]])[: len(ends)]
+    surplus |= np.arange(len(ends)) >= (np.inf if planned is None else planned)
+    if surplus.any():
+        place, detail = place_of(frame, "window"), "ended after the plan's time budget or number of windows"
+        return law(name, title, surplus, place, lhs=ends, rhs=budget, detail=detail)
+    if not log.ended or planned is None:
+        return undetermined(name, "log", title, "no `end` record, or the header has no windows")
+    late, full = bool(spent[-1:].any()), frame.windows == planned
+    right = {"windows": full and not late, "time_budget": late, None: full or late}
+    if not right.get(table.text("reason")[0], False):
+        counted, wanted = np.array([float(frame.windows)]), np.array([planned])
+        place, detail = place_of(frame, "end"), "windows against the header's, and not the end of `reason`"
+        return law(name, title, counted == counted, place, lhs=counted, rhs=wanted, detail=detail)
+    last = ends[-1:] if len(ends) else np.zeros(1)
+    return law(
+        name, title, ~close(table["time"], last), place_of(frame, "end"), lhs=table["time"], rhs=last,
+        applies=~np.isnan(table["time"] + last), detail="time against the last window's end",
+        reason="the end's time is not logged",
+    )  # fmt: skip
+
+
+def local_steps(frame: Frame) -> Finding:
+    """Every upload made the K steps of the header (null there stands for whole epochs: any number)."""
+    title, table = "uploads made the header's local steps", frame.log["arrival"]
+    promised = frame.log.number("local_steps")
+    if promised is None:
+        return undetermined("local_steps", "log", title, "the header promises no number of steps")
+    return law(
+        "local_steps", title, table["steps"] != promised, place_of(frame, "arrival"),
+        applies=~np.isnan(table["steps"]), lhs=table["steps"], rhs=np.full(len(table), promised),
+        reason="steps are not logged",
+    )  # fmt: skip
+
+
+def trigger(frame: Frame) -> Finding:
+    """Restorations have the causes that the trigger makes, and name clients that exist."""
+    title, table, kind = (
+        "restorations come from the trigger",
+        frame.log["restoration"],
+        frame.log.config("trigger"),
+    )
+    known = {cause: i for i, cause in enumerate(table.texts["cause"])}
+    allowed = np.array([-1, *(known[c] for c in CAUSES.get(kind, known) if c in known)])
+    strange = ~np.isin(table.codes["cause"], allowed) | (kind == "none")
+    client = table["client"]
+    bad = strange | (client >= frame.log.clients) | (client != np.floor(client)) & ~np.isnan(client)
+    if len(table) == 0 and kind in CAUSES:
+        return Finding("trigger", "log", title, Verdict.HOLDS, reason="no restorations")
+    detail = f"trigger={kind}" if kind in CAUSES else ""
+    return law(
+        "trigger", title, bad, place_of(frame, "restoration"), applies=np.full(len(table), kind in CAUSES),
+        lhs=client, detail=detail, reason="trigger is not logged",
+    )  # fmt: skip
+
+
+def restored_densities(frame: Frame) -> Finding:
+    """A restoration starts at its client's density, rises, and ends on the rung that the options give."""
+    title, table = "restorations rise from the density before", frame.log["restoration"]
+    named = np.unique(table["client"][~np.isnan(table["client"])])
+    current = dict(zip(named.tolist(), frame.header_density(named).tolist(), strict=True))
+    before, after, cause = table["before"], table["after"], table.text("cause")
+    expected, bad = np.full(len(table), np.nan), ~(after > before) & ~np.isnan(after) & ~np.isnan(before)
+    rungs = {"server_plateau": frame.log.config("density_ladder"), "time": frame.log.config("time_floors")}
+    for i, client in enumerate(table["client"].tolist()):
+        if client == client:
+            expected[i] = current[client]
+            current[client] = after[i]
+            bad[i] |= before[i] != expected[i] and not np.isnan(before[i] + expected[i])
+        ladder = rungs.get(cause[i] or "")
+        bad[i] |= ladder is not None and not np.isnan(after[i]) and after[i] not in ladder
+        if cause[i] in ("client_plateau", "gradient"):
+            following = next_density(frame, before[i])
+            bad[i] |= abs(after[i] - following) > 1e-9
+    return law(
+        "restored_densities", title, bad, place_of(frame, "restoration"), lhs=before, rhs=expected,
+        detail="density before against the client's", reason="no restorations",
+    )  # fmt: skip
+
+
+def next_density(frame: Frame, density: float) -> float:
+    """The density one restoration of a single client above `density`; nan where the options do not say."""
+    kind, ladder = frame.log.config("density_step"), frame.log.config("density_ladder")
+    increment = frame.log.config("density_increment")
+    if kind == "ladder" and ladder is not None:
+        return float(min((rung for rung in ladder if rung is not None and rung > density), default=1.0))
+    if kind in ("fixed", "proportional") and increment is not None:
+        return float(min(1.0, density + (increment if kind == "fixed" else min(density, 2 * increment))))
+    return float("nan")
+
+
+def density_floor(frame: Frame) -> Finding:
+    """minD starts at ``density_min``, never falls, and is what the last restoration left."""
+    title, table = "the density floor follows the restorations", frame.log["window"]
+    events = frame.log["restoration"]
+    events = events.take(~np.isnan(events["floor"]))
+    order = np.argsort(events["window"], kind="stable")
+    start = frame.log.config("density_min")
+    floors = np.concatenate([[np.nan if start is None else float(start)], events["floor"][order]])
+    expected = floors[np.searchsorted(events["window"][order], table["window"], side="right")]
+    logged = table["density_floor"]
+    falls = np.concatenate([[False], np.diff(logged) < 0])[: len(logged)]
+    bad = falls | ((logged != expected) & ~np.isnan(expected))
+    return law(
+        "density_floor", title, bad, place_of(frame, "window"), applies=~np.isnan(logged), lhs=logged,
+        rhs=expected, reason="density_floor is not logged",
+    )  # fmt: skip
