@@ -6,6 +6,7 @@ import pytest
 import sympy
 from sympy import Rational, Symbol, simplify
 
+import fedgmr_plugin
 from theory import symbols as s
 from theory.bounds import BOUNDS, IDENTITY
 from theory.citation import ENTRIES, cite
@@ -133,5 +134,6 @@ def test_citations_follow_the_bounds() -> None:
     assert cite(["topk"]).count("@") == 2 and "stich2018" in cite(["topk"])
     assert cite(["heterogeneity"]).count("@") == 1 and "2512.05372" in cite(["heterogeneity"])
     assert all(key in cite() for key in ENTRIES)
+    assert ENTRIES["ma2026fedgmr"] in fedgmr_plugin.cite()
     with pytest.raises(KeyError):
         cite(["nothing"])

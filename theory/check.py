@@ -1,7 +1,7 @@
 """Checks recorded runs against the theory: consistency, assumptions, inequalities, expectations.
 
 >>> from theory import check_runs
->>> report = check_runs(["fedgmr_runs/demo"])
+>>> report = check_runs(["demo_runs/001/fedgmr"])  # what `fedgmr demo` writes
 >>> report.status()
 0
 """

@@ -8,11 +8,12 @@ from theory.bounds import BOUNDS
 
 #: key -> BibTeX entry. The bounds themselves are this project's derivations; see ``docs/derivations``.
 ENTRIES: dict[str, str] = {
-    "ma2025fedgmr": """@misc{ma2025fedgmr,
-  title         = {{FedGMR}: Federated Learning with Gradual Model Restoration under Asynchrony and
-                   Model Heterogeneity},
+    "ma2026fedgmr": """@inproceedings{ma2026fedgmr,
+  title         = {Breaking the Capacity Bottleneck in Model-Heterogeneous Federated Learning via
+                   Gradual Model Restoration},
   author        = {Ma, Chengjie and Oh, Seungeun and Park, Jihong and Kim, Seong-Lyun},
-  year          = {2025},
+  booktitle     = {International Conference on Machine Learning ({ICML})},
+  year          = {2026},
   eprint        = {2512.05372},
   archivePrefix = {arXiv},
   primaryClass  = {cs.DC}
@@ -63,7 +64,7 @@ ENTRIES: dict[str, str] = {
 }
 
 #: Cited whatever is used: the method that the theory is about.
-ALWAYS = ("ma2025fedgmr",)
+ALWAYS = ("ma2026fedgmr",)
 
 
 def cite(bounds: Iterable[str] | None = None) -> str:

@@ -20,34 +20,47 @@ _ROUNDING = 1e-12
 
 
 class Problem(Protocol):
-    """What the laboratory asks of a problem.
-
-    Attributes:
-        clients, size: N and D.
-        start: w_0, ``[D]``.
-        prunable: ``[D]``.
-        rows: for each bias that is dropped with its unit, ``(bias index, indices of the unit's weights)``.
-        smoothness: an L that holds for every F_n, or None where there is none.
-        noise_sq: a bound sigma^2 on the variance of `noisy`.
-        infimum: a lower bound of F (exact for the convex problems).
-    """
+    """What the laboratory asks of a problem: N clients, D coordinates."""
 
     @property
-    def clients(self) -> int: ...
+    def clients(self) -> int:
+        """N."""
+        ...
+
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """D."""
+        ...
+
     @property
-    def start(self) -> Floats: ...
+    def start(self) -> Floats:
+        """w_0, ``[D]``."""
+        ...
+
     @property
-    def prunable(self) -> Bools: ...
+    def prunable(self) -> Bools:
+        """Which coordinates masks may leave out, ``[D]``."""
+        ...
+
     @property
-    def rows(self) -> tuple[tuple[int, tuple[int, ...]], ...]: ...
+    def rows(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Biases dropped with their unit, each as ``(bias index, indices of the unit's weights)``."""
+        ...
+
     @property
-    def smoothness(self) -> float | None: ...
+    def smoothness(self) -> float | None:
+        """An L that holds for every F_n (a scalar), or None where there is none."""
+        ...
+
     @property
-    def noise_sq(self) -> float: ...
+    def noise_sq(self) -> float:
+        """A bound sigma^2 on the variance of `noisy` (a scalar)."""
+        ...
+
     @property
-    def infimum(self) -> float: ...
+    def infimum(self) -> float:
+        """A lower bound of F, exact for the convex problems (a scalar)."""
+        ...
 
     def loss(self, client: int, w: Floats) -> float:
         """F_n(w)."""
@@ -113,22 +126,27 @@ class Quadratic:
 
     @property
     def clients(self) -> int:
+        """N."""
         return len(self.centre_ND)
 
     @property
     def size(self) -> int:
+        """D."""
         return int(self.centre_ND.shape[1])
 
     @property
     def prunable(self) -> Bools:
+        """All but the last `dense` coordinates, ``[D]``."""
         return np.arange(self.size) < self.size - self.dense
 
     @property
     def smoothness(self) -> float | None:
+        """The largest eigenvalue of any Q_n (a scalar)."""
         return float(np.linalg.eigvalsh(self.hessian_NDD).max()) * (1 + _ROUNDING)
 
     @property
     def noise_sq(self) -> float:
+        """sigma^2, the total variance of `noisy` (a scalar)."""
         return self.sigma**2
 
     @property
@@ -139,16 +157,20 @@ class Quadratic:
 
     @property
     def infimum(self) -> float:
+        """F at `optimum`, the least value of F (a scalar)."""
         return mean_loss(self, self.optimum) * (1 - _ROUNDING)
 
     def loss(self, client: int, w: Floats) -> float:
+        """F_n(w), a scalar, for w ``[D]``."""
         offset = w - self.centre_ND[client]
         return float(0.5 * offset @ self.hessian_NDD[client] @ offset)
 
     def grad(self, client: int, w: Floats) -> Floats:
+        """grad F_n(w) = Q_n (w - a_n), ``[D]``."""
         return np.asarray(self.hessian_NDD[client] @ (w - self.centre_ND[client]))
 
     def noisy(self, client: int, w: Floats, rng: np.random.Generator) -> Floats:
+        """The gradient with Gaussian noise, variance sigma^2/D a coordinate, ``[D]``."""
         noise = rng.standard_normal(self.size) * (self.sigma / np.sqrt(self.size))
         return np.asarray(self.grad(client, w) + noise)
 
@@ -184,29 +206,35 @@ class Logistic:
 
     @property
     def clients(self) -> int:
+        """N."""
         return len(self.y_NM)
 
     @property
     def size(self) -> int:
+        """D."""
         return int(self.x_NMD.shape[2])
 
     @property
     def prunable(self) -> Bools:
+        """All but the last `dense` coordinates, ``[D]``."""
         return np.arange(self.size) < self.size - self.dense
 
     @property
     def smoothness(self) -> float | None:
+        """A quarter of the largest eigenvalue of any client's second moments, plus the ridge (a scalar)."""
         gram = np.einsum("nmi,nmj->nij", self.x_NMD, self.x_NMD) / self.y_NM.shape[1]
         return float(np.linalg.eigvalsh(gram).max() / 4 + self.ridge) * (1 + _ROUNDING)
 
     @property
     def noise_sq(self) -> float:
+        """The worst client's mean squared feature norm over the batch size; 0 without batches (a scalar)."""
         if self.batch == 0:
             return 0.0
         return float(np.square(self.x_NMD).sum(axis=2).mean(axis=1).max() / self.batch)
 
     @property
     def infimum(self) -> float:
+        """F at `optimum`, the least value of F (a scalar)."""
         return mean_loss(self, self.optimum) * (1 - _ROUNDING)
 
     @property
@@ -221,13 +249,16 @@ class Logistic:
         return w
 
     def loss(self, client: int, w: Floats) -> float:
+        """F_n(w) over all M samples, ridge included, a scalar, for w ``[D]``."""
         margin = self.y_NM[client] * (self.x_NMD[client] @ w)
         return float(np.logaddexp(0, -margin).mean() + 0.5 * self.ridge * w @ w)
 
     def grad(self, client: int, w: Floats) -> Floats:
+        """grad F_n(w) over all M samples, ``[D]``."""
         return self._grad(self.x_NMD[client], self.y_NM[client], w)
 
     def noisy(self, client: int, w: Floats, rng: np.random.Generator) -> Floats:
+        """The gradient over one batch drawn with replacement, ``[D]``."""
         if self.batch == 0:
             return self.grad(client, w)
         index = rng.integers(self.y_NM.shape[1], size=self.batch)
@@ -275,18 +306,22 @@ class ReluNetwork:
 
     @property
     def clients(self) -> int:
+        """N."""
         return len(self.y_NM)
 
     @property
     def size(self) -> int:
+        """D = hidden * (inputs + 2)."""
         return self.hidden * (int(self.x_NMI.shape[2]) + 2)
 
     @property
     def prunable(self) -> Bools:
+        """The weights W, without b and v, ``[D]``."""
         return np.arange(self.size) < self.hidden * int(self.x_NMI.shape[2])
 
     @property
     def rows(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Each hidden unit's bias with the indices of its weights."""
         inputs = int(self.x_NMI.shape[2])
         first_bias = self.hidden * inputs
         return tuple(
@@ -296,23 +331,29 @@ class ReluNetwork:
 
     @property
     def smoothness(self) -> float | None:
+        """None: the gradient jumps where a unit switches."""
         return None
 
     @property
     def noise_sq(self) -> float:
+        """Infinite with batches, for no bound is known, else 0 (a scalar)."""
         return float("inf") if self.batch else 0.0
 
     @property
     def infimum(self) -> float:
+        """0, below which no squared loss lies."""
         return 0.0
 
     def loss(self, client: int, w: Floats) -> float:
+        """F_n(w) over all M samples, a scalar, for w ``[D]``."""
         return float(0.5 * np.square(self._forward(self.x_NMI[client], self.y_NM[client], w)[2]).mean())
 
     def grad(self, client: int, w: Floats) -> Floats:
+        """grad F_n(w) over all M samples, ``[D]`` (0 as the slope of a unit at its kink)."""
         return self._grad(self.x_NMI[client], self.y_NM[client], w)
 
     def noisy(self, client: int, w: Floats, rng: np.random.Generator) -> Floats:
+        """The gradient over one batch drawn with replacement, ``[D]``."""
         if self.batch == 0:
             return self.grad(client, w)
         index = rng.integers(self.y_NM.shape[1], size=self.batch)
