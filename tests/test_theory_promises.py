@@ -45,6 +45,8 @@ def good() -> Records:
         after = records.index(windows[-1]) + 1
         records[after:after] = [evaluation, validation] if merged < 16 else [evaluation]
     records[-1]["shipped"] = "global"
+    header["config"] |= {"payload_rule": "support", "aggregation_seconds": 0.25, "evaluate": "validation"}
+    header["model_megabytes"] = 8 * 20 / 1e6
     return records
 
 
@@ -122,6 +124,25 @@ def earlier_restoration(records: Records) -> None:
             record["mean_density"] -= 0.1 / 4
 
 
+def fixed_model(records: Records) -> None:
+    """Options that ship the scaled model, and no validation that could have chosen another."""
+    records[0]["config"]["evaluate"] = "coverage_scaled"
+    records[:] = [record for record in records if record["type"] != "validation"]
+
+
+def two_floors(records: Records) -> None:
+    first(records, "restoration", client=2)["floor"] = 0.2
+
+
+def fewer_bytes(records: Records) -> None:
+    """An upload's bytes, and every sum that they enter."""
+    first(records, "arrival", window=5, client=1)["bytes_up"] -= 8
+    first(records, "window", window=5)["bytes_up"] -= 8
+    for record in records:
+        if record["type"] == "evaluation" and record["window"] > 5:
+            record["bytes_up"] -= 8
+
+
 FORGERIES: list[tuple[Callable[[Records], None], str]] = [
     (cut(adjusted=True), "planned_end"),
     (cut(adjusted=True, reason="time_budget"), "planned_end"),
@@ -175,6 +196,16 @@ FORGERIES: list[tuple[Callable[[Records], None], str]] = [
     (put("evaluation", "loss", 0.0, window=4), "evaluated_metrics"),
     (put("evaluation", "candidate", "scaled", window=16), "candidates"),
     (put("end", "shipped", "scaled"), "candidates"),
+    (fixed_model, "candidates"),
+    (two_floors, "density_floor"),
+    (fewer_bytes, "payload"),
+    (put("header", "model_megabytes", 1.0), "payload"),
+    (put("window", "close", 6.7, window=6), "clock"),
+    (
+        put("terms", "arrivals", lambda old: [{**old[0], "gap_sq": old[0]["gap_sq"] * 1.01}, *old[1:]]),
+        "terms_arrivals",
+    ),
+    (put("terms", "grad_dot", lambda old: [old[0] + 0.01, *old[1:]], window=6), "terms_probe"),
 ]
 
 

@@ -66,12 +66,13 @@ HEADER: dict[str, Rule] = {
 CONFIG: dict[str, Rule] = {
     **dict.fromkeys(
         ("aggregation", "update_form", "update_scope", "score", "staleness", "trigger", "density_step",
-         "loss"), _TEXT,
+         "loss", "payload_rule", "evaluate"), _TEXT,
     ),
     **dict.fromkeys(("mixing", "dense_start", "prune_biases", "incremental_splitting", "probe"), _FLAG),
     **dict.fromkeys(
         ("server_step", "layer_floor", "staleness_exponent", "hinge_slope", "hinge_delay", "client_momentum",
-         "gradient_clip", "density_min", "density_increment", "time_budget", "model_megabytes"), _NUMBER,
+         "gradient_clip", "density_min", "density_increment", "time_budget", "model_megabytes",
+         "aggregation_seconds"), _NUMBER,
     ),
     "interval": _POSITIVE, "warmup_windows": _COUNT, "local_steps": _STEPS,
     "density_ladder": _DENSITIES, "time_floors": _DENSITIES,

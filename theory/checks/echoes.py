@@ -144,12 +144,13 @@ def evaluated_bytes(frame: Frame) -> Finding:
 
 
 def candidates(frame: Frame) -> Finding:
-    """An evaluation names the model chosen by the last validation, and the last one named is shipped."""
+    """An evaluation names the model chosen by the options or the last validation; the last is shipped."""
     title, log = "what is shipped was chosen before", frame.log
     validated, evaluated, end = log["validation"], log["evaluation"], log["end"]
     line = np.concatenate([evaluated.line, end.line])
     chosen = np.concatenate([evaluated.text("candidate"), end.text("shipped")])
-    earlier = np.concatenate([[None], validated.text("candidate")])
+    fixed = {"global": "global", "coverage_scaled": "scaled"}.get(log.config("evaluate") or "")
+    earlier = np.concatenate([[fixed], validated.text("candidate")])
     expected = earlier[np.searchsorted(validated.line, line)]
     if len(evaluated) and len(end):
         expected[-1] = evaluated.text("candidate")[-1]
@@ -158,7 +159,7 @@ def candidates(frame: Frame) -> Finding:
     )
     return law(
         "candidates", title, np.asarray(chosen != expected, dtype=bool), Place(line), applies=known,
-        reason="no evaluations after a validation",
+        reason="no evaluations, or nothing chose their model",
     )  # fmt: skip
 
 

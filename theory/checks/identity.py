@@ -109,7 +109,7 @@ def gram(frame: Frame) -> Finding:
 
 
 def against_probe(frame: Frame) -> Finding:
-    """``||e||^2`` and ``||U||^2`` are what the probe of the same window gives."""
+    """``||e||^2``, ``<grad F, e>`` and ``||U||^2`` are what the probe of the same window gives."""
     title, table, probe = "the terms agree with the probe", frame.log["terms"], frame.log["probe"]
     rows = rows_of(probe["window"], table["window"])
     grad, step = gather(probe["grad_sq"], rows), gather(probe["step_sq"], rows)
@@ -124,6 +124,12 @@ def against_probe(frame: Frame) -> Finding:
     slack = 2 * reach * error + error**2 + frame.precision.size * 2.0**-52 * reach**2
     uncovered = gather(probe["grad_uncovered_sq"], rows)
     bad = (np.abs(expected - table["e_sq"]) > slack) | (np.abs(uncovered - table["U_sq"]) > slack)
+    if table["grad_dot"].shape[1] == len(TERMS):
+        weight = np.ones((len(table), len(TERMS)))
+        weight[:, TERMS.index("rho")] = -1 / table["gamma"]
+        along = (weight * table["grad_dot"]).sum(axis=1)
+        slope = -gather(probe["grad_dot_step"], rows) / table["gamma"] - grad
+        bad |= np.abs(along - slope) > slack
     return law(
         "terms_probe",
         title,
@@ -174,6 +180,8 @@ def against_arrivals(frame: Frame) -> Finding:
         bad |= differ(p.reduction(own), p.reduction(other))
     pibar = gather(arrival["pibar"], rows)
     bad |= np.abs(table["pibar"] - pibar) > 1e-6 * pibar
+    gap, scale = client_gap(frame)
+    bad |= differ(p.gradient(table["gap_sq"], scale), p.gradient(gap, scale))
     terms = frame.log["terms"]
     counted = np.bincount(rows_of(terms["window"], table["window"]), minlength=len(terms)) * 1.0
     short = counted != gather(frame.log["window"]["arrivals"], window_of(frame))
@@ -181,6 +189,19 @@ def against_arrivals(frame: Frame) -> Finding:
         return law("terms_arrivals", title, short, place_of(frame, "terms"), detail="number of arrivals")
     place = Place(table.line, table["window"], table["client"], table["dispatch"])
     return law("terms_arrivals", title, bad, place)
+
+
+def client_gap(frame: Frame) -> tuple[Floats, Floats]:
+    """||grad F_n - grad F||^2 of each entry of `term_arrivals` by the probe, and the gradients' size."""
+    table, probe = frame.log["term_arrivals"], frame.log["probe"]
+    rows, client = rows_of(probe["window"], table["window"]), table["client"].astype(np.int64)
+    gap, scale = np.full(len(table), np.nan), np.full(len(table), np.nan)
+    width = min(probe["client_gap_sq"].shape[1], probe["client_grad_sq"].shape[1])
+    known = (rows >= 0) & (client >= 0) & (client < width)
+    at = rows[known]
+    gap[known] = probe["client_gap_sq"][at, client[known]]
+    scale[known] = np.maximum(probe["client_grad_sq"][at, client[known]], probe["grad_sq"][at])
+    return gap, scale
 
 
 def arrival_of(frame: Frame) -> Ints:

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from theory.checks.structure import below, close, place_of
-from theory.frame import Frame
+from theory.frame import Frame, gather, rows_of
 from theory.judge import Place, law
 from theory.verdict import Finding, Verdict, Witness, undetermined
 
@@ -38,6 +38,7 @@ def promises(frame: Frame) -> Iterator[Finding]:
     yield header(frame)
     yield planned_end(frame)
     yield local_steps(frame)
+    yield payload(frame)
     yield trigger(frame)
     yield restored_densities(frame)
     yield density_floor(frame)
@@ -146,6 +147,23 @@ def local_steps(frame: Frame) -> Finding:
     )  # fmt: skip
 
 
+def payload(frame: Frame) -> Finding:
+    """A sub-model moves S times its density (``payload_rule`` density) or its share of all coordinates."""
+    title, log = "sub-models move the bytes of their payload rule", frame.log
+    rule, megabytes, size = log.config("payload_rule"), log.number("model_megabytes"), log.layout("size")
+    sent, came = log["dispatch"], log["arrival"]
+    down = sent["density"] if rule == "density" else sent["support"] / (size or np.nan)
+    if rule not in ("density", "support") or megabytes is None:
+        return undetermined("payload", "log", title, "the log does not say what a sub-model moves")
+    expected = megabytes * 1e6 * np.concatenate([down, gather(down, frame.arrival_dispatch)])
+    logged = np.concatenate([sent["bytes_down"], came["bytes_up"]])
+    place = Place(np.concatenate([sent.line, came.line]))
+    return law(
+        "payload", title, ~close(logged, expected), place, applies=~np.isnan(logged + expected), lhs=logged,
+        rhs=expected, reason="bytes are not logged",
+    )  # fmt: skip
+
+
 def trigger(frame: Frame) -> Finding:
     """Restorations have the causes that the trigger makes, and name clients that exist."""
     title, table, kind = (
@@ -204,7 +222,8 @@ def next_density(frame: Frame, density: float) -> float:
 
 def density_floor(frame: Frame) -> Finding:
     """minD starts at ``density_min``, never falls, and is what the last restoration left."""
-    title, table = "the density floor follows the restorations", frame.log["window"]
+    name, title = "density_floor", "the density floor follows the restorations"
+    table = frame.log["window"]
     events = frame.log["restoration"]
     events = events.take(~np.isnan(events["floor"]))
     order = np.argsort(events["window"], kind="stable")
@@ -213,6 +232,12 @@ def density_floor(frame: Frame) -> Finding:
     expected = floors[np.searchsorted(events["window"][order], table["window"], side="right")]
     logged = table["density_floor"]
     falls = np.concatenate([[False], np.diff(logged) < 0])[: len(logged)]
+    at_check = gather(events["floor"], rows_of(events["window"], events["window"]))
+    split = events.take(events["floor"] != at_check)
+    if len(split):
+        place = Place(split.line, split["window"], split["client"])
+        everywhere = np.ones(len(split), dtype=bool)
+        return law(name, title, everywhere, place, lhs=split["floor"], detail="two floors after one check")
     bad = falls | ((logged != expected) & ~np.isnan(expected))
     return law(
         "density_floor", title, bad, place_of(frame, "window"), applies=~np.isnan(logged), lhs=logged,

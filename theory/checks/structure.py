@@ -224,7 +224,10 @@ def clock(frame: Frame) -> Finding:
     )
     previous = np.concatenate([[-np.inf], end[:-1]])
     early = below(start, previous)
+    pause = frame.log.config("aggregation_seconds")
     bad = early | below(close, start) | below(end, close)
+    if pause is not None:
+        bad |= np.abs(end - close - pause) > CLOCK * np.maximum(end, 1.0)
     finding = law(
         "clock", title, bad, place_of(frame, "window"), lhs=start, rhs=np.where(early, previous, close)
     )

@@ -277,17 +277,16 @@ def nested_holders(frame: Frame) -> Finding:
 
 
 def coverage(frame: Frame) -> Finding:
-    """Mean coverage times |A_t| D is the sum of the supports."""
+    """Mean coverage times |A_t| D is the sum of the supports (both without buffers, which are all sent)."""
     title, table = "coverage is the mean support", frame.log["window"]
-    size = _unbuffered(frame)
-    found = frame.per_window(frame.sent("support")) / (size * np.maximum(table["arrivals"], 1))
-    buffered = size != frame.log.layout("size")
-    known = ~np.isnan(found) & ~np.isnan(table["coverage"]) & (not buffered) & frame.arrivals_only
+    held = frame.per_window(frame.sent("support") - sum(frame.log.layers("buffer")))
+    found = held / (_unbuffered(frame) * np.maximum(table["arrivals"], 1))
+    known = ~np.isnan(found) & ~np.isnan(table["coverage"]) & frame.arrivals_only
     bad = np.abs(found - table["coverage"]) > 1e-6 * found
     return law(
         "mean_coverage", title, bad, place_of(frame, "window"), applies=known, lhs=table["coverage"],
         rhs=found,
-        reason=frame.unmerged("coverage or support is not logged, or the model has buffers"),
+        reason=frame.unmerged("coverage or support is not logged"),
     )  # fmt: skip
 
 
@@ -296,9 +295,9 @@ def uncovered(frame: Frame) -> Finding:
     title, table = "uncovered coordinates fit the arrivals", frame.log["window"]
     size = _unbuffered(frame)
     widest, densest = np.maximum(frame.most(frame.sent("support")), 0.0), frame.most(frame.sent("density"))
-    buffered = size != frame.log.layout("size")
-    exact = frame.nested & ~np.isnan(widest) & (not buffered) & np.isfinite(size)
-    expected = np.where(densest == 1, 0.0, np.where(exact, size - widest, np.nan))
+    exact = frame.nested & ~np.isnan(widest) & np.isfinite(size)
+    left = size - np.maximum(widest - sum(frame.log.layers("buffer")), 0.0)
+    expected = np.where(densest == 1, 0.0, np.where(exact, left, np.nan))
     known = ~np.isnan(table["uncovered"]) & ~np.isnan(expected) & frame.arrivals_only
     return law(
         "uncovered_count", title, table["uncovered"] != expected, place_of(frame, "window"), applies=known,

@@ -175,11 +175,11 @@ def terms(
     }  # fmt: skip
 
 
-def restoration(merged: int, client: int, before: float, after: float, floor: float) -> Record:
-    """A client's density rises."""
+def restoration(merged: int, client: int, before: float, after: float) -> Record:
+    """A client's density rises; the floor after all rises of the check is filled in by the caller."""
     return {
         "type": "restoration", "window": merged, "time": float(merged), "client": client, "cause": "time",
-        "before": before, "after": after, "floor": floor,
+        "before": before, "after": after, "floor": None,
     }  # fmt: skip
 
 

@@ -161,12 +161,14 @@ class _Server:
     def restore(self, merged: int, restorer: Restorer | None) -> None:
         planned = [(n, d) for when, n, d in self.schedule.restorations if when == merged]
         decided = [] if restorer is None else restorer(merged, self.w, tuple(self.density))
+        raised = []
         for client, density in [*planned, *decided]:
             if density > self.density[client]:
                 before, self.density[client] = self.density[client], density
-                self.trace.records.append(
-                    records.restoration(merged, client, before, density, min(self.density))
-                )
+                raised.append(records.restoration(merged, client, before, density))
+        for record in raised:
+            record["floor"] = min(self.density)
+        self.trace.records.extend(raised)
 
 
 def simulate(problem: Problem, schedule: Schedule, restorer: Restorer | None = None) -> Trace:
