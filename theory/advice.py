@@ -33,7 +33,7 @@ def advice(frame: Frame, conditions: Mapping[str, Condition], findings: Sequence
     if not probed:
         rows = unsettled & ({2, 3} | (_TERMS if analysed else set()))
         lines.append(
-            f"`probe: true` with `probe_interval: 1` in fedgmr_args would show A4 and {listed(rows)}"
+            f"probes (`probe: true`, `probe_interval: 1` in fedgmr_args) would show A4 and {listed(rows)}"
         )
     if not analysed:
         more = f", with probes also {listed(unsettled & _TERMS)}" if unsettled & _TERMS else ""

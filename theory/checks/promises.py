@@ -100,7 +100,7 @@ def _told_twice(name: str, title: str, pairs: Sequence[_Pair]) -> Finding:
     lhs, rhs = np.array([a for _, a, _ in known]), np.array([b for _, _, b in known])
     wrong = next((what for what, a, b in known if a != b), "")
     place = Place(np.ones(len(known), dtype=np.int64))
-    return law(name, title, lhs != rhs, place, lhs=lhs, rhs=rhs, detail=wrong)
+    return law(name, title, lhs != rhs, place, lhs=lhs, rhs=rhs, detail=wrong, reason="nothing is told twice")
 
 
 def planned_end(frame: Frame) -> Finding:
