@@ -62,11 +62,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("theory.estimators", f"drop the right of Sub: {_ROOT}"): _DIGIT,
     (
         "theory.estimators",
-        '0 -> 1: rows = np.searchsorted(terms["window"], table["window"]) if len(terms) '
-        "else np.zeros(0, dtype=np.int64)",
-    ): "without terms there are no arrivals either, and one row broadcasts with none",
-    (
-        "theory.estimators",
         "1 -> 2: index = (starts[..., None] + np.arange(block)).reshape(draws, -1)[:, :n]",
     ): "numpy infers the length from any negative number",
     (

@@ -64,6 +64,7 @@ def train(folder: Path, name: str) -> Path:
         "probe_interval": task.probe_interval,
         "probe_samples": task.probe_samples,
         "progress": False,
+        "workers": 1,
         "update_scope": "arrivals",
         "update_form": "delta",
         "trigger": "time",

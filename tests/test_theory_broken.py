@@ -409,9 +409,20 @@ def test_a_dense_start_overrides_the_headers_densities() -> None:
     problem = Quadratic.random(np.random.default_rng(0), clients=2, size=6)
     records = simulate(problem, Schedule(windows=3, densities=(1.0, 1.0), delays=(0, 0))).records
     records[0]["densities"] = [1.0, 0.5]
+    del records[0]["config"]["density_min"]
     assert violated(records) == {"restorations", "mean_density"}
     records[0]["config"]["dense_start"] = True
     assert violated(records) == set()
+
+
+def test_a_floor_lifts_the_headers_densities() -> None:
+    problem = Quadratic.random(np.random.default_rng(0), clients=2, size=6)
+    records = simulate(problem, Schedule(windows=3, densities=(1.0, 0.5), delays=(0, 0))).records
+    records[0]["densities"] = [1.0, 0.1]
+    floor = records[0]["config"].pop("density_min")
+    assert {"restorations", "mean_density"} <= violated(records)
+    records[0]["config"]["density_min"] = floor
+    assert not {"restorations", "mean_density"} & violated(records)
 
 
 def test_the_documentation_counts_right() -> None:

@@ -250,6 +250,30 @@ def test_whole_epochs_promise_no_number_of_steps() -> None:
     assert found["local_steps"].verdict is Verdict.UNDETERMINED and "header" not in violated(records)
 
 
+def test_a_trainer_of_its_own_promises_no_number_of_steps() -> None:
+    records = good()
+    records[0]["local_steps"] = None
+    first(records, "arrival", window=5, client=1)["steps"] = 6
+    assert not {"local_steps", "header"} & violated(records)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "size", "holds"),
+    [
+        ("model", "float32", 26.0, True),
+        ("bfloat16", "float32", 13.0, True),
+        ("float16", "float64", 6.5, True),
+        ("float16", "float32", 26.0, False),
+        ("model", "float32", 13.0, False),
+    ],
+)
+def test_narrow_values_travel_in_fewer_megabytes(kind: str, dtype: str, size: float, holds: bool) -> None:
+    records = good()
+    records[0]["config"] |= {"model_megabytes": 26.0, "payload_dtype": kind}
+    records[0]["layout"]["dtype"], records[0]["model_megabytes"] = dtype, size
+    assert ("header" not in violated(records)) == holds
+
+
 def test_uploads_that_were_refused_cost_bytes_too() -> None:
     """The window's bytes hold them, the arrivals do not."""
     records = good()

@@ -351,18 +351,18 @@ class Frame:
         return self.header_density(self.log["arrival"]["client"])
 
     def header_density(self, client: Floats) -> Floats:
-        """The initial density of each of `client`; nan where the header does not say.
+        """The density that each of `client` starts with; nan where the header does not say.
 
-        With ``dense_start`` every client starts whole, and the header's densities are bandwidth classes.
+        With ``dense_start`` every client starts whole, and nobody starts below ``density_min``; the header's
+        densities are then bandwidth classes.
         """
         if self.log.config("dense_start") is True:
             return np.ones(len(client))
         start = self.log.header.get("densities")
         if start is None:
             return np.full(len(client), np.nan)
-        return gather(
-            np.array(start, dtype=np.float64), rows_of(np.arange(len(start), dtype=np.float64), client)
-        )
+        lifted = np.maximum(np.array(start, dtype=np.float64), self.log.config("density_min") or 0.0)
+        return gather(lifted, rows_of(np.arange(len(start), dtype=np.float64), client))
 
     @cached_property
     def frozen_share(self) -> Floats:

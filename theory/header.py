@@ -66,7 +66,7 @@ HEADER: dict[str, Rule] = {
 CONFIG: dict[str, Rule] = {
     **dict.fromkeys(
         ("aggregation", "update_form", "update_scope", "score", "staleness", "trigger", "density_step",
-         "loss", "payload_rule", "evaluate"), _TEXT,
+         "loss", "payload_rule", "payload_dtype", "evaluate"), _TEXT,
     ),
     **dict.fromkeys(("mixing", "dense_start", "prune_biases", "incremental_splitting", "probe"), _FLAG),
     **dict.fromkeys(

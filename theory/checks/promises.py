@@ -84,14 +84,25 @@ def header(frame: Frame) -> Finding:
         ("windows against fedml.comm_round", log.number("windows"), log.fedml("comm_round")),
         ("clients against fedml.client_num_in_total", log.clients, log.fedml("client_num_in_total")),
         ("seed against fedml.random_seed", log.number("seed"), log.fedml("random_seed")),
-        ("model_megabytes against config", log.number("model_megabytes"), log.config("model_megabytes")),
+        ("model_megabytes against config", log.number("model_megabytes"), _travelling_megabytes(frame)),
     ]
     for key in ("time_budget", "local_steps"):
         if key in config and key in log.header:
+            if key == "local_steps" and log.header[key] is None:
+                continue  # a trainer may choose its own number
             told = None if config[key] == "epochs" else config[key]
             own, other = (_NULL if side is None else float(side) for side in (log.header[key], told))
             pairs.append((f"{key} against config ({_NULL:g} stands for null)", own, other))
     return _told_twice("header", "the header agrees with itself", pairs)
+
+
+def _travelling_megabytes(frame: Frame) -> float | None:
+    """S of the options as it travels: less where values travel in a narrower type than the model's."""
+    told = frame.log.config("model_megabytes")
+    if told is None or frame.log.config("payload_dtype") not in ("bfloat16", "float16"):
+        return None if told is None else float(told)
+    wide = {"float32": 4, "float64": 8}.get(frame.log.layout("dtype"))
+    return None if wide is None else float(told) * 2 / wide
 
 
 def _told_twice(name: str, title: str, pairs: Sequence[_Pair]) -> Finding:
