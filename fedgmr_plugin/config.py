@@ -239,6 +239,11 @@ class FedGMRConfig(BaseModel):
     # -- records -----------------------------------------------------------------------------------
     run_name: str | None = Field(None, description="Name of the run's directory; numbered when absent.")
     output_dir: str = Field("fedgmr_runs", description="Directory that holds the runs' directories.")
+    checkpoint_seconds: NonNegative | None = Field(
+        30.0,
+        description="Least wall time between two checkpoints, from which `fedgmr resume` continues to the "
+        "same bits; 0 makes one after every window, null none.",
+    )
     probe: bool = Field(
         False, description="Measure loss and gradient norms on a fixed probe set for the theory check."
     )

@@ -210,6 +210,21 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "The log was written with a schema version that this release does not read.",
         "Read it with the release named in its header.",
     ),
+    "GMR-604": CatalogueEntry(
+        "run cannot be resumed",
+        "The run is finished, or its directory does not say which script started it.",
+        "Start the script again, with another `run_name` or without one.",
+    ),
+    "GMR-605": CatalogueEntry(
+        "checkpoints damaged",
+        "Every checkpoint of the run is damaged or of another format.",
+        "Start the script again; what the run log holds stays.",
+    ),
+    "GMR-606": CatalogueEntry(
+        "another run than the one to resume",
+        "The script does not describe the run that it is to continue: options, seed, model or data differ.",
+        "Undo the changes that the message names, or start a new run.",
+    ),
     "GMR-701": CatalogueEntry(
         "message cut short",
         "A message has fewer bytes than its own header claims, or not even a header.",

@@ -99,7 +99,7 @@ def test_the_python_of_the_readme_trains_a_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"^model sha256: [0-9a-f]{64}$", done.stdout + done.stderr, re.M)
     assert {p.name for p in (tmp_path / "fedgmr_runs" / "run-001").iterdir()} == {
-        *("run.jsonl", "config.yaml", "model.safetensors")
+        *("run.jsonl", "config.yaml", "command.json", "model.safetensors")
     }
     accuracies = re.findall(r"accuracy +([0-9.]+) %", done.stderr)
     assert float(accuracies[-1]) > 80  # the shipped model separates the toy

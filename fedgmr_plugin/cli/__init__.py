@@ -29,6 +29,7 @@ COMMANDS: dict[str, Entry] = {
     "demo": Entry("fedgmr_plugin.cli.demo:demo", "Compare FedGMR with baselines on a small data set."),
     "new": Entry("fedgmr_plugin.cli.new:new", "Write a commented configuration and script to start from."),
     "run": Entry("fedgmr_plugin.cli.run:run", "Run a FedML script with `federated_optimizer: fedgmr`."),
+    "resume": Entry("fedgmr_plugin.cli.resume:resume", "Continue a run that was interrupted."),
     "plan": Entry("fedgmr_plugin.cli.plan:plan", "Say what a configuration will cost before running it."),
     "report": Entry("fedgmr_plugin.cli.report:report", "Make one HTML page from one or more run logs."),
     "explain": Entry("fedgmr_plugin.cli.explain:explain", "Explain an error code."),

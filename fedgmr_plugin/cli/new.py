@@ -19,6 +19,9 @@ EXAMPLE: dict[str, tuple[Any, str]] = {
     "model_megabytes": (26.0, "Pretend a model as large as the paper's for FEMNIST, so that links matter."),
     "interval": (10, "Check often: the run is short."),
     "patience": (2, "Restore soon after progress stops."),
+    "update_scope": ("buffer", "With the next two: what did best in the comparison of docs/results.md."),
+    "update_form": ("replacement", "As above."),
+    "staleness": ("constant", "As above."),
 }
 _WINDOWS = 150
 _WIDTH = 108

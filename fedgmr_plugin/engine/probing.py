@@ -27,6 +27,9 @@ class Probing:
 
     Args:
         learning_rate: eta before the warm-up's factor.
+
+    Attributes:
+        starts: w_s of every version that is in flight, for the decomposition.
     """
 
     def __init__(self, server: Server, probe: Probe, learning_rate: float) -> None:
@@ -34,7 +37,7 @@ class Probing:
         config = server.config
         hooked = server.before_merge is not None or server.after_merge is not None
         self._decomposes = config.probe and decomposable(config) and not hooked
-        self._starts: dict[int, Tensor] = {}  # w_s of every version that is in flight
+        self.starts: dict[int, Tensor] = {}
         self._witnesses: dict[int, Witness] = {}
 
     @property
@@ -46,15 +49,15 @@ class Probing:
     def dispatched(self, sent: Dispatch) -> None:
         """A sub-model of the server's present vector leaves."""
         if self._decomposes:
-            self._starts[sent.version] = self._server.w_D
+            self.starts[sent.version] = self._server.w_D
 
     def answered(self, sent: Sequence[Dispatch], pending: Sequence[Dispatch]) -> None:
         """The dispatches that this window takes in are about to be trained; `pending` ones are not yet."""
         self._witnesses = {}
         if self._decomposes and self.due:
-            self._witnesses = {s.dispatch: Witness(s, self._starts[s.version]) for s in sent}
+            self._witnesses = {s.dispatch: Witness(s, self.starts[s.version]) for s in sent}
         flying = {p.version for p in pending}
-        self._starts = {version: w_D for version, w_D in self._starts.items() if version in flying}
+        self.starts = {version: w_D for version, w_D in self.starts.items() if version in flying}
 
     def watch(self, sent: Dispatch, model: nn.Module) -> Callable[[], None] | None:
         """To be called before every local step of `sent` on `model`; None if nobody wants to know."""

@@ -222,6 +222,27 @@ class Simulation:
             payload_dtype=PAYLOAD_TYPES[self.config.payload_dtype],
         )
 
+    # -- state ----------------------------------------------------------------------------------------
+
+    @property
+    def traffic(self) -> list[float]:
+        """Bytes up and down so far, and down in the present window."""
+        return [self.bytes_up, self.bytes_down, self._window_down]
+
+    @traffic.setter
+    def traffic(self, values: Sequence[float]) -> None:
+        self.bytes_up, self.bytes_down, self._window_down = values
+
+    @property
+    def probed_starts(self) -> dict[int, Tensor]:
+        """w_s of the versions in flight, which the probe remembers; empty without one."""
+        return {} if self._probing is None else self._probing.starts
+
+    @probed_starts.setter
+    def probed_starts(self, starts: dict[int, Tensor]) -> None:
+        if self._probing is not None:
+            self._probing.starts = starts
+
     # -- effects --------------------------------------------------------------------------------------
 
     def _carry_out(self, effects: Sequence[Effect]) -> dict[str, Any] | None:

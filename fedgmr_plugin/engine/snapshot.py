@@ -1,7 +1,8 @@
-"""A server's state as JSON-able data and tensors, at any event.
+"""A server's state, and a simulation's, as JSON-able data and tensors.
 
 The pair (meta, tensors) holds everything that changes: a server made with the same configuration, plan and
-layout continues from it to the same bits. Tensors may be written with safetensors; meta with `json`.
+layout continues from it, at any event, to the same bits; so does a simulation between two windows. Tensors
+may be written with safetensors; meta with `json`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fedgmr_plugin.engine.admission import Admitted, InFlight
-from fedgmr_plugin.engine.events import UploadArrived
+from fedgmr_plugin.engine.events import Dispatch, UploadArrived
 from fedgmr_plugin.engine.server import Server
+from fedgmr_plugin.engine.simulate import Simulation
 from fedgmr_plugin.kernels.density import GMRState, Plateau
 from fedgmr_plugin.kernels.masks import Ranking
 
@@ -105,3 +107,42 @@ def restore(server: Server, state: Snapshot) -> None:
     server.flights = {d: flight(f) for d, f in meta["flights"]}
     server.staged = {a["upload"]["dispatch"]: admitted(a, "staged") for a in meta["staged"]}
     server.buffer = {a["upload"]["client"]: admitted(a, "buffer") for a in meta["buffer"]}
+
+
+def snapshot_simulation(simulation: Simulation) -> Snapshot:
+    """The state of a simulation between two windows; tensors of the server are copies."""
+    meta, tensors = snapshot(simulation.server)
+    pending = []
+    for d in simulation.pending.values():
+        payload = f"payload.{d.version}.{d.ranking.digest}.{d.rung}"  # clients of one rung share it
+        tensors[payload] = d.values_S
+        kept = {k: v for k, v in vars(d).items() if k not in ("ranking", "values_S")}
+        pending.append({**kept, "payload": payload})
+    starts = simulation.probed_starts
+    tensors.update({f"start.{version}": w_D for version, w_D in starts.items()})
+    return Snapshot(
+        {
+            "server": meta,
+            "network": simulation.network.state(),
+            "pending": pending,
+            "starts": list(starts),
+            "traffic": simulation.traffic,
+        },
+        tensors,
+    )
+
+
+def restore_simulation(simulation: Simulation, state: Snapshot) -> None:
+    """Put a `simulation` that has not started into `state`."""
+    meta, tensors = state
+    restore(simulation.server, Snapshot(meta["server"], tensors))
+    simulation.network.load_state(meta["network"])
+    flights = simulation.server.flights
+    simulation.pending = {}
+    for kept in meta["pending"]:
+        fields = {k: v for k, v in kept.items() if k != "payload"}
+        number = fields["dispatch"]
+        values_S = tensors[kept["payload"]].to(simulation.server.ranked_D.device)
+        simulation.pending[number] = Dispatch(ranking=flights[number].ranking, values_S=values_S, **fields)
+    simulation.probed_starts = {version: tensors[f"start.{version}"] for version in meta["starts"]}
+    simulation.traffic = meta["traffic"]

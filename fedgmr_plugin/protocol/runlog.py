@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -74,20 +75,28 @@ class RunLogWriter:
         path: file to create (parents are made), or an existing directory, which gets ``run.jsonl``.
         overwrite: replace an existing log; without it an existing log is left alone.
 
+        resume_at: go on behind so many bytes of an existing log, whose rest is cut off.
+
     Raises:
-        FileExistsError: the log exists and `overwrite` is false.
+        FileExistsError: the log exists, and neither `overwrite` nor `resume_at` is given.
+        RunLogError: GMR-602 if the log is shorter than `resume_at`.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def __init__(self, path: str | Path, *, overwrite: bool = False, resume_at: int | None = None) -> None:
         target = Path(path)
         if target.is_dir():
             target = target / LOG_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
         self.path = target
         self._last = ""
+        if resume_at is not None:
+            if target.stat().st_size < resume_at:
+                raise RunLogError("GMR-602", f"it lost bytes: {resume_at} were written", where=str(target))
+            os.truncate(target, resume_at)
+            self._last = "before"
         # A lone surrogate becomes its JSON escape, so any Python string can be written.
         self._file = target.open(
-            "w" if overwrite else "x",
+            "a" if resume_at is not None else "w" if overwrite else "x",
             buffering=1,
             encoding="utf-8",
             errors="backslashreplace",
@@ -108,6 +117,12 @@ class RunLogWriter:
             raise ValueError(f"{kind} record after the end of the run")
         self._file.write(encode(record) + "\n")
         self._last = str(kind)
+
+    def sync(self) -> int:
+        """Have what was written so far on the disk; returns its bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     #: A writer is an observer of the engine.
     record = write

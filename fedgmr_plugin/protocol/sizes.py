@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -31,6 +32,14 @@ class MessageSizes:
         self._dtype = dtype
         self._known: dict[int, tuple[str, int]] = {}  # client to the ranking and rung of its last mask
         self._masks: dict[tuple[str, int], int] = {}  # (ranking, rung) to the bytes of the mask
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able state; `load_state` restores it."""
+        return {"known": [[client, *mask] for client, mask in self._known.items()]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self._known = {client: (digest, rung) for client, digest, rung in state["known"]}
 
     def forget_clients(self) -> None:
         """As if no client knew a mask: masks travel again, of the same size."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -27,14 +28,17 @@ from fedgmr_plugin.engine.network import Links, LogNormalLinks, TraceLinks, Virt
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Clients, Simulation, Training
+from fedgmr_plugin.engine.snapshot import Snapshot, restore_simulation, snapshot_simulation
 from fedgmr_plugin.errors import ConfigError, DataError
 from fedgmr_plugin.kernels.aggregate import MaskedUpdate
 from fedgmr_plugin.kernels.cost import cost_of_layer, macs_per_weight
 from fedgmr_plugin.kernels.layout import ModelLayout, build_layout, validate
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
+from fedgmr_plugin.protocol.checkpoint import Checkpoint, latest, save
 from fedgmr_plugin.protocol.runlog import RunLogWriter
 from fedgmr_plugin.protocol.schema import SCHEMA
 from fedgmr_plugin.protocol.sizes import MessageSizes
+from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.aggregator import AggregatorBridge
 from fedgmr_plugin.runtimes.data import FederatedData, read_dataset
 from fedgmr_plugin.runtimes.progress import Progress
@@ -63,21 +67,35 @@ class SingleProcess:
     header: dict[str, Any]
     directory: Path
     on_record: Callable[[dict[str, Any]], None]
+    sizes: MessageSizes
     workers: Workers | None = None
     end: dict[str, Any] | None = None
     _writer: RunLogWriter | None = None
 
     def train(self) -> None:
-        """Run to the end of the budget; the model given to FedML then holds what is shipped."""
+        """Run to the end of the budget; the model given to FedML then holds what is shipped.
+
+        Where `fedgmr resume` goes on with an interrupted run, from its last checkpoint.
+
+        Raises:
+            RunLogError: GMR-605, GMR-606 where the run to go on with cannot be.
+        """
         started = time.monotonic()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._write_config()
+        checkpoint = self._prepare()
         server = self.simulation.server
-        with RunLogWriter(self.directory) as writer, Progress(self.header) as progress:
+        writer = RunLogWriter(
+            self.directory,
+            overwrite=resume.directory() is not None,
+            resume_at=None if checkpoint is None else checkpoint.meta["log_bytes"],
+        )
+        with writer, Progress(self.header) as progress:
             self._writer, self._progress = writer, progress
-            writer.write(self.header)
-            with _threads(server.config.cpu_threads), self._workers_ended():
-                end = self.simulation.run()
+            try:
+                with _threads(server.config.cpu_threads), self._workers_ended():
+                    end = self._advance(writer, checkpoint)
+            except KeyboardInterrupt:
+                click.echo(f"interrupted; to continue: fedgmr resume {self.directory}", err=True)
+                raise
             self.end = {**end, "wall_seconds": time.monotonic() - started}
             writer.write(self.end)
         shipped = server.model(server.candidate)
@@ -88,6 +106,38 @@ class SingleProcess:
         )
         _log.info("model sha256: %s", end["model_sha256"])
         progress.close_with(self.end, self.directory)
+
+    def _prepare(self) -> Checkpoint | None:
+        """Make the run's directory ready; the checkpoint to go on from, if there is one."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        checkpoint = None
+        if resume.directory() is None:
+            resume.remember(self.directory)
+        else:
+            resume.check_same_run(self.directory, self.header)
+            checkpoint = latest(self.directory)
+        self._write_config()
+        return checkpoint
+
+    def _advance(self, writer: RunLogWriter, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        """The run from its beginning or from `checkpoint`, with checkpoints on the way; its `end` record."""
+        seconds = self.simulation.config.checkpoint_seconds
+        if checkpoint is None:
+            writer.write(self.header)
+            end = self.simulation.start()
+        else:
+            restore_simulation(self.simulation, Snapshot(checkpoint.meta["simulation"], checkpoint.tensors))
+            self.sizes.load_state(checkpoint.meta["sizes"])
+            end = None
+        saved = time.monotonic()
+        while end is None:
+            end = self.simulation.step()
+            if end is None and seconds is not None and time.monotonic() - saved >= seconds:
+                meta, tensors = snapshot_simulation(self.simulation)
+                state = {"simulation": meta, "sizes": self.sizes.state(), "log_bytes": writer.sync()}
+                save(self.directory, self.simulation.server.version, state, tensors)
+                saved = time.monotonic()
+        return end
 
     @contextmanager
     def _workers_ended(self) -> Iterator[None]:
@@ -183,7 +233,7 @@ def build(
         metrics = bridge.test(model, batches, round_index=server.version - 1)
         return metrics if is_known(metrics) else trainer.evaluate(model, batches)
 
-    directory = run_directory(config)
+    directory = resume.directory() or run_directory(config)
     run: SingleProcess
     workers = None
     if config.workers > 1:
@@ -228,7 +278,7 @@ def build(
         "windows": keys.windows,
         "time_budget": config.time_budget,
     }
-    run = SingleProcess(simulation, model, header, directory, _fedml_metrics(args), workers)
+    run = SingleProcess(simulation, model, header, directory, _fedml_metrics(args), sizes, workers)
     return run
 
 

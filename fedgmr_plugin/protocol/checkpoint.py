@@ -1,0 +1,112 @@
+"""Checkpoints of a run: one file each, whole or not there.
+
+A checkpoint is a safetensors file whose metadata hold the state's JSON. It is written beside its place,
+brought to the disk and renamed; its name holds the window and the first 16 hex digits of its SHA-256, so that
+damage shows. Two generations are kept: where the last one is damaged, the one before it serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedgmr_plugin.errors import RunLogError
+
+#: Folder of the checkpoints in a run's directory.
+FOLDER = "checkpoints"
+FORMAT = "fedgmr checkpoint 1"
+_KEPT = 2
+_NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})\.safetensors")
+
+
+class Checkpoint(NamedTuple):
+    """What was saved: JSON-able `meta`, `tensors` by name; `path` of the file."""
+
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+    path: Path
+
+
+def save(run: Path, window: int, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Write the checkpoint of a window; returns its file, which is on the disk then.
+
+    Args:
+        run: the run's directory.
+        window: windows merged so far.
+        meta: JSON-able state.
+        tensors: by name.
+    """
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    draft = folder / "draft"
+    metadata = {"format": FORMAT, "meta": json.dumps(meta)}
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(draft), metadata)
+    _sync(draft)
+    path = folder / f"{window:08d}-{_digest(draft)}.safetensors"
+    draft.rename(path)
+    _sync(folder)
+    for _, old in list(_found(folder))[_KEPT:]:
+        old.unlink()
+    return path
+
+
+def latest(run: Path) -> Checkpoint | None:
+    """The last checkpoint that is undamaged; None if none was made.
+
+    Raises:
+        RunLogError: GMR-605 if there are some, all damaged or of another format.
+    """
+    problems = []
+    for digest, path in _found(run / FOLDER):
+        try:
+            return _read(path, digest)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            problems.append(f"{path.name}: {error}")
+    if problems:
+        raise RunLogError("GMR-605", "; ".join(problems), where=str(run / FOLDER))
+    return None
+
+
+def _found(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Digest and path of each checkpoint, the last window first."""
+    files = [(match, path) for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))]
+    for match, path in sorted(files, key=lambda item: int(item[0][1]), reverse=True):
+        yield match[2], path
+
+
+def _read(path: Path, digest: str) -> Checkpoint:
+    if _digest(path) != digest:
+        raise ValueError("the content is not what was written")
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"its format is {metadata['format']!r}, this release reads {FORMAT!r}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Checkpoint(json.loads(metadata["meta"]), tensors, path)
+
+
+def _digest(path: Path) -> str:
+    """First 16 hex digits of the file's SHA-256."""
+    found = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(2**20):
+            found.update(piece)
+    return found.hexdigest()[:16]
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
