@@ -236,6 +236,28 @@ def test_vectors_longer_than_a_block_merge_like_short_ones(size: int, form: Any)
         assert torch.allclose(got, wanted, rtol=2**-23, atol=2e-6)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
+@few
+@given(data=st.data())
+def test_equal_masks_are_one_ranking_whoever_holds_them(options: dict[str, Any], data: st.DataObject) -> None:
+    """A ranking that was sent, saved or found anew is another object with the same digest."""
+    case = data.draw(drawn(options))
+    w_D, home, updates = tensors(case)
+
+    def twin(ranking: Ranking) -> Ranking:
+        return Ranking(ranking.densities, ranking.rung_D.clone())
+
+    others = [u._replace(ranking=twin(u.ranking)) for u in updates]
+    stale = update([0, SIZE - 1], [1.0] * 2, 0.5)
+    if options.get("buffers"):
+        stale = update([0, *range(SIZE - options["buffers"], SIZE)], [1.0] * (1 + options["buffers"]), 0.5)
+    for more in ([], [stale]):
+        expected = merge(home.ranked(w_D), home, [*updates, *more], **options)
+        out = torch.full((SIZE,), math.nan)
+        result = merge(home.ranked(w_D), home, [*others, *more], **options, out=out)
+        assert torch.equal(result.w_D, expected.w_D) and result.coverage == expected.coverage
+
+
 @pytest.mark.parametrize("most", [1, 9, 2**16])
 def test_more_combinations_of_rungs_than_a_table_holds(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine rankings of seven rungs: the numbers of combinations do not change a bit of the result."""

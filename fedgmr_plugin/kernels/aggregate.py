@@ -9,14 +9,16 @@ With c_n the weight of update n and m_nj = 1 where it holds coordinate j (method
     global_average  w_j <- w_j + sum_n c_n m_nj (x_nj - w_j) / sum_n c_n
     plain_average   w_j <- sum_n c_n m_nj x_nj / sum_n c_n
 
-in the replacement form; the delta form has w_j + (the same mean of x_nj - x0_nj). All are computed as a
-change of w_j from sum_n c_n m_nj (x_nj - w_j), so that rounding is relative to the change: with u the unit
-roundoff of the vector's type, n holders and sums in that type, the new value is within
+in the replacement form; the first two have a delta form, w_j + (the same mean of x_nj - x0_nj). All are
+computed as a change of w_j from sum_n c_n m_nj (x_nj - w_j), so that rounding is relative to the change: with
+u the unit roundoff of the vector's type, n holders and sums in that type, the new value is within
 
     u |w'_j| + (n + 3) u sum_n c_n m_nj |x_nj - w_j| / sum_n c_n m_nj
 
-of the exact one (with |x_nj - x0_nj| in the delta form). The only update of a merge, and a lone holder's
-values among updates of the vector's own ranking, pass as they are.
+of the exact one (with |x_nj - x0_nj| in the delta form, and 4 u |w_j| more under plain_average, which scales
+w_j). Weights are taken to be at least 2^-100 of the largest: what is lighter counts as that. A lone holder's
+values among updates of the vector's own ranking pass as they are, and so, in the replacement form, does the
+only update of a merge.
 
 Updates that were cut from the vector's own ranking are prefixes of it: their sums run over contiguous
 memory, block by block, with one weight for a whole rung. With updates of other rankings, blocks are of the
@@ -41,12 +43,13 @@ from fedgmr_plugin.kernels.masks import Ranking
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
 Rule = Literal["mask_aware", "global_average", "plain_average"]
 Form = Literal["delta", "replacement"]
 
 
-#: Weights below this share of the largest are raised to it: nothing where somebody else holds the coordinate,
-#: and products with it stay above float32's smallest numbers.
+#: Weights below this share of the largest are raised to it: products with it stay above float32's smallest
+#: numbers.
 _LEAST_WEIGHT = 2.0**-100
 
 #: Combinations of rungs in one table; beyond it, a block's own are numbered anew.
@@ -152,7 +155,12 @@ def merge(
         server_step: factor on the merged change of parameters.
         participation: P of the mixing ablation, w <- P merged + (1 - P) w; 1 turns it off.
         out: where to write the new vector [D]; a new tensor by default.
+
+    Raises:
+        ValueError: ``plain_average`` in the delta form, which does not exist.
     """
+    if rule == "plain_average" and form == "delta":
+        raise ValueError("plain_average averages weights: it has no delta form")
     new_D = torch.empty_like(w_D) if out is None else out
     largest = 2.0 ** math.frexp(max(u.weight for u in updates))[1]  # a power of two: scaling by it is exact
     updates = [u._replace(weight=max(u.weight / largest, _LEAST_WEIGHT)) for u in updates]
@@ -246,51 +254,84 @@ def _merge_scattered(
         return Coverage(parameters - held, int(held > 0), held, (float(len(updates[0].values_S) > 0),))
 
     pieces = [*blocks(0, parameters, w_D), *blocks(parameters, w_D.numel(), w_D)]
-    owners = {r.digest: r for r in (ranking, *(u.ranking for u in updates))}
+    owners = {ranking.digest: ranking}
+    for u in updates:
+        owners.setdefault(u.ranking.digest, u.ranking)
     home, *others = (_Group.of(owner, updates, pieces, owner is ranking) for owner in owners.values())
     groups = [home, *others] if any(home.holders) else others
-    scratch = _Scratch(w_D)
-    uncovered, least_holders = 0, len(updates)
-    least_N = np.full(len(updates), np.inf)
+    scratch, tally = _Scratch(w_D), _Tally(len(updates))
     for k, at in enumerate(pieces):
-        length = at.stop - at.start
         rule = rules[at.start >= parameters]
-        home_B = home.places(k, at.start, scratch.take("home", length, torch.int64))
-        base_B = None
-        if rule.form == "replacement":
-            base_B = scratch.take("base", length)
-            for part, place_S in home.slices(k, home_B):
-                base_B.scatter_(0, place_S, w_D[part])
-        change_B = scratch.take("change", length).fill_(-0.0)  # which changes no number that is added to it
-        for group in groups:
-            place_B = home_B
-            if group is not home:
-                place_B = group.places(k, at.start, scratch.take("other", length, torch.int64))
-            for holders, (part, place_S) in zip(group.holders, group.slices(k, place_B), strict=False):
-                if holders:
-                    base_S = None
-                    if base_B is not None:
-                        base_S = torch.index_select(base_B, 0, place_S, out=scratch.take("old", len(place_S)))
-                    change_B.scatter_add_(0, place_S, scratch.sum_of(holders, part, base_S))
-
+        place_B = home.places(k, at.start, scratch.take("home", at.stop - at.start, torch.int64))
+        change_B = _sum_of_changes(w_D, home, groups, k, at, place_B, rule.form, scratch)
         code_B, weight_C, holds_CN = _combinations(groups, at, scratch)
         keep_C, gain_C = (torch.from_numpy(f).to(w_D) for f in rule.factors(weight_C))
-        change_B.mul_(torch.index_select(gain_C, 0, code_B, out=scratch.take("part", length)))
+        change_B.mul_(torch.index_select(gain_C, 0, code_B, out=scratch.take("part", len(code_B))))
         keep_B = torch.index_select(keep_C, 0, code_B) if rule.rule == "plain_average" else None
-        for part, place_S in home.slices(k, home_B):
+        for part, place_S in home.slices(k, place_B):
             new_S = torch.index_select(change_B, 0, place_S, out=new_D[part])
             new_S += w_D[part] if keep_B is None else w_D[part] * torch.index_select(keep_B, 0, place_S)
-
         count_C = torch.bincount(code_B, minlength=len(weight_C)).cpu().numpy()
-        holders_C = holds_CN.sum(axis=1)
-        if at.start < parameters:
-            uncovered += int(count_C[holders_C == 0].sum())
-            least_holders = min([least_holders, *holders_C[(count_C > 0) & (holders_C > 0)].tolist()])
-        here_CN = holds_CN & (count_C > 0)[:, None]
-        least_N = np.minimum(least_N, np.where(here_CN, weight_C[:, None], np.inf).min(axis=0))
+        tally.add(count_C, weight_C, holds_CN, at.start < parameters)
+    return tally.coverage(updates, held)
 
-    shares = tuple(u.weight / least for u, least in zip(updates, least_N.tolist(), strict=True))
-    return Coverage(uncovered, least_holders if held else 0, held, shares)
+
+class _Tally:
+    """Who holds what, added up block by block."""
+
+    def __init__(self, updates: int) -> None:
+        self._uncovered, self._least_holders = 0, updates
+        self._least_N = np.full(updates, np.inf)  # smallest weight that an update shares a coordinate with
+
+    def add(self, count_C: Ints, weight_C: Floats, holds_CN: Bools, is_parameter: bool) -> None:
+        """A block with `count_C` coordinates of each combination."""
+        holders_C = holds_CN.sum(axis=1)
+        if is_parameter:
+            self._uncovered += int(count_C[holders_C == 0].sum())
+            held_C = (count_C > 0) & (holders_C > 0)
+            self._least_holders = min([self._least_holders, *holders_C[held_C].tolist()])
+        here_CN = holds_CN & (count_C > 0)[:, None]
+        self._least_N = np.minimum(self._least_N, np.where(here_CN, weight_C[:, None], np.inf).min(axis=0))
+
+    def coverage(self, updates: Sequence[MaskedUpdate], held: int) -> Coverage:
+        """The sum; `held` as in `Coverage`."""
+        shares = (u.weight / least for u, least in zip(updates, self._least_N.tolist(), strict=True))
+        return Coverage(self._uncovered, self._least_holders if held else 0, held, tuple(shares))
+
+
+def _sum_of_changes(
+    w_D: Tensor,
+    home: _Group,
+    groups: Sequence[_Group],
+    block: int,
+    at: slice,
+    home_B: Tensor,
+    form: Form,
+    scratch: _Scratch,
+) -> Tensor:
+    """sum_n c_n m_nj (x_nj - w_j), or of x_nj - x0_nj, over a block in the layout's order [B].
+
+    Args:
+        home_B: `home.places` of the block.
+    """
+    length = at.stop - at.start
+    base_B = None
+    if form == "replacement":
+        base_B = scratch.take("base", length)
+        for part, place_S in home.slices(block, home_B):
+            base_B.scatter_(0, place_S, w_D[part])
+    change_B = scratch.take("change", length).fill_(-0.0)  # which changes no number that is added to it
+    for group in groups:
+        place_B = home_B
+        if group is not home:
+            place_B = group.places(block, at.start, scratch.take("other", length, torch.int64))
+        for holders, (part, place_S) in zip(group.holders, group.slices(block, place_B), strict=False):
+            if holders:
+                base_S = None
+                if base_B is not None:
+                    base_S = torch.index_select(base_B, 0, place_S, out=scratch.take("old", len(place_S)))
+                change_B.scatter_add_(0, place_S, scratch.sum_of(holders, part, base_S))
+    return change_B
 
 
 class _Group(NamedTuple):
