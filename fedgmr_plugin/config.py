@@ -143,7 +143,9 @@ class FedGMRConfig(BaseModel):
     staleness: Literal["constant", "polynomial", "hinge"] = Field(
         "polynomial", description="Weight of an upload that took tau windows."
     )
-    staleness_exponent: NonNegative = Field(0.6, description="a of (1 + tau)^-a.")
+    staleness_exponent: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
+        0.6, description="a of (1 + tau)^-a."
+    )
     hinge_slope: Positive = Field(10.0, description="a of 1/(a (tau - b) + 1).")
     hinge_delay: NonNegative = Field(4.0, description="b: windows without penalty.")
     min_updates: int = Field(1, ge=1, description="Uploads that a window waits for at least.")
@@ -286,6 +288,11 @@ class FedGMRConfig(BaseModel):
                 f"GMR-104|run_name|run_name={self.run_name!r} is no name of a directory: letters, digits and "
                 "any of _.+=- behind the first"
             )
+        if self.trace_family is not None and self.bandwidth_traces is None:
+            problems.append(
+                f"GMR-106|trace_family|trace_family={self.trace_family!r} chooses among bandwidth_traces, "
+                "which is not given"
+            )
         if self.probe and self.payload_dtype != "model":
             problems.append(
                 f"GMR-106|probe|probe=true measures terms that know no rounding, but "
@@ -300,6 +307,18 @@ class FedGMRConfig(BaseModel):
             raise ValueError("\n".join(problems))
         return self
 
+    def check_clients(self, clients: int, *, where: str) -> None:
+        """Refuse lists that have one value for each client and not `clients` values.
+
+        Raises:
+            ConfigError: GMR-109.
+        """
+        for name in ("densities", "compute_slowdown"):
+            values = getattr(self, name)
+            if values is not None and len(values) != clients:
+                message = f"{name} has {len(values)} values for client_num_in_total={clients}"
+                raise ConfigError("GMR-109", message, where=f"{where}.{name}")
+
     def initial_densities(self, clients: int) -> tuple[float, ...]:
         """Initial density of each of `clients` clients (dimensionless, docs/method.md section 8).
 
@@ -310,12 +329,7 @@ class FedGMRConfig(BaseModel):
             ConfigError: GMR-109 if `densities` has another length.
         """
         if self.densities is not None:
-            if len(self.densities) != clients:
-                raise ConfigError(
-                    "GMR-109",
-                    f"densities has {len(self.densities)} values for client_num_in_total={clients}",
-                    where="fedgmr_args.densities",
-                )
+            self.check_clients(clients, where="fedgmr_args")
             return self.densities
         classes = HETEROGENEITY[self.heterogeneity]
         total = sum(share for _, share in classes)
@@ -477,7 +491,7 @@ def _refusal(key: str, item: int | None, value: Any, where: str) -> ConfigError:
         hint = f"Did you mean `{guess}`?" if guess else ""
     else:
         code, text = "GMR-102", f"is {_kind(value)}; it must be {allowed}"
-        hint = _rewrite(value, types)
+        hint = _rewrite(value, types, choices)
     return ConfigError(code, f"{key}={_shown(value)} {text}", where=f"{where}.{key}", hint=hint)
 
 
@@ -539,7 +553,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _rewrite(value: object, types: set[Any]) -> str:
+def _rewrite(value: object, types: set[Any], choices: Sequence[str]) -> str:
     """How to write a value of the wrong type; empty where there is nothing to suggest."""
     numeric = types & {"number", "integer"}
     if isinstance(value, str) and numeric:
@@ -553,6 +567,8 @@ def _rewrite(value: object, types: set[Any]) -> str:
             return f"YAML reads {value} as text: write {dotted}e{power:+d}."
         if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text):
             return f"Write {text} without quotes."
+    if value is False and "none" in choices:
+        return "YAML reads off and no as false: write none."
     if isinstance(value, float) and "integer" in types and value.is_integer():
         return f"Write {int(value)}."
     if "array" in types and not isinstance(value, (bool, Mapping)) and value is not None:

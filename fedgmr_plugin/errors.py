@@ -73,9 +73,9 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "Check the path given with --cf, and the line that the YAML parser names.",
     ),
     "GMR-109": CatalogueEntry(
-        "initial densities do not fit the clients",
-        "`densities` must have one value per client (`client_num_in_total`).",
-        "Give as many densities as clients, or use `heterogeneity`.",
+        "list does not fit the clients",
+        "`densities` and `compute_slowdown` must have one value per client (`client_num_in_total`).",
+        "Give one value per client; instead of `densities`, `heterogeneity` fits any number.",
     ),
     "GMR-110": CatalogueEntry(
         "run exists already",

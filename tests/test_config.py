@@ -285,6 +285,10 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
         section["update_form"] = "replacement"
     if section.get("payload_rule") == "encoded":
         section["model_megabytes"] = None
+    if section.get("probe"):
+        section["payload_dtype"] = "model"
+    if section.get("bandwidth_traces") is None:
+        section["trace_family"] = None
     if section.get("run_name") is not None:
         section["run_name"] = draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,5}", fullmatch=True))
     return section

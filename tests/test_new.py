@@ -62,7 +62,7 @@ def test_existing_files_are_overwritten_only_with_force(tmp_path: Path, name: st
     (tmp_path / "other").write_text("mine")
     result = invoke(tmp_path)
     assert result.exit_code == 1
-    assert f"{tmp_path / name} exist already; --force overwrites them" in result.output
+    assert f"{tmp_path / name} exists already; --force overwrites" in result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "other"])
     assert (tmp_path / name).read_text() == "mine"
     assert invoke(tmp_path, "--force").exit_code == 0
@@ -129,7 +129,9 @@ def test_every_option_is_described() -> None:
 def test_the_example_says_what_it_changes() -> None:
     text = " ".join(options(EXAMPLE).split()).replace("# ", "")
     for name, (value, reason) in EXAMPLE.items():
-        assert reason in text and f"Default: {json.dumps(FedGMRConfig.model_fields[name].default)}." in text
+        default = FedGMRConfig.model_fields[name].default
+        shown = default if isinstance(default, str) else json.dumps(default)
+        assert reason in text and f"Default: {shown}." in text
         assert FedGMRConfig.model_fields[name].default != value
 
 

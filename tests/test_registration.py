@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import types
@@ -358,6 +359,11 @@ def test_likely_slips_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixt
         ("FedGMR-args: {trigger: none}", "GMR-101", "c.yaml: FedGMR-args"),
         ("fedgrm_args: {trigger: none}", "GMR-101", "c.yaml: fedgrm_args"),
         ("gmr: {trigger: none}", "GMR-101", "c.yaml: gmr"),
+        ("fedgmr_args: {12: 3}", "GMR-101", "c.yaml: fedgmr_args.12"),
+        ("fedgmr_args: {trigger: off}", "GMR-102", "c.yaml: fedgmr_args.trigger"),
+        ("train: {batch_size: 0}", "GMR-104", "c.yaml: batch_size"),
+        ("train: {random_seed: -1}", "GMR-104", "c.yaml: random_seed"),
+        ("train: {client_num_per_round: 4}", "GMR-104", "c.yaml: client_num_per_round"),
         ("fedgmr_args: {trigger: never}", "GMR-103", "c.yaml: fedgmr_args.trigger"),
         ("fedgmr_args: {densities: [1.0, 0.5]}", "GMR-109", "c.yaml: fedgmr_args.densities"),
         ("fedgmr_args: {compute_slowdown: [1.0]}", "GMR-109", "c.yaml: fedgmr_args.compute_slowdown"),
@@ -383,10 +389,10 @@ def test_options_are_checked_before_anything_is_built(
         registration.check_command_line(["--cf", str(path)])
 
 
-@pytest.mark.parametrize("name", ["fed_args", "model_args", "train_args", "federate_args", "server_args"])
+@pytest.mark.parametrize("name", ["fed_args", "model_args", "train_args", "federate_args", "gmr_sweep_args"])
 def test_sections_of_other_names_stay_free(tmp_path: Path, name: str) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(f"all: {{federated_optimizer: fedgmr}}\n{name}: {{own: 1}}\n")
+    path.write_text(f"all: {{federated_optimizer: fedgmr, on: 1, 12: x}}\n{name}: {{own: 1}}\n")
     registration.check_command_line(["--cf", str(path)])
 
 
@@ -406,24 +412,52 @@ def test_a_script_that_registers_ends_with_the_message_alone(tmp_path: Path) -> 
 def test_the_hook_shows_our_errors_and_passes_others_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also after FedML has put its own hook in the place of ours."""
     seen: list[str] = []
 
-    def others(name: str) -> Any:
-        return lambda kind, error, trace: seen.append(name)
+    def ours() -> None:
+        sys.excepthook(HostError, HostError("GMR-502", "ours"), None)
+        sys.excepthook(ValueError, ValueError(), None)
 
-    monkeypatch.setattr(sys, "excepthook", others("python"))
+    def first(kind: Any, error: BaseException, trace: Any) -> None:
+        seen.append(f"first {kind.__name__}")
+
+    monkeypatch.setattr(sys, "excepthook", first)
     uncaught.install()
-    monkeypatch.setattr(sys, "excepthook", others("fedml"))
+    ours()
+    assert capsys.readouterr().err.startswith("GMR-502 ours\n") and seen == ["first ValueError"]
+
+    below = sys.excepthook  # somebody puts a hook over ours that calls it, as error trackers do
+    sys.excepthook = lambda *error: (seen.append("tracker"), below(*error))
     uncaught.install()
-    uncaught.install()
-    sys.excepthook(HostError, HostError("GMR-502", "ours"), None)
-    sys.excepthook(ValueError, ValueError(), None)
-    assert capsys.readouterr().err.startswith("GMR-502 ours\n") and seen == ["fedml"]
+    ours()
+    assert seen[1:] == ["tracker", "tracker", "first ValueError"]
     uncaught.restore()
-    sys.excepthook(HostError, HostError("GMR-502", "ours"), None)
-    assert seen == ["fedml", "fedml"]
+    ours()
+    assert seen[4:] == ["tracker", "tracker", "first ValueError"]
+
+    monkeypatch.setattr(sys, "excepthook", first)
+    uncaught.install()
     uncaught.restore()
+    uncaught.restore()
+    assert sys.excepthook is first
+
+
+def test_fedmls_own_hook_shows_our_errors_by_their_message(
+    registered: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`fedml.init` puts it over ours."""
+    from fedml.core.mlops.mlops_runtime_log import MLOpsRuntimeLog
+
+    logged: list[Any] = []
+    monkeypatch.setattr(logging, "error", lambda *given, **more: logged.append(given))
+    monkeypatch.setattr("fedml.mlops.log_aggregation_exception_status", lambda *_, **__: None)
+    MLOpsRuntimeLog.handle_exception(HostError, HostError("GMR-502", "ours"), None)
+    assert capsys.readouterr().err.startswith("GMR-502 ours\n") and not logged
+    MLOpsRuntimeLog.handle_exception(ValueError, ValueError(), None)
+    assert logged == [("Uncaught exception",)]
+    registration.unregister()
+    MLOpsRuntimeLog.handle_exception(HostError, HostError("GMR-502", "ours"), None)
+    assert len(logged) == 2
 
 
 # -- `fedgmr run` ----------------------------------------------------------------------------------

@@ -374,12 +374,17 @@ def test_a_users_trainer_and_aggregator_are_honoured(tmp_path: Path) -> None:
 
     args = arguments(tmp_path)
     model = network()
+    plain = run(arguments(tmp_path))
+    assert plain.header["fedml"]["aggregation_hooks"] is False
+    assert "aggregation_hooks" not in (plain.directory / "config.yaml").read_text()
     finished = run(
         args,
         model=model,
         client_trainer=Trainer(model, args),
         server_aggregator=Aggregator(copy.deepcopy(model), args),
     )
+    assert finished.header["fedml"]["aggregation_hooks"] is True
+    assert finished.header["local_steps"] is None and plain.header["local_steps"] == 5
     assert {"train", "trainer.test", "before 4", "after", "test 0", "test 5"} <= set(calls)
     assert torch.equal(model[4].bias, torch.full((3,), 0.5))
     log = read_run(finished.directory)
@@ -566,3 +571,24 @@ def test_the_table_of_a_plan_stays_narrow(tmp_path: Path) -> None:
     lines = table(plan).splitlines()
     assert max(map(len, lines)) <= 22 + 6 * 18
     assert sum(line.startswith("1 of class") for line in lines) == 40
+
+
+def test_a_plan_flies_over_measured_links(tmp_path: Path) -> None:
+    """Traces are no jitter: a rehearsal uses those of the run, and refuses a file that is none."""
+    path = tmp_path / "traces.npz"
+    mbit = np.tile(np.array([8.0, 2.0, 5.0, 1.0]), 50)
+    np.savez(path, time_s=np.arange(200.0), mbit_s=mbit, offset=np.array([0, 200]), family=np.array(["x"]))
+    options = {
+        **{"client_jitter": 0, "server_jitter": 0, "trigger": "none", "interval": 30},
+        **{"bandwidth_traces": str(path), "model_megabytes": 30.0},
+    }
+    args = arguments(tmp_path, options, comm_round=30)
+    finished = run(args)
+    plan = plan_run(finished.simulation.config, fedml_keys(args), network())
+    ends = read_run(finished.directory).column("window", "end")
+    assert plan.window_seconds == pytest.approx(ends[-1] / 30, rel=1e-12)
+    still = plan_run(parse({"model_megabytes": 30.0}, where="here"), fedml_keys(args), network())
+    assert plan.window_seconds != pytest.approx(still.window_seconds, rel=1e-3)
+    broken = parse({"bandwidth_traces": str(tmp_path / "none.npz")}, where="here")
+    with pytest.raises(DataError, match="GMR-303"):
+        plan_run(broken, fedml_keys(args), network())

@@ -70,7 +70,7 @@ class LazyGroup(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            if near and near[0] not in error.message:
+            if near and repr(near[0]) not in error.message:
                 error.message += f" Did you mean {near[0]!r}?"
             raise
 

@@ -38,7 +38,8 @@ def new(directory: Path, force: bool) -> None:
     files = {directory / name: text for name, text in project().items()}
     existing = [str(path) for path in files if path.exists()]
     if existing and not force:
-        raise click.ClickException(f"{' and '.join(existing)} exist already; --force overwrites them")
+        exist = "exists" if len(existing) == 1 else "exist"
+        raise click.ClickException(f"{' and '.join(existing)} {exist} already; --force overwrites")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():

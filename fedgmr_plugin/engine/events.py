@@ -94,7 +94,7 @@ class Dispatch:
         density: d_n.
         ranking: family that the mask was cut from.
         rung: the mask within it.
-        values_S: w_s on the support, in payload order.
+        values_S: w_s on the support, in payload order; shared by the dispatches of one rung, so read-only.
         learning_rate_scale: factor on the clients' learning rate in this window (warm-up).
     """
 

@@ -84,7 +84,7 @@ class Server:
         config: validated options.
         plan: budget, seed and clients.
         layout: map of the global vector.
-        w_D: initial global vector; owned by the server from now on.
+        w_D: initial global vector; the server's own from now on, which it overwrites.
         before_merge, after_merge: hooks of the host framework; see `BeforeMerge`.
     """
 

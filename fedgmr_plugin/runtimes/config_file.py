@@ -51,7 +51,7 @@ def load(path: str) -> Sections:
     except UnicodeDecodeError as error:
         raise _refused(path, f"is not UTF-8 text (byte {error.start})") from error
     except yaml.YAMLError as error:
-        raise _refused(path, f"is not valid YAML: {' '.join(str(error).split())}") from error
+        raise _refused(path, f"is not valid YAML: {_without_source(error)}") from error
     if content is None:
         raise _refused(path, "is empty")
     if not isinstance(content, Mapping):
@@ -68,6 +68,11 @@ def load(path: str) -> Sections:
 def flatten(sections: Sections) -> dict[str, Any]:
     """All keys of all sections, the last of equal keys winning, as in FedML."""
     return {key: value for keys in sections.values() for key, value in keys.items()}
+
+
+def _without_source(error: yaml.YAMLError) -> str:
+    """PyYAML's message on one line; it names the text it was given, and no file."""
+    return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 
 def _refused(path: str, problem: str, hint: str = "") -> ConfigError:

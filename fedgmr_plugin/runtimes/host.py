@@ -7,6 +7,7 @@
     torchvision's compiled operators do not load  defines the two operator schemas it looks up
     `import fedml` warns about pkg_resources      drops that one warning: users can do nothing about it
     `fedml.init` calls FedML's cloud              skips the call if nobody configured the cloud
+    `fedml.init` logs every uncaught exception    shows errors of ours by their message alone
 
 FedML's logging, its other warnings and its files in ~/.fedml are left alone. The state is that of the
 process, as FedML's own is; `restore` undoes every change.
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.runtimes import uncaught
 
 #: The one release of FedML whose internals fedgmr knows.
 SUPPORTED_FEDML = "0.9.6"
@@ -41,6 +43,7 @@ BROKERLESS = frozenset({"sp", "MPI", "NCCL", "GRPC", "TRPC"})
 
 _schemas: list[Any] = []  # torch.library.Library objects: the schemas live as long as they do
 _fetch_config: list[Callable[..., Any]] = []  # FedML's own function, while ours stands in for it
+_handle_exception: list[Callable[..., Any]] = []  # the same of its hook for uncaught exceptions
 
 
 def prepare() -> tuple[str, ...]:
@@ -68,6 +71,9 @@ def prepare() -> tuple[str, ...]:
     if not _fetch_config:
         _fetch_config.append(mlops.fetch_config)
         mlops.fetch_config = skip_unless_wanted(mlops.fetch_config)
+        log = _runtime_log()
+        _handle_exception.append(log.handle_exception)
+        log.handle_exception = staticmethod(uncaught.wrap(log.handle_exception))
     return workarounds()
 
 
@@ -76,7 +82,13 @@ def restore() -> None:
     if _fetch_config:
         mlops: Any = importlib.import_module("fedml.core.mlops")
         mlops.fetch_config = _fetch_config.pop()
+        _runtime_log().handle_exception = staticmethod(_handle_exception.pop())
     _schemas.clear()
+
+
+def _runtime_log() -> Any:
+    """FedML's class whose `handle_exception` becomes `sys.excepthook` in `fedml.init`."""
+    return importlib.import_module("fedml.core.mlops.mlops_runtime_log").MLOpsRuntimeLog
 
 
 def workarounds() -> tuple[str, ...]:

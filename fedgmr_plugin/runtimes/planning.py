@@ -12,7 +12,7 @@ from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.events import Dispatch
-from fedgmr_plugin.engine.network import LogNormalLinks, Transfer, VirtualNetwork, payload_megabytes
+from fedgmr_plugin.engine.network import Transfer, VirtualNetwork, payload_megabytes
 from fedgmr_plugin.engine.sampling import choose_idle
 from fedgmr_plugin.kernels.layout import build_layout, validate
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
@@ -186,7 +186,7 @@ class _Stage:
         Clients are chosen as the server chooses them.
         """
         still = self.config.model_copy(update={"client_jitter": 0.0, "server_jitter": 0.0})
-        links = LogNormalLinks(still, self.initial, self.keys.seed)
+        links = single_process.links(still, self.initial, self.keys.seed)
         network = VirtualNetwork(still, self.initial, self.megabytes, links)
         sizes = self._sizes()
         since: dict[int, float] = {}

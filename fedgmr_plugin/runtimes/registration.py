@@ -19,7 +19,7 @@ import click
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.runtimes import config_file, host, uncaught
-from fedgmr_plugin.runtimes.settings import SECTION, options
+from fedgmr_plugin.runtimes.settings import SECTION, check_file
 
 OPTIMIZER = "fedgmr"
 #: Options of ours that are keys of FedML too, with another meaning.
@@ -105,7 +105,6 @@ def wrap(cls: type, build: Builder) -> None:
         current = _wrapped.get(cls)
         mine = current is not None and current.wrapper is __init__
         if mine and is_fedgmr(getattr(args, "federated_optimizer", None)):
-            uncaught.install()
             build(self, args, *rest, **keywords)
         else:
             original(self, args, *rest, **keywords)
@@ -121,7 +120,7 @@ def check_command_line(arguments: Sequence[str]) -> None:
     that fedgmr cannot serve is refused here already; so are wrong options, before data and model are built.
 
     Raises:
-        ConfigError: GMR-108 for a missing or broken file; what `settings.options` raises, under fedgmr.
+        ConfigError: GMR-108 for a missing or broken file; what `settings.check_file` raises, under fedgmr.
         HostError: GMR-502 for fedgmr under another `training_type` or `backend` than supported.
     """
     path = config_file.path_from(arguments)
@@ -133,7 +132,8 @@ def check_command_line(arguments: Sequence[str]) -> None:
         training_type, backend = settings.get("training_type"), settings.get("backend")
         if training_type not in (None, "simulation") or backend not in (None, "sp"):
             raise _unsupported(training_type, backend, where=path)
-        options(SimpleNamespace(**{**settings, "yaml_config_file": path}), source=path)
+        named = {key: value for key, value in settings.items() if isinstance(key, str)}
+        check_file(SimpleNamespace(**{**named, "yaml_config_file": path}), source=path)
     if not _wrapped:
         for note in notes(sections):
             click.echo(f"note: {note}", err=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from fedgmr_plugin.config import FedGMRConfig, parse
@@ -18,6 +19,8 @@ from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.runtimes import config_file
 
 SECTION = "fedgmr_args"
+#: Names near one of these can only have been meant to be the section's.
+_MISSPELT = (SECTION, "gmr_args", "fedgmr", "gmr")
 
 
 class FedMLKeys(NamedTuple):
@@ -67,12 +70,24 @@ def options(args: Any, source: str = "args") -> FedGMRConfig:
         given, where = _section(config_file.load(path), path), f"{path}: {SECTION}"
     config = given if isinstance(given, FedGMRConfig) else parse(given, where=where)
     clients = getattr(args, "client_num_in_total", None)
-    for name in ("densities", "compute_slowdown"):
-        values = getattr(config, name)
-        if values is not None and isinstance(clients, int) and len(values) != clients:
-            message = f"{name} has {len(values)} values for client_num_in_total={clients}"
-            raise ConfigError("GMR-109", message, where=f"{where}.{name}")
+    if isinstance(clients, int):
+        config.check_clients(clients, where=where)
     return config
+
+
+def check_file(args: Any, source: str) -> None:
+    """Refuse wrong values of the keys that a YAML file has, before FedML and the program act on them.
+
+    Raises:
+        ConfigError: as `options` and `fedml_keys` do, but none for a missing key.
+    """
+    options(args, source)
+    given = vars(args)
+    clients = {key: given[key] for key in ("client_num_in_total", "client_num_per_round") if key in given}
+    either = next(iter(clients.values()), 1)
+    stand_in = {"comm_round": 1, "batch_size": 1, "learning_rate": 1.0}
+    both = {"client_num_in_total": either, "client_num_per_round": either}
+    fedml_keys(SimpleNamespace(**{**stand_in, **both, **given}))
 
 
 def _section(sections: config_file.Sections, path: str) -> Any:
@@ -83,7 +98,7 @@ def _section(sections: config_file.Sections, path: str) -> Any:
     """
     if SECTION not in sections:
         for name in sections:
-            if "gmr" in name.lower() or difflib.get_close_matches(name.lower(), [SECTION], cutoff=0.85):
+            if difflib.get_close_matches(name.lower(), _MISSPELT, cutoff=0.85):
                 raise ConfigError(
                     "GMR-101",
                     f"section {name!r} is not {SECTION}, so its options would be ignored",

@@ -155,7 +155,8 @@ class SingleProcess:
         self.on_record(fields)
 
     def _write_config(self) -> None:
-        content = {"fedml": self.header["fedml"], "fedgmr_args": self.header["config"]}
+        fedml = {key: value for key, value in self.header["fedml"].items() if key != "aggregation_hooks"}
+        content = {"fedml": fedml, "fedgmr_args": self.header["config"]}
         text = yaml.safe_dump(content, sort_keys=False)
         (self.directory / "config.yaml").write_text(text, encoding="utf-8")
 
@@ -185,12 +186,6 @@ def build(
     data = read_dataset(dataset, keys.clients)
     counts = _training_samples(config, keys, data)
     densities = config.initial_densities(keys.clients)
-    if config.compute_slowdown is not None and len(config.compute_slowdown) != keys.clients:
-        raise ConfigError(
-            "GMR-109",
-            f"compute_slowdown has {len(config.compute_slowdown)} values, client_num_in_total={keys.clients}",
-            where="fedgmr_args.compute_slowdown",
-        )
     model.to(device)
     layout = build_layout(model, config.dense_layers)
     for finding in validate(model, config.dense_layers):
@@ -241,7 +236,7 @@ def build(
         workers = Workers(lambda sent: simulation.train(sent), layout, config.workers)
     simulation = Simulation(
         server,
-        VirtualNetwork(config, densities, megabytes, _links(config, densities, keys.seed)),
+        VirtualNetwork(config, densities, megabytes, links(config, densities, keys.seed)),
         model,
         clients,
         Training(trainer, batch_plan, keys.learning_rate),
@@ -258,7 +253,7 @@ def build(
         "run_name": directory.name,
         "seed": keys.seed,
         "config": effective(config),
-        "fedml": as_mapping(keys),
+        "fedml": {**as_mapping(keys), "aggregation_hooks": hooks is not None},
         "versions": {"python": platform.python_version(), **_versions()},
         "clients": keys.clients,
         "client_samples": list(counts),
@@ -358,7 +353,12 @@ def _trainer(
     )
 
 
-def _links(config: FedGMRConfig, densities: tuple[float, ...], seed: int) -> Links:
+def links(config: FedGMRConfig, densities: tuple[float, ...], seed: int) -> Links:
+    """The simulated links of a run: measured where `bandwidth_traces` is given, else log-normal.
+
+    Raises:
+        DataError: GMR-303 for traces that cannot be used.
+    """
     if config.bandwidth_traces is None:
         return LogNormalLinks(config, densities, seed)
     return TraceLinks(config, densities, seed, load_traces(config.bandwidth_traces, config.trace_family))

@@ -1,11 +1,13 @@
 """An error of ours that nobody catches is shown by its message, not by a traceback through FedML and us.
 
 A program that registers fedgmr itself runs under Python's own top level, so `install` puts a hook there.
-FedML replaces that in `fedml.init`; ours is put back before a run is built. Other exceptions are passed on.
+FedML puts its own in that place in `fedml.init`; `wrap` lets that one, too, show our errors by message. All
+other exceptions take the way that they took before.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,7 +22,8 @@ Hook = Callable[[type[BaseException], BaseException, TracebackType | None], obje
 #: Codes of errors that a user's own code caused: only its traceback says where.
 OF_USERS_CODE = frozenset({"GMR-506"})
 
-_previous: list[Hook] = []
+#: Our hook, while it is installed.
+_ours: list[Hook] = []
 
 
 def describe(error: FedGMRError) -> str:
@@ -30,22 +33,31 @@ def describe(error: FedGMRError) -> str:
     return str(error)
 
 
+def wrap(hook: Hook) -> Hook:
+    """`hook`, but for our errors, which are shown by `describe`."""
+
+    @functools.wraps(hook)
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, FedGMRError):
+            click.echo(describe(error), err=True)
+        else:
+            hook(kind, error, trace)
+
+    return show
+
+
 def install() -> None:
-    """Show our errors by `describe` where nothing catches them; Python's exit status stays 1."""
-    if sys.excepthook is not _show:
-        _previous.append(sys.excepthook)
-        sys.excepthook = _show
+    """Show our errors by `describe` where nothing catches them; Python's exit status stays 1.
+
+    A second call changes nothing.
+    """
+    if not _ours:
+        _ours.append(wrap(sys.excepthook))
+        sys.excepthook = _ours[0]
 
 
 def restore() -> None:
-    """Give the hook back; where somebody has replaced ours, theirs stays."""
-    if _previous and sys.excepthook is _show:
-        sys.excepthook = _previous[-1]
-    _previous.clear()
-
-
-def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if isinstance(error, FedGMRError):
-        click.echo(describe(error), err=True)
-    else:
-        (_previous[-1] if _previous else sys.__excepthook__)(kind, error, trace)
+    """Give the hook back; where somebody has put another over ours, that stays, and ours below it."""
+    if _ours and sys.excepthook is _ours[0]:
+        sys.excepthook = _ours[0].__wrapped__  # type: ignore[attr-defined]
+    _ours.clear()
