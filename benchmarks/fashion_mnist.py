@@ -52,10 +52,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradient": {**BUFFERED, "trigger": "gradient"},
 }
 #: What runs unless `--methods` says otherwise.
-COMPARED = ("fedgmr", "frozen_buffered", "fedavg")
+COMPARED = ("fedgmr", "fedgmr_arrivals", "frozen_buffered", "fedavg")
 TITLES = {
     "fedgmr": "FedGMR (buffer, replacement form)",
-    "fedgmr_arrivals": "FedGMR (arrivals, delta form)",
+    "fedgmr_arrivals": "FedGMR (arrivals, delta form, polynomial staleness)",
     "frozen": "without GMR (arrivals, delta form)",
     "frozen_buffered": "without GMR (buffer, replacement form)",
     "fedavg": "dense FedAvg, synchronous",

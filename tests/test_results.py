@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import bench, fashion_mnist, triggers
+import numpy as np
+
+from benchmarks import bench, fashion_mnist, payloads, triggers
 
 
 def test_the_fashion_mnist_tables_of_the_docs_are_generated(repository: Path) -> None:
@@ -20,6 +22,11 @@ def test_the_trigger_tables_of_the_docs_are_generated(repository: Path) -> None:
         assert line in page, "run `python -m benchmarks.triggers table` and copy the tables"
 
 
+def test_the_payload_table_of_the_docs_is_generated(repository: Path) -> None:
+    page = (repository / "docs" / "results.md").read_text(encoding="utf-8")
+    assert payloads.table() in page, "run `python -m benchmarks.payloads table` and copy the table"
+
+
 def test_the_performance_table_of_the_docs_is_generated(repository: Path) -> None:
     page = (repository / "docs" / "performance.md").read_text(encoding="utf-8")
     assert bench.table() in page, "run `python -m benchmarks.bench --table` and copy the table"
@@ -30,4 +37,4 @@ def test_the_readme_says_what_the_results_say(repository: Path) -> None:
     runs = json.loads(fashion_mnist.RESULTS.read_text(encoding="utf-8"))["runs"]
     for method in fashion_mnist.COMPARED:
         accuracies = [run["accuracy"] for run in runs if run["method"] == method]
-        assert f"{100 * sum(accuracies) / len(accuracies):.2f} %" in readme
+        assert f"{100 * float(np.mean(accuracies)):.2f} %" in readme
