@@ -57,7 +57,7 @@ def run(
         interval=2,
         validation_fraction=0.0,
         client_momentum=momentum,
-        **{"trigger": "none", **options},
+        **{"trigger": "none", "local_steps": steps, **options},
     )
     net = network()
     layout = build_layout(net)
@@ -76,7 +76,14 @@ def run(
         "clients": len(densities),
         "densities": list(densities),
         "config": config.model_dump(mode="json"),
-        "layout": {"size": layout.size, "prunable": layout.prunable, "dtype": "float64", "layers": []},
+        "layout": {
+            "size": layout.size,
+            "prunable": layout.prunable,
+            "dtype": "float64",
+            "layers": [
+                {"name": e.name, "kind": e.kind, "size": e.size, "shape": e.shape} for e in layout.entries
+            ],
+        },
         "eta": eta,
         "local_steps": steps,
         "windows": windows,

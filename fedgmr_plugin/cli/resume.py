@@ -21,6 +21,7 @@ def resume(run: Path) -> None:
     """
     run = run.absolute()
     command = command_of(run)
+    click.echo(f"resuming {command.script} {' '.join(command.arguments)} in {command.folder}", err=True)
     os.chdir(command.folder)
     with resuming(run):
         run_script(command.script, command.arguments)

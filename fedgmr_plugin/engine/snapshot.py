@@ -75,8 +75,9 @@ def snapshot(server: Server) -> Snapshot:
 
 
 def restore(server: Server, state: Snapshot) -> None:
-    """Put `server` into `state`."""
-    meta, tensors = state
+    """Put `server` into `state`; tensors go to the device of the server's vector."""
+    meta, device = state.meta, server.ranked_D.device
+    tensors = {name: tensor.to(device) for name, tensor in state.tensors.items()}
     rankings = {
         digest: Ranking(tuple(densities), tensors[f"ranking.{digest}"].clone())
         for digest, densities in meta["rankings"].items()
@@ -134,15 +135,16 @@ def snapshot_simulation(simulation: Simulation) -> Snapshot:
 
 def restore_simulation(simulation: Simulation, state: Snapshot) -> None:
     """Put a `simulation` that has not started into `state`."""
-    meta, tensors = state
+    meta, device = state.meta, simulation.server.ranked_D.device
+    tensors = {name: tensor.to(device) for name, tensor in state.tensors.items()}
     restore(simulation.server, Snapshot(meta["server"], tensors))
     simulation.network.load_state(meta["network"])
     flights = simulation.server.flights
     simulation.pending = {}
     for kept in meta["pending"]:
         fields = {k: v for k, v in kept.items() if k != "payload"}
-        number = fields["dispatch"]
-        values_S = tensors[kept["payload"]].to(simulation.server.ranked_D.device)
-        simulation.pending[number] = Dispatch(ranking=flights[number].ranking, values_S=values_S, **fields)
+        ranking = flights[fields["dispatch"]].ranking
+        values_S = tensors[kept["payload"]]
+        simulation.pending[fields["dispatch"]] = Dispatch(ranking=ranking, values_S=values_S, **fields)
     simulation.probed_starts = {version: tensors[f"start.{version}"] for version in meta["starts"]}
     simulation.traffic = meta["traffic"]

@@ -14,8 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 from fedgmr_plugin.config import FedGMRConfig, parse
 from fedgmr_plugin.errors import ConfigError
-from fedgmr_plugin.kernels.layout import ModelLayout
-from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.runtimes import config_file
 
 SECTION = "fedgmr_args"
@@ -170,13 +168,6 @@ def fedml_keys(args: Any) -> FedMLKeys:
         test_interval=whole("frequency_of_the_test", 1, 1),
         dataset=str(getattr(args, "dataset", "")),
     )
-
-
-def dense_megabytes(config: FedGMRConfig, layout: ModelLayout) -> float:
-    """Size S of the dense model as it travels, in MB: given or measured, less for a narrow type."""
-    narrow = PAYLOAD_TYPES[config.payload_dtype]
-    share = 1.0 if narrow is None else narrow.itemsize / layout.dtype.itemsize
-    return share * (config.model_megabytes or layout.size * layout.dtype.itemsize / 1e6)
 
 
 def as_mapping(keys: FedMLKeys) -> Mapping[str, Any]:

@@ -42,7 +42,7 @@ from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.aggregator import AggregatorBridge
 from fedgmr_plugin.runtimes.data import FederatedData, read_dataset
 from fedgmr_plugin.runtimes.progress import Progress
-from fedgmr_plugin.runtimes.settings import FedMLKeys, as_mapping, dense_megabytes, fedml_keys, options
+from fedgmr_plugin.runtimes.settings import FedMLKeys, as_mapping, fedml_keys, options
 from fedgmr_plugin.runtimes.traces import load_traces
 from fedgmr_plugin.runtimes.trainer import FedMLTrainer, is_known
 from fedgmr_plugin.runtimes.workers import Workers
@@ -351,6 +351,13 @@ def _trainer(
         weight_decay=keys.weight_decay,
         gradient_clip=config.gradient_clip,
     )
+
+
+def dense_megabytes(config: FedGMRConfig, layout: ModelLayout) -> float:
+    """Size S of the dense model as it travels, in MB: given or measured, less for a narrow type."""
+    narrow = PAYLOAD_TYPES[config.payload_dtype]
+    share = 1.0 if narrow is None else narrow.itemsize / layout.dtype.itemsize
+    return share * (config.model_megabytes or layout.size * layout.dtype.itemsize / 1e6)
 
 
 def links(config: FedGMRConfig, densities: tuple[float, ...], seed: int) -> Links:
