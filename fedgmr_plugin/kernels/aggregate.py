@@ -370,8 +370,8 @@ class _Group(NamedTuple):
         """int64 [B]: the block's coordinates rung by rung, counted from its `start`; the head of `out_B`."""
         order_D = self.ranking.order_D
         for part, place_S in self.slices(block, out_B):
-            place_S.copy_(order_D[part])
-        return out_B.sub_(start)
+            torch.sub(order_D[part], start, out=place_S)
+        return out_B
 
     def slices(self, block: int, place_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """For each rung its slice of the ranking's order in a block, and its part of `place_B`."""
@@ -389,9 +389,10 @@ def _combinations(groups: Sequence[_Group], at: slice, scratch: _Scratch) -> tup
         holds_CN: which updates hold it.
     """
     length = at.stop - at.start
-    code_B = scratch.take("code", length, torch.int32).zero_()
-    weight_C, holds_CN = np.zeros(1), np.zeros((1, groups[0].holds_RN.shape[1]), dtype=np.bool_)
-    for group in groups:
+    first, *rest = groups
+    code_B = scratch.take("code", length, torch.int32).copy_(first.ranking.rung_D[at])
+    weight_C, holds_CN = first.weight_R, first.holds_RN
+    for group in rest:
         rungs = len(group.weight_R)
         if len(weight_C) * rungs > _MOST_COMBINATIONS:
             present, renumbered_B = torch.unique(code_B, return_inverse=True)
