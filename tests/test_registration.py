@@ -352,6 +352,20 @@ def test_likely_slips_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == ""
 
 
+def test_what_a_file_says_twice_is_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "t:\n  federated_optimizer: fedgmr\n  x: 1\n"
+        "fedgmr_args:\n  patience: 2\n  interval: 5\n  patience: 3\n"
+        "t: {federated_optimizer: fedgmr, x: {y: 1, y: 2}}\n"
+    )
+    registration.check_command_line(["--cf", str(path)])
+    assert capsys.readouterr().err.splitlines() == [
+        "note: section t stands in lines 1 and 8: the last counts",
+        "note: patience in fedgmr_args stands in lines 5 and 7: the last counts",
+    ]
+
+
 @pytest.mark.parametrize(
     ("section", "code", "place"),
     [

@@ -65,6 +65,29 @@ def load(path: str) -> Sections:
     return {str(section): dict(keys) for section, keys in content.items()}
 
 
+def repeated(path: str) -> list[str]:
+    """What a readable file says twice, of which YAML keeps the last: sections, and keys within a section."""
+    root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        return []
+    found = _twice(root.value, "section ", "")
+    for name, keys in root.value:
+        if isinstance(keys, yaml.MappingNode):
+            found += _twice(keys.value, "", f" in {name.value}")
+    return found
+
+
+def _twice(pairs: Sequence[tuple[yaml.Node, yaml.Node]], what: str, where: str) -> list[str]:
+    lines: dict[str, list[int]] = {}
+    for key, _ in pairs:
+        lines.setdefault(str(key.value), []).append(key.start_mark.line + 1)
+    return [
+        f"{what}{key}{where} stands in lines {' and '.join(map(str, at))}: the last counts"
+        for key, at in lines.items()
+        if len(at) > 1
+    ]
+
+
 def flatten(sections: Sections) -> dict[str, Any]:
     """All keys of all sections, the last of equal keys winning, as in FedML."""
     return {key: value for keys in sections.values() for key, value in keys.items()}

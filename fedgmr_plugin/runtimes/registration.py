@@ -135,7 +135,7 @@ def check_command_line(arguments: Sequence[str]) -> None:
         named = {key: value for key, value in settings.items() if isinstance(key, str)}
         check_file(SimpleNamespace(**{**named, "yaml_config_file": path}), source=path)
     if not _wrapped:
-        for note in notes(sections):
+        for note in [*notes(sections), *config_file.repeated(path)]:
             click.echo(f"note: {note}", err=True)
 
 
