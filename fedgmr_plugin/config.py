@@ -199,8 +199,9 @@ class FedGMRConfig(BaseModel):
     )
     payload_dtype: Literal["model", "bfloat16", "float16"] = Field(
         "model",
-        description="Type in which values travel, both ways: the model's own, or rounded to half its size. "
-        "Sums stay in the model's type.",
+        description="Type in which values travel, both ways: the model's own, or rounded to two bytes, "
+        "buffers included. Sums stay in the model's type. float16 holds nothing beyond 65504: such uploads "
+        "are refused.",
     )
     client_download: Positive = Field(
         20.0, description="MB/s at density 1; a client has this times its initial density."

@@ -212,17 +212,18 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-604": CatalogueEntry(
         "run cannot be resumed",
-        "The run is finished, or its directory does not say which script started it.",
-        "Start the script again, with another `run_name` or without one.",
+        "The run is finished, is being trained, or was not the first run of a Python script.",
+        "Start it again, with another `run_name` or without one.",
     ),
     "GMR-605": CatalogueEntry(
         "checkpoints damaged",
-        "Every checkpoint of the run is damaged or of another format.",
+        "Every checkpoint of the run is damaged, of another format or not of this run's log.",
         "Start the script again; what the run log holds stays.",
     ),
     "GMR-606": CatalogueEntry(
         "another run than the one to resume",
-        "The script does not describe the run that it is to continue: options, seed, model or data differ.",
+        "The script does not describe the run that it is to continue: options, seed, layers or numbers of "
+        "samples differ.",
         "Undo the changes that the message names, or start a new run.",
     ),
     "GMR-701": CatalogueEntry(

@@ -19,10 +19,10 @@ from torch import nn
 
 from fedgmr_plugin.cli import main
 from fedgmr_plugin.engine.simulate import Simulation
-from fedgmr_plugin.errors import RunLogError
+from fedgmr_plugin.errors import ConfigError, RunLogError
 from fedgmr_plugin.protocol import checkpoint
 from fedgmr_plugin.protocol.runlog import LOG_NAME, RunLogWriter, read_run
-from fedgmr_plugin.runtimes import registration, resume
+from fedgmr_plugin.runtimes import command, registration, resume
 
 # -- files -------------------------------------------------------------------------------------------
 
@@ -64,7 +64,9 @@ def test_two_generations_are_kept_and_the_older_one_serves_where_the_last_is_dam
         found = checkpoint.latest(tmp_path)
         assert found is not None and found.meta == {"window": 5}
     (folder / names[0]).write_bytes(b"")
-    with pytest.raises(RunLogError, match=r"GMR-605 00000012-\w+.safetensors: the content is not"):
+    with pytest.raises(
+        RunLogError, match=r"GMR-605 00000012-\w+.safetensors: ValueError: the content is not"
+    ):
         checkpoint.latest(tmp_path)
 
 
@@ -72,7 +74,7 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(checkpoint, "FORMAT", "fedgmr checkpoint 9")
     checkpoint.save(tmp_path, 1, {}, tensors(0))
     monkeypatch.undo()
-    with pytest.raises(RunLogError, match="GMR-605 .* its format is 'fedgmr checkpoint 9'"):
+    with pytest.raises(RunLogError, match="GMR-605 .*: its format is 'fedgmr checkpoint 9'"):
         checkpoint.latest(tmp_path)
 
 
@@ -135,8 +137,19 @@ def build(folder: Path, seed: int = 3, size: int = 25, **options: Any) -> Any:
     return SimulatorSingleProcess(args, "cpu", data, network()).fl_trainer
 
 
+def again(folder: Path, **options: Any) -> Any:
+    """The same run, to go on in its directory."""
+    with resume.resuming(folder / "run"):
+        return build(folder, **options)
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
+
+
+@pytest.fixture(autouse=True)
+def first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_noted", [])
 
 
 def killed_after(run: Any, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,11 +202,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
 
     folder = tmp_path / "parts"
     killed_after(build(folder, **options), 5, monkeypatch)
-    with resume.resuming(folder / "run"):
-        killed_after(build(folder, **options), 0, monkeypatch)
-        killed_after(build(folder, **options), 3, monkeypatch)
-        last = build(folder, **options)
-        last.train()
+    killed_after(again(folder, **options), 0, monkeypatch)
+    killed_after(again(folder, **options), 3, monkeypatch)
+    last = again(folder, **options)
+    last.train()
     assert last.end["model_sha256"] == whole.end["model_sha256"]
     assert lines(folder) == lines(tmp_path / "whole")
     restored = {r["client"] for r in read_run(folder / "run").records("restoration")}
@@ -205,9 +217,8 @@ def test_the_number_of_workers_may_change_on_the_way(tmp_path: Path, monkeypatch
     whole = build(tmp_path / "whole")
     whole.train()
     killed_after(build(tmp_path / "parts", workers=2), 4, monkeypatch)
-    with resume.resuming(tmp_path / "parts" / "run"):
-        last = build(tmp_path / "parts", workers=1)
-        last.train()
+    last = again(tmp_path / "parts", workers=1)
+    last.train()
     assert last.end["model_sha256"] == whole.end["model_sha256"]
 
 
@@ -216,8 +227,7 @@ def test_without_a_checkpoint_the_run_begins_anew(tmp_path: Path, monkeypatch: p
     whole = build(tmp_path / "whole")
     whole.train()
     killed_after(build(tmp_path / "parts", checkpoint_seconds=1e9), 5, monkeypatch)
-    with resume.resuming(tmp_path / "parts" / "run"):
-        build(tmp_path / "parts").train()
+    again(tmp_path / "parts").train()
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
@@ -227,18 +237,17 @@ def test_another_run_than_the_interrupted_one_is_refused(
 ) -> None:
     killed_after(build(tmp_path), 5, monkeypatch)
     before = (tmp_path / "run" / LOG_NAME).read_bytes()
-    with resume.resuming(tmp_path / "run"):
-        for changed, message in (
-            ({"seed": 4}, "seed: 3 became 4; fedml: "),
-            ({"size": 20}, r"client_samples: \[23, 23, 23, 23\] became \[18, 18, 18, 18\]\n"),
-            (
-                {"patience": 2, "trigger": "time"},
-                'fedgmr_args.trigger: "plateau" became "time"; fedgmr_args.pat',
-            ),
-        ):
-            with pytest.raises(RunLogError, match=f"GMR-606 {message}") as refusal:
-                build(tmp_path, **changed).train()
-            assert refusal.value.where == str(tmp_path / "run")
+    for changed, message in (
+        ({"seed": 4}, "seed: 3 became 4; fedml: "),
+        ({"size": 20}, r"client_samples: \[23, 23, 23, 23\] became \[18, 18, 18, 18\]\n"),
+        (
+            {"patience": 2, "trigger": "time"},
+            'fedgmr_args.trigger: "plateau" became "time"; fedgmr_args.pat',
+        ),
+    ):
+        with pytest.raises(RunLogError, match=f"GMR-606 {message}") as refusal:
+            again(tmp_path, **changed).train()
+        assert refusal.value.where == str(tmp_path / "run")
     assert (tmp_path / "run" / LOG_NAME).read_bytes() == before
 
 
@@ -250,16 +259,132 @@ def test_what_cannot_be_resumed_says_why(tmp_path: Path, monkeypatch: pytest.Mon
         return result.output
 
     killed_after(build(tmp_path), 2, monkeypatch)
-    assert "GMR-604 script=" in answer() and "is no Python file" in answer()
-    (tmp_path / "run" / "command.json").write_text("[]")
+    noted = tmp_path / "run" / "command.json"
+    script = tmp_path / "main.py"
+    good = {"script": str(script), "arguments": [], "folder": str(tmp_path), "run": 1}
+    for changes, message in (
+        ({"script": ""}, "no script started it"),
+        ({}, "is no Python file"),
+        ({"script": 5}, "is not what fedgmr writes"),
+        ({"arguments": "--cf a"}, "is not what fedgmr writes"),
+        ({"arguments": [1]}, "is not what fedgmr writes"),
+        ({"run": None}, "is not what fedgmr writes"),
+        ({"more": 1}, "command.json cannot be read"),
+        ({"run": 2, "script": __file__}, "it was run 2 of its script"),
+        ({"folder": str(tmp_path / "gone"), "script": __file__}, "is gone"),
+    ):
+        noted.write_text(json.dumps({**good, **changes}))
+        assert "GMR-604" in (said := answer()) and message in said
+    noted.write_text("[]")
     assert "GMR-604 command.json cannot be read" in answer()
-    (tmp_path / "run" / "command.json").unlink()
+    noted.unlink()
     assert "GMR-604 command.json cannot be read" in answer()
-    with resume.resuming(tmp_path / "run"):
-        build(tmp_path).train()
+    again(tmp_path).train()
     assert "GMR-604 the run is finished" in answer()
+    with pytest.raises(RunLogError, match="GMR-604 the run is finished"):
+        again(tmp_path).train()
     (tmp_path / "run" / LOG_NAME).unlink()
     assert "GMR-601" in answer()
+
+
+@pytest.mark.usefixtures("registered")
+def test_only_the_first_run_of_a_process_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that trains two: the second is itself again, and is never taken for the first."""
+    killed_after(build(tmp_path / "one"), 3, monkeypatch)
+    killed_after(build(tmp_path / "two"), 3, monkeypatch)
+    commands = [json.loads((tmp_path / n / "run" / "command.json").read_text()) for n in ("one", "two")]
+    assert [c["run"] for c in commands] == [1, 2]
+    with resume.resuming(tmp_path / "one" / "run"):
+        first, second = build(tmp_path / "one"), build(tmp_path / "three")
+    assert first.resumed and not second.resumed
+    assert second.directory == tmp_path / "three" / "run"
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_directory_that_somebody_trains_in_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_after(build(tmp_path), 3, monkeypatch)
+    before = (tmp_path / "run" / LOG_NAME).read_bytes()
+    run = again(tmp_path)
+    with resume.locked(tmp_path / "run"), pytest.raises(RunLogError, match="GMR-604 another process trains"):
+        run.train()
+    assert (tmp_path / "run" / LOG_NAME).read_bytes() == before
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_checkpoint_of_another_log_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another seed's, put beside this run's own."""
+    whole = build(tmp_path / "whole")
+    whole.train()
+    killed_after(build(tmp_path / "other", seed=4), 7, monkeypatch)
+    killed_after(build(tmp_path / "parts"), 4, monkeypatch)
+    mine, others = (tmp_path / name / "run" / "checkpoints" for name in ("parts", "other"))
+    for path in others.iterdir():
+        (mine / path.name).write_bytes(path.read_bytes())
+    last = again(tmp_path / "parts")
+    last.train()
+    assert last.end["model_sha256"] == whole.end["model_sha256"]
+
+    killed_after(build(tmp_path / "lost"), 4, monkeypatch)
+    for path in (tmp_path / "lost" / "run" / "checkpoints").iterdir():
+        path.unlink()
+    for path in others.iterdir():
+        (tmp_path / "lost" / "run" / "checkpoints" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(RunLogError, match="GMR-605 .* it is not of this log"):
+        again(tmp_path / "lost").train()
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("tail", [b"\0" * 4096, b'{"type": "wind', b"garbage\n{}\n"])
+def test_what_a_crash_left_behind_the_checkpoint_does_not_matter(
+    tail: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build(tmp_path / "whole")
+    whole.train()
+    killed_after(build(tmp_path / "parts"), 4, monkeypatch)
+    with (tmp_path / "parts" / "run" / LOG_NAME).open("ab") as log:
+        log.write(tail)
+    again(tmp_path / "parts").train()
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    run = build(tmp_path)
+    run.train()
+    assert run.end is not None and "no checkpoint of window 1: [Errno 28]" in caplog.text
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_log_ends_when_the_model_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose model could not be written is not finished, and can be resumed."""
+    from fedgmr_plugin.runtimes import single_process
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(single_process, "save_file", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(tmp_path / "parts").train()
+    assert not (tmp_path / "parts" / "run" / "model.safetensors").exists()
+    again(tmp_path / "parts").train()
+    saved = [(tmp_path / name / "run" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert saved[0] == saved[1] and lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_name_whose_checkpoints_are_there_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="GMR-110"):
+        build(tmp_path)
 
 
 def test_a_killed_process_is_resumed_by_the_command(tmp_path: Path) -> None:

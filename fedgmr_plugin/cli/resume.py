@@ -17,7 +17,7 @@ def resume(run: Path) -> None:
     """Continue RUN, the directory of an interrupted run, from its last checkpoint.
 
     The script that started it runs again, with the same arguments and in the same folder. Without a
-    checkpoint the run begins anew in its directory.
+    checkpoint the run begins anew in its directory. It has to be the first run of its script.
     """
     run = run.absolute()
     command = command_of(run)

@@ -149,6 +149,7 @@ class Simulation:
         self._sizes = sizes
         self._evaluator = evaluate or training.trainer.evaluate
         self._fixed = {n: b.clone() for n, b in model.named_buffers() if n not in self.layout.by_name}
+        self._modes = [module.training for module in model.modules()]
         self._masks = RecentMasks(self.layout)
         self.pending: dict[int, Dispatch] = {}
         self.bytes_up = self.bytes_down = 0.0
@@ -207,7 +208,7 @@ class Simulation:
 
     def train(self, sent: Dispatch) -> LocalUpdate:
         """Train one dispatch on the scratch model."""
-        self._reset_buffers()
+        self._reset()
         return train_dispatch(
             sent,
             model=self.model,
@@ -288,10 +289,13 @@ class Simulation:
     def place(self, w_D: Tensor) -> None:
         """Put the vector `w_D` [D] into the scratch model; other buffers as they were at the start."""
         self.layout.scatter(self.model, w_D)
-        self._reset_buffers()
+        self._reset()
 
-    def _reset_buffers(self) -> None:
-        """Buffers that are not in the layout (integers, not persistent) start every training anew."""
+    def _reset(self) -> None:
+        """The modules' modes, and the buffers that are not in the layout (integers, not persistent), as they
+        were at the beginning: every training starts so."""
+        for module, mode in zip(self.model.modules(), self._modes, strict=True):
+            module.training = mode
         for name, buffer in self.model.named_buffers():
             if name in self._fixed:
                 buffer.copy_(self._fixed[name])

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,33 +44,47 @@ def save(run: Path, window: int, meta: Mapping[str, Any], tensors: Mapping[str, 
         window: windows merged so far.
         meta: JSON-able state.
         tensors: by name.
+
+    Raises:
+        OSError: it cannot be written; those before it stay.
     """
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     draft = folder / "draft"
     metadata = {"format": FORMAT, "meta": json.dumps(meta)}
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(draft), metadata)
-    _sync(draft)
-    path = folder / f"{window:08d}-{_digest(draft)}.safetensors"
-    draft.rename(path)
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(draft), metadata)
+        _sync(draft)
+        path = folder / f"{window:08d}-{_digest(draft)}.safetensors"
+        draft.rename(path)
+    except (OSError, SafetensorError) as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(f"no checkpoint of window {window}: {error}") from error
     _sync(folder)
     for _, old in list(_found(folder))[_KEPT:]:
         old.unlink()
     return path
 
 
-def latest(run: Path) -> Checkpoint | None:
-    """The last checkpoint that is undamaged; None if none was made.
+def latest(run: Path, misfit: Callable[[Mapping[str, Any]], str] = lambda meta: "") -> Checkpoint | None:
+    """The last checkpoint that is undamaged and fits; None if none was made.
+
+    Args:
+        misfit: why a checkpoint with that meta cannot be used; "" if it can.
 
     Raises:
-        RunLogError: GMR-605 if there are some, all damaged or of another format.
+        RunLogError: GMR-605 if there are some, of which none can be used.
     """
     problems = []
     for digest, path in _found(run / FOLDER):
         try:
-            return _read(path, digest)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            problems.append(f"{path.name}: {error}")
+            found = _read(path, digest)
+            problem = misfit(found.meta)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if not problem:
+            return found
+        problems.append(f"{path.name}: {problem}")
     if problems:
         raise RunLogError("GMR-605", "; ".join(problems), where=str(run / FOLDER))
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -89,10 +90,12 @@ class RunLogWriter:
         target.parent.mkdir(parents=True, exist_ok=True)
         self.path = target
         self._last = ""
+        self._digest = hashlib.sha256()
         if resume_at is not None:
             if target.stat().st_size < resume_at:
                 raise RunLogError("GMR-602", f"it lost bytes: {resume_at} were written", where=str(target))
             os.truncate(target, resume_at)
+            self._digest.update(target.read_bytes())
             self._last = "before"
         # A lone surrogate becomes its JSON escape, so any Python string can be written.
         self._file = target.open(
@@ -115,14 +118,16 @@ class RunLogWriter:
             raise ValueError(f"{kind} record out of place: the header comes first, and once")
         if self._last == "end":
             raise ValueError(f"{kind} record after the end of the run")
-        self._file.write(encode(record) + "\n")
+        line = encode(record) + "\n"
+        self._file.write(line)
+        self._digest.update(line.encode("utf-8", errors="backslashreplace"))
         self._last = str(kind)
 
-    def sync(self) -> int:
-        """Have what was written so far on the disk; returns its bytes."""
+    def sync(self) -> tuple[int, str]:
+        """Have what was written so far on the disk; returns its bytes and their SHA-256."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        return os.fstat(self._file.fileno()).st_size, self._digest.hexdigest()
 
     #: A writer is an observer of the engine.
     record = write

@@ -18,7 +18,7 @@ import click
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.errors import HostError
-from fedgmr_plugin.runtimes import config_file, host, uncaught
+from fedgmr_plugin.runtimes import command, config_file, host, uncaught
 from fedgmr_plugin.runtimes.settings import SECTION, check_file
 
 OPTIMIZER = "fedgmr"
@@ -57,6 +57,7 @@ def register() -> None:
             under a runtime that it does not support.
     """
     uncaught.install()
+    command.note()
     check_command_line(sys.argv[1:])
     host.prepare()
     for dispatch in TABLE:

@@ -1,21 +1,24 @@
 """Going on with a run that was interrupted.
 
-A run's directory remembers the command that started it. `fedgmr resume` runs that command again; the runtime,
-when it is built, finds that it is to go on in that directory, and loads the last checkpoint.
+A run's directory remembers the command that started it. `fedgmr resume` runs that command again; the first
+run that it builds goes on in that directory, from the last checkpoint whose log is there.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedgmr_plugin.errors import RunLogError
-from fedgmr_plugin.protocol.runlog import read_run
+from fedgmr_plugin.protocol.checkpoint import Checkpoint, latest
+from fedgmr_plugin.protocol.runlog import LOG_NAME
+from fedgmr_plugin.runtimes.command import Command
 
 COMMAND = "command.json"
 #: Keys of the header that are compared elsewhere or not at all, and options that change no bit of the model.
@@ -25,17 +28,8 @@ _FREE_OPTIONS = frozenset({"run_name", "output_dir", "progress", "workers", "che
 _resuming: list[Path] = []
 
 
-class Command(NamedTuple):
-    """How a run was started: the script's path, its arguments, and the working directory."""
-
-    script: str
-    arguments: list[str]
-    folder: str
-
-
-def remember(run: Path) -> None:
-    """Note in a run's directory the command of this process."""
-    command = Command(os.path.abspath(sys.argv[0]), sys.argv[1:], os.getcwd())
+def remember(run: Path, command: Command) -> None:
+    """Note in a run's directory the command that started it."""
     (run / COMMAND).write_text(json.dumps(command._asdict(), indent=1) + "\n", encoding="utf-8")
 
 
@@ -43,22 +37,48 @@ def command_of(run: Path) -> Command:
     """The command that started a run which has not ended.
 
     Raises:
-        RunLogError: GMR-601 to GMR-603 for its log; GMR-604 if it is finished or was not started by a script.
+        RunLogError: GMR-604 if it is finished, or cannot be started again.
     """
-    if read_run(run).end is not None:
-        raise RunLogError("GMR-604", "the run is finished", where=str(run))
+
+    def refuse(problem: str) -> RunLogError:
+        return RunLogError("GMR-604", problem, where=str(run))
+
+    if not (run / LOG_NAME).is_file():
+        raise RunLogError("GMR-601", f"{LOG_NAME} is missing", where=str(run))
+    if has_ended(run):
+        raise refuse("the run is finished")
     try:
-        command = Command(**json.loads((run / COMMAND).read_text(encoding="utf-8")))
+        given = json.loads((run / COMMAND).read_text(encoding="utf-8"))
+        command = Command(**given)
     except (OSError, ValueError, TypeError) as error:
-        raise RunLogError("GMR-604", f"{COMMAND} cannot be read: {error}", where=str(run)) from error
-    if not (command.script.endswith(".py") and os.path.isfile(command.script)):
-        raise RunLogError("GMR-604", f"script={command.script!r} is no Python file", where=str(run / COMMAND))
+        raise refuse(f"{COMMAND} cannot be read: {error}") from error
+    script, arguments, folder, number = command
+    texts = isinstance(arguments, list) and all(isinstance(a, str) for a in [script, folder, *arguments])
+    if not texts or not isinstance(number, int):
+        raise refuse(f"{COMMAND} is not what fedgmr writes")
+    if not script or not os.path.isfile(script):
+        raise refuse(f"script={script!r} is no Python file" if script else "no script started it")
+    if number != 1:
+        raise refuse(f"it was run {number} of its script, which would start with run 1 again")
+    if not os.path.isdir(folder):
+        raise refuse(f"folder={folder!r}, where its script was started, is gone")
     return command
+
+
+def has_ended(run: Path) -> bool:
+    """Whether the last complete line of the log is its `end` record."""
+    with (run / LOG_NAME).open("rb") as log:
+        log.seek(max(log.seek(0, os.SEEK_END) - 2**16, 0))
+        lines = [line for line in log.read().split(b"\n") if line.strip()]
+    try:
+        return bool(lines) and json.loads(lines[-1])["type"] == "end"
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 @contextmanager
 def resuming(run: Path) -> Iterator[None]:
-    """While active, a run that is built goes on in the directory `run`."""
+    """While active, the first run that is built goes on in the directory `run`."""
     _resuming.append(run.absolute())
     try:
         yield
@@ -66,27 +86,69 @@ def resuming(run: Path) -> Iterator[None]:
         _resuming.clear()
 
 
-def directory() -> Path | None:
-    """Where a run that is built now is to go on, if it is."""
-    return _resuming[-1] if _resuming else None
+def take() -> Path | None:
+    """Where the run that is built now is to go on, if it is; asked once."""
+    return _resuming.pop() if _resuming else None
 
 
-def check_same_run(run: Path, header: Mapping[str, Any]) -> None:
-    """Refuse to continue `run` with a script that describes another one.
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep other processes from training in a run's directory.
 
     Raises:
-        RunLogError: GMR-606 with everything that differs.
+        RunLogError: GMR-604 if one does.
     """
-    before, now = read_run(run).header, json.loads(json.dumps(header))
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise RunLogError("GMR-604", "another process trains this run", where=str(run)) from error
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_of(run: Path, header: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint to go on from; None where the run is to begin anew.
+
+    Args:
+        header: of the run that the script describes now.
+
+    Raises:
+        RunLogError: GMR-604 if the run has ended meanwhile, GMR-605 if no checkpoint fits the log, GMR-606 if
+            the script describes another run.
+    """
+    if has_ended(run):
+        raise RunLogError("GMR-604", "the run is finished", where=str(run))
+    log = (run / LOG_NAME).read_bytes()
+    try:
+        before = json.loads(log.split(b"\n", 1)[0])
+    except ValueError:
+        return None
+    _check_same(before, header, run)
+
+    def misfit(meta: Mapping[str, Any]) -> str:
+        size = meta["log_bytes"]
+        if hashlib.sha256(log[:size]).hexdigest() != meta["log_sha256"] or size > len(log):
+            return "it is not of this log"
+        return ""
+
+    return latest(run, misfit)
+
+
+def _check_same(before: Mapping[str, Any], header: Mapping[str, Any], run: Path) -> None:
+    """Refuse to continue a run with a script that describes another one."""
+    now = json.loads(json.dumps(header))
     differ = [
         f"{key}: {_short(before.get(key))} became {_short(now[key])}"
         for key in now
         if key not in _FREE and before.get(key) != now[key]
     ]
+    options = before.get("config") or {}
     differ += [
-        f"fedgmr_args.{key}: {_short(before['config'].get(key))} became {_short(value)}"
+        f"fedgmr_args.{key}: {_short(options.get(key))} became {_short(value)}"
         for key, value in now["config"].items()
-        if key not in _FREE_OPTIONS and before["config"].get(key) != value
+        if key not in _FREE_OPTIONS and options.get(key) != value
     ]
     if differ:
         raise RunLogError("GMR-606", "; ".join(differ), where=str(run))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,12 +35,13 @@ from fedgmr_plugin.kernels.aggregate import MaskedUpdate
 from fedgmr_plugin.kernels.cost import cost_of_layer, macs_per_weight
 from fedgmr_plugin.kernels.layout import ModelLayout, build_layout, validate
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
-from fedgmr_plugin.protocol.checkpoint import Checkpoint, latest, save
-from fedgmr_plugin.protocol.runlog import RunLogWriter
+from fedgmr_plugin.protocol.checkpoint import FOLDER, Checkpoint, save
+from fedgmr_plugin.protocol.runlog import LOG_NAME, RunLogWriter
 from fedgmr_plugin.protocol.schema import SCHEMA
 from fedgmr_plugin.protocol.sizes import MessageSizes
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.aggregator import AggregatorBridge
+from fedgmr_plugin.runtimes.command import Command, next_run
 from fedgmr_plugin.runtimes.data import FederatedData, read_dataset
 from fedgmr_plugin.runtimes.progress import Progress
 from fedgmr_plugin.runtimes.settings import FedMLKeys, as_mapping, fedml_keys, options
@@ -59,6 +61,7 @@ class SingleProcess:
 
     Attributes:
         directory: where the run log, the effective configuration and the model are written.
+        resumed: whether it goes on with an interrupted run.
         end: the run's `end` record after `train`.
     """
 
@@ -68,6 +71,8 @@ class SingleProcess:
     directory: Path
     on_record: Callable[[dict[str, Any]], None]
     sizes: MessageSizes
+    command: Command
+    resumed: bool = False
     workers: Workers | None = None
     end: dict[str, Any] | None = None
     _writer: RunLogWriter | None = None
@@ -78,44 +83,56 @@ class SingleProcess:
         Where `fedgmr resume` goes on with an interrupted run, from its last checkpoint.
 
         Raises:
-            RunLogError: GMR-605, GMR-606 where the run to go on with cannot be.
+            RunLogError: GMR-604 if another process trains in the run's directory; GMR-604 to GMR-606 if the
+                run to go on with cannot be continued.
         """
         started = time.monotonic()
-        checkpoint = self._prepare()
-        server = self.simulation.server
-        writer = RunLogWriter(
-            self.directory,
-            overwrite=resume.directory() is not None,
-            resume_at=None if checkpoint is None else checkpoint.meta["log_bytes"],
-        )
-        with writer, Progress(self.header) as progress:
-            self._writer, self._progress = writer, progress
-            try:
-                with _threads(server.config.cpu_threads), self._workers_ended():
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with resume.locked(self.directory):
+            checkpoint = self._prepare()
+            writer = RunLogWriter(
+                self.directory,
+                overwrite=self.resumed,
+                resume_at=None if checkpoint is None else checkpoint.meta["log_bytes"],
+            )
+            with writer, Progress(self.header) as progress:
+                self._writer, self._progress = writer, progress
+                with _threads(self.simulation.config.cpu_threads), self._workers_ended(), self._way_on():
                     end = self._advance(writer, checkpoint)
-            except KeyboardInterrupt:
-                click.echo(f"interrupted; to continue: fedgmr resume {self.directory}", err=True)
-                raise
-            self.end = {**end, "wall_seconds": time.monotonic() - started}
-            writer.write(self.end)
-        shipped = server.model(server.candidate)
-        self.simulation.place(shipped)
-        state = server.layout.state_dict(self.model, shipped)
-        save_file(
-            {k: v.cpu().contiguous() for k, v in state.items()}, str(self.directory / "model.safetensors")
-        )
+                self._save_model()
+                self.end = {**end, "wall_seconds": time.monotonic() - started}
+                writer.write(self.end)
         _log.info("model sha256: %s", end["model_sha256"])
         progress.close_with(self.end, self.directory)
 
+    def _save_model(self) -> None:
+        """What is shipped, in the model that FedML was given and in the run's directory."""
+        server = self.simulation.server
+        shipped = server.model(server.candidate)
+        self.simulation.place(shipped)
+        state = server.layout.state_dict(self.model, shipped)
+        draft = self.directory / "model.draft"
+        save_file({k: v.cpu().contiguous() for k, v in state.items()}, str(draft))
+        draft.rename(self.directory / "model.safetensors")
+
+    @contextmanager
+    def _way_on(self) -> Iterator[None]:
+        """Say how to continue where training is interrupted."""
+        try:
+            yield
+        except BaseException:
+            if self.command.script and self.command.run == 1:
+                path = shlex.quote(str(self.directory))
+                click.echo(f"interrupted; to continue: fedgmr resume {path}", err=True)
+            raise
+
     def _prepare(self) -> Checkpoint | None:
         """Make the run's directory ready; the checkpoint to go on from, if there is one."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         checkpoint = None
-        if resume.directory() is None:
-            resume.remember(self.directory)
+        if self.resumed:
+            checkpoint = resume.checkpoint_of(self.directory, self.header)
         else:
-            resume.check_same_run(self.directory, self.header)
-            checkpoint = latest(self.directory)
+            resume.remember(self.directory, self.command)
         self._write_config()
         return checkpoint
 
@@ -133,11 +150,19 @@ class SingleProcess:
         while end is None:
             end = self.simulation.step()
             if end is None and seconds is not None and time.monotonic() - saved >= seconds:
-                meta, tensors = snapshot_simulation(self.simulation)
-                state = {"simulation": meta, "sizes": self.sizes.state(), "log_bytes": writer.sync()}
-                save(self.directory, self.simulation.server.version, state, tensors)
+                self._save_checkpoint(writer)
                 saved = time.monotonic()
         return end
+
+    def _save_checkpoint(self, writer: RunLogWriter) -> None:
+        """A run goes on without a checkpoint that cannot be written."""
+        meta, tensors = snapshot_simulation(self.simulation)
+        size, digest = writer.sync()
+        state = {"simulation": meta, "sizes": self.sizes.state(), "log_bytes": size, "log_sha256": digest}
+        try:
+            save(self.directory, self.simulation.server.version, state, tensors)
+        except OSError as error:
+            _log.warning("%s", error)
 
     @contextmanager
     def _workers_ended(self) -> Iterator[None]:
@@ -228,7 +253,8 @@ def build(
         metrics = bridge.test(model, batches, round_index=server.version - 1)
         return metrics if is_known(metrics) else trainer.evaluate(model, batches)
 
-    directory = resume.directory() or run_directory(config)
+    resumed = resume.take()
+    directory = resumed or run_directory(config)
     run: SingleProcess
     workers = None
     if config.workers > 1:
@@ -273,7 +299,10 @@ def build(
         "windows": keys.windows,
         "time_budget": config.time_budget,
     }
-    run = SingleProcess(simulation, model, header, directory, _fedml_metrics(args), sizes, workers)
+    report = _fedml_metrics(args)
+    run = SingleProcess(
+        simulation, model, header, directory, report, sizes, next_run(), resumed is not None, workers
+    )
     return run
 
 
@@ -301,7 +330,7 @@ def run_directory(config: FedGMRConfig) -> Path:
     parent = Path(config.output_dir)
     if config.run_name is not None:
         directory = parent / config.run_name
-        if (directory / "run.jsonl").exists():
+        if (directory / LOG_NAME).exists() or (directory / FOLDER).exists():
             raise ConfigError("GMR-110", f"run_name={config.run_name}: {directory} has a run already")
         return directory
     taken = [int(p.name[4:]) for p in parent.glob("run-*") if p.name[4:].isdigit()]
