@@ -72,7 +72,7 @@ def test_everything_that_can_be_decided_holds(form: str) -> None:
     open_ones = {"A1", "A2", "A3", "A5", "TOPK", "NEST", "UNIF", "REPL" if form == "delta" else "DELTA"}
     open_ones |= {"floored_topk", "expectation", "drift_a_priori", "change_a_priori", *other}
     open_ones |= {"evaluated_bytes", "evaluated_metrics", "candidates", "payload"}
-    open_ones |= {"corollary", "corollary_weighted", "corollary_nested"}
+    open_ones |= {"noise", "corollary", "corollary_weighted", "corollary_nested"}
     assert {name for name, verdict in found.items() if verdict is UNDETERMINED} == open_ones
     assert {name for name, verdict in found.items() if verdict is VIOLATED} == set()
     assert report["mask"].certificate and report["descent"].checks == 30
@@ -232,7 +232,8 @@ def test_a_false_constant_is_refuted() -> None:
     assert check_logs([log], given={"sigma_g_sq": 1e-6})["A5"].verdict is VIOLATED
     assert check_logs([log], given={"sigma_sq": 1e-4})["A2"].verdict is VIOLATED
     assert check_logs([log], given={"L": 0.02})["mask_lipschitz"].verdict is VIOLATED
-    assert check_logs([log], given={"sigma_sq": 1e-4})["noise"].verdict is VIOLATED
+    seeds = [run(problem, replace(SCHEDULE, seed=seed), "constants") for seed in range(3)]
+    assert check_logs(seeds, given={"sigma_sq": 1e-4})["noise"].verdict is VIOLATED
     assert check_logs([log], given={"sigma_g_sq": 1e6})["A5"].verdict is HOLDS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -235,7 +236,8 @@ def test_noise_by_hand() -> None:
     schedule = Schedule(
         windows=60, eta=0.02, local_steps=4, densities=(1.0, 0.5), delays=(0, 0), samples=(3.0, 1.0)
     )
-    found = check_logs([parse(simulate(problem, schedule).lines())])["noise"]
+    seeds = [parse(simulate(problem, replace(schedule, seed=seed)).lines()) for seed in range(4)]
+    found = check_logs(seeds)["noise"]
     assert found.bound == pytest.approx(0.25 / 4 * (1 + 1 / 16), rel=1e-12)
     assert found.verdict is Verdict.HOLDS
 

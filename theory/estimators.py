@@ -75,10 +75,10 @@ def bootstrap(
 def directional_smoothness(frame: Frame) -> Interval:
     """``L_dir = 2 (F' - F - <grad F, Delta>) / ||Delta||^2`` of each probe, ``[P]``: all that I0 needs.
 
-    Exact for the step taken (it may be negative); nan where the step is zero or not logged.
+    Exact for the step taken (it may be negative); nan where `_apart` is.
     """
     table, p = frame.log["probe"], frame.precision
-    step = np.where(table["step_sq"] > 0, table["step_sq"], np.nan)
+    step = _apart(frame, table["step_sq"])
     slope = p.slope(table["grad_dot_step"], table["grad_sq"], table["step_sq"])
     with np.errstate(invalid="ignore"):
         return (p.loss(table["loss_next"]) - p.loss(table["loss"]) - slope) * 2.0 / p.reduction(step)
@@ -88,31 +88,51 @@ def gradient_smoothness(frame: Frame) -> Interval:
     """``||grad F(w_{t+1}) - grad F(w_t)|| / ||Delta_t||`` of each probe, ``[P]``; a lower bound of L."""
     table = frame.log["probe"]
     scale = np.maximum(table["grad_sq"], table["grad_next_sq"])
-    step = np.where(table["step_sq"] > 0, table["step_sq"], np.nan)
+    step = _apart(frame, table["step_sq"])
     return _ratio(frame.precision.gradient(table["grad_change_sq"], scale), frame.precision.reduction(step))
 
 
 def client_smoothness(frame: Frame) -> Interval:
-    """The same of single clients, from terms records: along masks, delays and local paths, ``[3 E]``."""
+    """The same of single clients, from terms records: along masks, delays and local paths, ``[3 E]``.
+
+    A mask leaves the buffers alone, so its gradients can be compared in every model.
+    """
     table = frame.log["term_arrivals"]
     terms = frame.log["terms"]
     scale = gather(terms["scale_sq"], rows_of(terms["window"], table["window"]))
     parts = []
     for error, distance in (("M_sq", "mask_sq"), ("S_sq", "stale_sq"), ("D_sq", "drift_sq")):
-        base = np.where(table[distance] > 0, table[distance], np.nan)
+        base = _apart(frame, table[distance], still=distance == "mask_sq")
         parts.append(_ratio(frame.precision.gradient(table[error], scale), frame.precision.reduction(base)))
     return Interval(np.concatenate([x.lo for x in parts]), np.concatenate([x.hi for x in parts]))
+
+
+def _apart(frame: Frame, distance_sq: Floats, *, still: bool = False) -> Floats:
+    """Squared distances of points whose losses and gradients can be compared.
+
+    nan where they are zero or not logged, and everywhere if the model's buffers move between the points,
+    which they do unless they stand `still`.
+    """
+    comparable = (distance_sq > 0) & (still or not frame.statistics_move)
+    return np.where(comparable, distance_sq, np.nan)
 
 
 def _ratio(change_sq: Interval, step_sq: Interval) -> Interval:
     """sqrt(change/step), outward."""
     with np.errstate(invalid="ignore", divide="ignore"):
         square = change_sq / step_sq
-        return Interval(np.sqrt(np.maximum(square.lo, 0)) * (1 - 1e-15), np.sqrt(square.hi) * (1 + 1e-15))
+        return Interval(
+            np.sqrt(np.maximum(square.lo, 0)) * (1 - 1e-15),
+            np.sqrt(square.hi) * (1 + 1e-15),
+            np.sqrt(square.nominal),
+        )
 
 
 def smoothness(frame: Frame) -> Estimate:
-    """L: given, else the largest measured slope of a gradient (its upper rounding end)."""
+    """L: given, else the largest measured slope of a gradient, at its lower rounding end.
+
+    So it is a lower bound of L, and what holds with it holds with L.
+    """
     if "L" in frame.given:
         return _given(frame, "L")
     parts = [directional_smoothness(frame), gradient_smoothness(frame), client_smoothness(frame)]
@@ -120,10 +140,11 @@ def smoothness(frame: Frame) -> Estimate:
     high = np.concatenate([x.hi for x in parts])
     seen = np.isfinite(low) & np.isfinite(high)
     if not seen.any():
-        return _unknown("L", "no probe with a step that is not zero")
+        moved = "; where buffers move, only masks show it" if frame.statistics_move else ""
+        return _unknown("L", f"no probe with a step that is not zero{moved}")
     top, bottom = float(high[seen].max()) * (1 + 1e-12), float(low[seen].max())
     return Estimate(
-        "L", max(top, 0.0), "lower bound", bottom, top, int(seen.sum()), "largest over probed steps"
+        "L", max(bottom, 0.0), "lower bound", bottom, top, int(seen.sum()), "largest over probed steps"
     )
 
 

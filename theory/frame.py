@@ -22,6 +22,14 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+#: Why the plain merge was not this run's, where `Frame.hooked`.
+HOOKED = "fedml.aggregation_hooks=true: the host's hooks may change uploads and the merged vector"
+#: Why two moments of training cannot be compared, where `Frame.statistics_move`.
+STATISTICS = (
+    "the model has buffers (batch normalisation), which move between the points that are compared and are in "
+    "no step or gradient"
+)
+
 
 def rows_of(keys: Floats, wanted: Floats) -> Ints:
     """Row of the first occurrence in `keys` of each of `wanted`, or -1."""
@@ -169,20 +177,33 @@ class Frame:
         """Whether windows merge the last upload of every client (update scope ``buffer``)."""
         return bool(self.log.config("update_scope") == "buffer")
 
+    @property
+    def hooked(self) -> bool:
+        """Whether hooks of the host may change the uploads or the merged vector of a window."""
+        return self.log.fedml("aggregation_hooks") is True
+
+    @property
+    def statistics_move(self) -> bool:
+        """Whether the model has buffers (batch normalisation): they move with it, but in no step."""
+        return sum(self.log.layers("buffer")) > 0
+
     @cached_property
     def arrivals_only(self) -> Bools:
         """Windows that merge all of their arrivals and nothing else, ``[W]``.
 
-        Not so with update scope ``buffer``, nor where a defence took uploads out of the merge: there the
-        plugin, which knows every share, logs none.
+        Not so with update scope ``buffer`` or hooks of the host, nor where a defence took uploads out of the
+        merge: there the plugin, which knows every share, logs none of the window's.
         """
         known = np.ones(self.windows, dtype=bool)
-        if self.log.header.get("method") == "fedgmr":
-            known = ~np.isnan(self.per_window(self.log["arrival"]["pibar"]))
-        return known & (not self.buffered)
+        if self.log.is_plugins:
+            shares = ~np.isnan(self.log["arrival"]["pibar"])
+            known = (self.per_window(shares * 1.0) > 0) | (self.log["window"]["arrivals"] == 0)
+        return known & (not self.buffered) & (not self.hooked)
 
     def unmerged(self, otherwise: str) -> str:
-        """Why a law of what a window merges has nothing to check: the update scope, or `otherwise`."""
+        """Why a law of what a window merges has nothing to check: hooks, the update scope, or `otherwise`."""
+        if self.hooked:
+            return f"does not apply: {HOOKED}"
         if not self.buffered:
             return otherwise
         return (

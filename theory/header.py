@@ -81,7 +81,7 @@ CONFIG: dict[str, Rule] = {
 #: Keys of ``fedml`` (the host's options) that the checks read.
 FEDML: dict[str, Rule] = {
     "weight_decay": _NUMBER, "client_optimizer": _TEXT, "learning_rate": _NUMBER, "comm_round": _INT,
-    "client_num_in_total": _INT, "random_seed": _INT,
+    "client_num_in_total": _INT, "random_seed": _INT, "aggregation_hooks": _FLAG,
 }  # fmt: skip
 
 #: Keys of ``layout``, and of each of its layers.

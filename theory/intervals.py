@@ -42,45 +42,50 @@ class Interval:
 
     Shapes broadcast as numpy arrays do. Sums know when they are exact, so that ``x - x`` of exact
     values is exactly zero.
+
+    Attributes:
+        lo, hi: the ends.
+        nominal: the number that was logged, or that follows from logged ones, for reports; it decides
+            nothing. The midpoint where there is none.
     """
 
-    __slots__ = ("hi", "lo")
+    __slots__ = ("hi", "lo", "nominal")
     __array_ufunc__ = None  # numpy arrays defer to the reflected operators
 
-    def __init__(self, lo: ArrayLike, hi: ArrayLike | None = None) -> None:
+    def __init__(self, lo: ArrayLike, hi: ArrayLike | None = None, nominal: ArrayLike | None = None) -> None:
         self.lo: Floats = np.asarray(lo, dtype=np.float64)
         self.hi: Floats = self.lo if hi is None else np.asarray(hi, dtype=np.float64)
+        if nominal is None:
+            nominal = self.lo if hi is None else self.lo + 0.5 * (self.hi - self.lo)
+        self.nominal: Floats = np.asarray(nominal, dtype=np.float64)
 
     @classmethod
     def around(cls, value: ArrayLike, absolute: ArrayLike) -> Interval:
         """``value`` with an error of at most `absolute` (both arrays; 0 keeps a value exact)."""
         x, radius = np.asarray(value, dtype=np.float64), np.asarray(absolute, dtype=np.float64)
         exact = radius == 0
-        return cls(_down(x - radius, exact), _up(x + radius, exact))
+        return cls(_down(x - radius, exact), _up(x + radius, exact), x)
 
     def __repr__(self) -> str:
         return f"Interval({self.lo!r}, {self.hi!r})"
 
     def __getitem__(self, index: Any) -> Interval:
-        return Interval(self.lo[index], self.hi[index])
-
-    @property
-    def mid(self) -> Floats:
-        """Midpoints."""
-        return np.asarray(self.lo + 0.5 * (self.hi - self.lo), dtype=np.float64)
+        return Interval(self.lo[index], self.hi[index], self.nominal[index])
 
     def clip_low(self, least: float) -> Interval:
         """The part at or above `least` (for quantities that cannot be smaller)."""
-        return Interval(np.maximum(self.lo, least), np.maximum(self.hi, least))
+        return Interval(*(np.maximum(x, least) for x in (self.lo, self.hi, self.nominal)))
 
     def __neg__(self) -> Interval:
-        return Interval(-self.hi, -self.lo)
+        return Interval(-self.hi, -self.lo, -self.nominal)
 
     def __add__(self, other: Any) -> Interval:
         o = _interval(other)
         lo, hi = self.lo + o.lo, self.hi + o.hi
         return Interval(
-            _down(lo, _two_sum_error(self.lo, o.lo, lo) >= 0), _up(hi, _two_sum_error(self.hi, o.hi, hi) <= 0)
+            _down(lo, _two_sum_error(self.lo, o.lo, lo) >= 0),
+            _up(hi, _two_sum_error(self.hi, o.hi, hi) <= 0),
+            self.nominal + o.nominal,
         )
 
     __radd__ = __add__
@@ -96,7 +101,7 @@ class Interval:
         products = [a * b for a in (self.lo, self.hi) for b in (o.lo, o.hi)]
         lo, hi = np.minimum.reduce(products), np.maximum.reduce(products)
         exact = ((self.lo == 0) & (self.hi == 0)) | ((o.lo == 0) & (o.hi == 0))
-        return Interval(_down(lo, exact), _up(hi, exact))
+        return Interval(_down(lo, exact), _up(hi, exact), self.nominal * o.nominal)
 
     __rmul__ = __mul__
 
@@ -104,15 +109,16 @@ class Interval:
         """1/x; ``[-inf, inf]`` where the interval holds zero."""
         holds_zero = (self.lo <= 0) & (self.hi >= 0)
         with np.errstate(divide="ignore", over="ignore"):
-            lo, hi = _down(1.0 / self.hi), _up(1.0 / self.lo)
-        return Interval(np.where(holds_zero, -np.inf, lo), np.where(holds_zero, np.inf, hi))
+            lo, hi, nominal = _down(1.0 / self.hi), _up(1.0 / self.lo), 1.0 / self.nominal
+        return Interval(np.where(holds_zero, -np.inf, lo), np.where(holds_zero, np.inf, hi), nominal)
 
     def __truediv__(self, other: Any) -> Interval:
         o = _interval(other)
         holds_zero = (o.lo <= 0) & (o.hi >= 0)
         with np.errstate(invalid="ignore", over="ignore"):
             quotient = self * o.reciprocal()
-        return Interval(np.where(holds_zero, -np.inf, quotient.lo), np.where(holds_zero, np.inf, quotient.hi))
+        lo, hi = np.where(holds_zero, -np.inf, quotient.lo), np.where(holds_zero, np.inf, quotient.hi)
+        return Interval(lo, hi, quotient.nominal)
 
     def __pow__(self, exponent: int) -> Interval:
         if exponent < 0:
@@ -120,13 +126,13 @@ class Interval:
         low, high = np.abs(self.lo), np.abs(self.hi)
         if exponent % 2 == 0:
             least = np.where((self.lo <= 0) & (self.hi >= 0), 0.0, np.minimum(low, high))
-            return _power(Interval(least, np.maximum(low, high)), exponent)
+            return _power(Interval(least, np.maximum(low, high), self.nominal), exponent)
         return _power(self, exponent)
 
     def log(self) -> Interval:
         """Natural logarithm of positive intervals (two ulps wider than numpy's)."""
         lo, hi = np.log(self.lo), np.log(self.hi)
-        return Interval(_down(_down(lo)), _up(_up(hi)))
+        return Interval(_down(_down(lo)), _up(_up(hi)), np.log(self.nominal))
 
 
 def _power(base: Interval, exponent: int) -> Interval:
@@ -134,7 +140,7 @@ def _power(base: Interval, exponent: int) -> Interval:
     lo, hi = base.lo**exponent, base.hi**exponent
     for _ in range(2):
         lo, hi = _down(lo, base.lo == 0), _up(hi, base.hi == 0)
-    return Interval(lo, hi)
+    return Interval(lo, hi, base.nominal**exponent)
 
 
 def _interval(value: Any) -> Interval:
@@ -146,20 +152,21 @@ def segment_sum(x: Interval, segment: NDArray[np.int64], segments: int) -> Inter
 
     The rounding of each sum of m rows is bounded by ``m * 2^-52 * sum |x|`` and added to its ends.
     """
-    rows = np.broadcast_to(x.lo, segment.shape), np.broadcast_to(x.hi, segment.shape)
+    rows = [np.broadcast_to(part, segment.shape) for part in (x.lo, x.hi, x.nominal)]
     size = np.maximum(np.abs(rows[0]), np.abs(rows[1]))
     count = np.bincount(segment, minlength=segments)
     slack = np.where(count > 1, count, 0) * 2.0**-52 * np.bincount(segment, weights=size, minlength=segments)
-    lo, hi = (np.bincount(segment, weights=end, minlength=segments) for end in rows)
+    lo, hi, nominal = (np.bincount(segment, weights=part, minlength=segments) for part in rows)
     exact = slack == 0
-    return Interval(_down(lo - slack, exact), _up(hi + slack, exact))
+    return Interval(_down(lo - slack, exact), _up(hi + slack, exact), nominal)
 
 
 def total(x: Interval) -> Interval:
     """Sum over the last axis."""
     count = x.lo.shape[-1]
     slack = count * 2.0**-52 * np.maximum(np.abs(x.lo), np.abs(x.hi)).sum(axis=-1)
-    return Interval(_down(x.lo.sum(axis=-1) - slack), _up(x.hi.sum(axis=-1) + slack))
+    lo, hi = _down(x.lo.sum(axis=-1) - slack), _up(x.hi.sum(axis=-1) + slack)
+    return Interval(lo, hi, x.nominal.sum(axis=-1))
 
 
 def evaluate(

@@ -132,7 +132,7 @@ class Case:
         }  # fmt: skip
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             result: Interval = evaluate(expression, values, reductions, constant_interval)
-        return Interval(np.broadcast_to(result.lo, (n,)), np.broadcast_to(result.hi, (n,)))
+        return Interval(*(np.broadcast_to(x, (n,)) for x in (result.lo, result.hi, result.nominal)))
 
     def exactly(self, i: int) -> tuple[bool, bool]:
         """(holds, fails) of check i by mpmath.iv."""
@@ -173,7 +173,7 @@ def judge(case: Case, group: str = "inequality") -> Finding:
             premises=premises,
         )
     holds, fails, ties = _states(case, slack, applies)
-    lhs, rhs = case.side(bound.lhs).mid, case.side(bound.rhs).mid
+    lhs, rhs = case.side(bound.lhs).nominal, case.side(bound.rhs).nominal
     measured, limit = float(lhs[applies].mean()), float(rhs[applies].mean())
     size = np.maximum(np.abs(lhs), np.abs(rhs))
     margins = ((rhs - lhs)[applies & (size > 0)]) / size[applies & (size > 0)]
@@ -217,10 +217,11 @@ def _verdict(
         if case.below:
             return Verdict.UNDETERMINED, f"{share}, but {', '.join(case.below)} is known from below only"
         return Verdict.VIOLATED, f"{share}; {because}, so this is no counterexample" if because else share
+    if ties.any():
+        tied = f"{int(ties.sum())} of {count} agree within rounding"
+        return Verdict.UNDETERMINED, f"{tied}; {because}" if because else tied
     if refuted:
         return Verdict.UNDETERMINED, f"the numbers satisfy it, but {because}"
-    if ties.any():
-        return Verdict.UNDETERMINED, f"{int(ties.sum())} of {count} agree within rounding"
     if limit > VACUOUS_FACTOR * max(measured, 0.0) and case.bound.relation == "<=":
         return Verdict.VACUOUS, f"the bound exceeds {VACUOUS_FACTOR:g} times the measured value"
     note = f"with {', '.join(case.below)} measured, not given: no certificate" if case.below else ""

@@ -16,7 +16,7 @@ from typing import Any
 from theory.columns import Builder, Table
 from theory.errors import LogError, plain, shown
 from theory.header import checked_header
-from theory.schema import RECORDS, TERM_ARRIVAL, Key
+from theory.schema import PLUGIN, RECORDS, TERM_ARRIVAL, Key
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class RunLog:
     def clients(self) -> int:
         """N."""
         return int(self.header["clients"])
+
+    @property
+    def is_plugins(self) -> bool:
+        """Whether the plugin wrote it, which writes every key of ``docs/run-log.md``."""
+        return bool(self.header.get("method") == PLUGIN)
 
     @property
     def name(self) -> str:

@@ -103,4 +103,4 @@ def _norm_error(value: ArrayLike, error: Floats, base: Interval) -> Interval:
     """Squared norms whose unsquared norms are wrong by at most `error`."""
     x = np.asarray(value, dtype=np.float64)
     radius = 2 * np.sqrt(np.maximum(x, 0)) * error + error**2
-    return Interval(np.maximum(base.lo - radius, 0), base.hi + radius)
+    return Interval(np.maximum(base.lo - radius, 0), base.hi + radius, x)

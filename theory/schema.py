@@ -15,6 +15,9 @@ from typing import Literal, NamedTuple
 Kind = Literal["number", "text", "vector", "matrix", "objects", "metrics"]
 _INF = float("inf")
 
+#: ``method`` of the plugin's own logs.
+PLUGIN = "fedgmr"
+
 
 class Key(NamedTuple):
     """One key of a record.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from theory import estimators
-from theory.frame import Frame, gather
+from theory.frame import STATISTICS, Frame, gather
 from theory.judge import Place, law
 from theory.terms import HYPOTHESES
 from theory.verdict import Finding, Verdict, Witness, undetermined
@@ -82,7 +82,7 @@ def smooth(frame: Frame) -> Finding:
             "A1",
             slopes.lo > frame.given["L"],
             place,
-            lhs=slopes.mid,
+            lhs=slopes.nominal,
             rhs=np.full(len(probe), frame.given["L"]),
             applies=~np.isnan(slopes.lo),
             detail="measured smoothness against L",
@@ -156,10 +156,10 @@ def step_pointwise(frame: Frame) -> Finding:
         slopes.lo * gamma > 1,
         Place(probe.line, probe["window"]),
         applies=known,
-        lhs=slopes.mid * gamma,
+        lhs=slopes.nominal * gamma,
         rhs=np.ones(len(probe)),
         detail="gamma L_dir against 1",
-        reason="no probes, or gamma is not known",
+        reason=STATISTICS if frame.statistics_move else "no probes, or gamma is not known",
     )
     if found.verdict is Verdict.HOLDS and (slopes.hi[known] * gamma[known] > 1).any():
         return _open("A4", "gamma L_dir is 1 within rounding at a probe")
@@ -168,6 +168,8 @@ def step_pointwise(frame: Frame) -> Finding:
 
 def step_expected(frame: Frame) -> Finding:
     """A4E: gamma <= 1/(2L), with L given or measured from below."""
+    if frame.statistics_move:
+        return _open("A4E", STATISTICS)
     gamma = frame.gamma[~np.isnan(frame.gamma)]
     smooth_at = estimators.smoothness(frame)
     if len(gamma) == 0 or not smooth_at.known:

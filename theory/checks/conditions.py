@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from theory.errors import shown
-from theory.frame import Bools, Floats, Frame
+from theory.frame import HOOKED, Bools, Floats, Frame
 from theory.terms import HYPOTHESES
 from theory.verdict import Finding, Verdict, undetermined
 
@@ -87,6 +87,8 @@ def algorithm(frame: Frame) -> Condition:
         departures.append(f"weight_decay={log.fedml('weight_decay')}")
     if (log.fedml("client_optimizer") or "sgd").lower() != "sgd":
         departures.append(f"client_optimizer={shown(log.fedml('client_optimizer'))}")
+    if frame.hooked:
+        departures.append(HOOKED)
     if departures:
         return Condition("ALG", False, np.zeros_like(rows), ", ".join(departures))
     missing = [key for key in ANALYSED if key not in config]

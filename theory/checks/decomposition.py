@@ -81,7 +81,7 @@ class TermBounds:
             return self.frame.precision.share(value)
         error = gather(self.error, self.segment)
         radius = np.where(value == 0, 0.0, 2 * np.sqrt(np.maximum(value, 0)) * error + error**2)
-        return Interval(np.maximum(value - radius, 0.0), value + radius)
+        return Interval(np.maximum(value - radius, 0.0), value + radius, value)
 
     def judged(self, name: str, values: dict[str, Interval], **extra: Any) -> Finding:
         """A bound with one check for each record."""
@@ -134,7 +134,9 @@ class TermBounds:
             **smooth, "M_sq": term_sq(self.frame, "M_sq"), "pibar": self.entry("pibar"),
             "theta": Interval(gather(np.where(usable, contraction(self.frame), np.nan), rows)),
             "prunable_sq": reduction(gather(dispatch["norm_sq"], rows)),
-            "bias_sq": Interval(gather(bias.lo, rows), gather(bias.hi, rows)).clip_low(0.0),
+            "bias_sq": Interval(
+                *(gather(part, rows) for part in (bias.lo, bias.hi, bias.nominal))
+            ).clip_low(0.0),
         }  # fmt: skip
         sparse = self.count((self.entries["mask_sq"] > 0) * 1.0) > 0
         found = self.judged(name, values, below=below, applies=sparse)

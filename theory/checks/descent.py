@@ -52,6 +52,8 @@ def telescoped(run: Run, values: dict[str, Interval]) -> Finding:
     """I1 over the longest stretch of consecutive probed windows."""
     table = run.frame.log["probe"]
     span = longest_run(table["window"])
+    if reason := run.unmet("telescoped"):
+        return run.undecided("telescoped", reason)
     if span is None or np.isnan(values["gamma"].lo[span]).any():
         return run.undecided("telescoped", "no two consecutive windows are probed (set probe_interval to 1)")
     inside = {name: box[span] for name, box in values.items()}

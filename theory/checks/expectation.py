@@ -3,7 +3,11 @@
 An expectation is not a property of one run. With R runs of one configuration the difference
 ``bound - measured`` of each run is a sample; the bound HOLDS if a 99 % Student interval of its mean
 lies at or above zero, is VIOLATED if it lies below, and is UNDETERMINED otherwise. One run decides only
-where there is no noise (sigma^2 = 0), because then it is its own expectation.
+where there is no noise (sigma^2 = 0), because then it is its own expectation: the windows of one run
+depend on each other and are no sample.
+
+A log cannot establish A2. Where a bound that rests on it fails, a wrong sigma^2 is as likely a reason as
+any, so the verdict is UNDETERMINED, and VIOLATED only where the log refutes a hypothesis outright.
 """
 
 from __future__ import annotations
@@ -16,11 +20,12 @@ from numpy.typing import ArrayLike
 
 from theory.bounds import BOUNDS
 from theory.checks.conditions import contraction, fresh
-from theory.checks.run import Bools, Floats, Run
+from theory.checks.run import ACROSS_MOMENTS, Bools, Floats, Run
 from theory.errors import MissingData
 from theory.estimators import Estimate
-from theory.frame import gather, rows_of
+from theory.frame import STATISTICS, gather, rows_of
 from theory.numeric import evaluate
+from theory.symbols import WindowMean
 from theory.verdict import VACUOUS_FACTOR, Finding, Verdict
 
 #: 99.5 % quantiles of Student's t for 1 to 20 degrees of freedom.
@@ -74,7 +79,8 @@ def _decide(
     build: _Build,
 ) -> Finding:  # fmt: skip
     first, bound = runs[0], BOUNDS[name]
-    if reason := _not_seeds(runs):
+    silent = shared["sigma_sq"].known and shared["sigma_sq"].value == 0
+    if reason := _not_seeds(runs) or ("" if silent else _copied(runs)):
         return first.undecided(name, reason)
     for run in runs:
         if reason := _inapplicable(name, run):
@@ -87,14 +93,16 @@ def _decide(
     lhs = np.array([float(side[0].mean()) for side in sides])
     rhs = np.array([float(side[1].mean()) for side in sides])
     samples = rhs - lhs
-    if len(runs) == 1 and name == "noise":
-        samples = sides[0][1] - sides[0][0]
+    if len(runs) > 1 and not silent and samples.any() and not samples.std():
+        return first.undecided(name, "the runs give one and the same value: noise would make them differ")
     premises = {key: _worst(key, runs) for key in bound.hypotheses if key in first.assumed}
     refuted = [key for key, verdict in premises.items() if verdict is Verdict.VIOLATED]
-    silent = shared["sigma_sq"].known and shared["sigma_sq"].value == 0
     verdict, reason = _verdict(samples, float(lhs.mean()), float(rhs.mean()), silent=silent)
     if verdict is Verdict.VIOLATED and below:
         verdict, reason = Verdict.UNDETERMINED, f"it fails with {', '.join(below)} measured, not given"
+    elif verdict is Verdict.VIOLATED and not refuted and premises.get("A2") is Verdict.UNDETERMINED:
+        verdict = Verdict.UNDETERMINED
+        reason += "; it fails, but hypothesis A2 (with this sigma^2) is not established on this run"
     elif verdict in (Verdict.HOLDS, Verdict.VACUOUS) and refuted:
         verdict = Verdict.UNDETERMINED
         reason = f"the numbers satisfy it, but hypothesis {', '.join(refuted)} is refuted"
@@ -159,8 +167,36 @@ def _not_seeds(runs: Sequence[Run]) -> str:
     return ""
 
 
+#: Columns that noise makes different in every run: table and key.
+_NOISY = (("arrival", "change_sq"), ("window", "step_sq"), ("probe", "loss"))
+
+
+def _copied(runs: Sequence[Run]) -> str:
+    """Whether two runs have the same records, in words, or ''; independent seeds never have."""
+    for table, key in _NOISY:
+        columns = [run.frame.log[table][key] for run in runs]
+        seen = [column.tobytes() for column in columns if np.nan_to_num(column).any()]
+        if len(set(seen)) < len(seen):
+            return f"two of the runs have the same {table}.{key} throughout: they are one run, not two seeds"
+    return ""
+
+
+def _stopped(run: Run) -> str:
+    """Why the number of windows of a run was not fixed in advance, or ''."""
+    log = run.frame.log
+    planned = log.number("windows")
+    early = planned is not None and run.frame.windows < planned
+    if not early and "time_budget" not in log["end"].text("reason"):
+        return ""
+    return "hypothesis `T is fixed in advance` is not met: a run ended before its planned windows"
+
+
 def _inapplicable(name: str, run: Run) -> str:
     """The condition that keeps a bound from applying to a whole run, or ''."""
+    if name in ACROSS_MOMENTS and run.frame.statistics_move:
+        return STATISTICS
+    if BOUNDS[name].rhs.has(WindowMean) and (reason := _stopped(run)):
+        return reason
     for key in BOUNDS[name].hypotheses:
         if key in run.conditions and key != "TOPK" and run.conditions[key].met is not True:
             return run.conditions[key].complaint

@@ -63,6 +63,7 @@ def term_sq(frame: Frame, key: str) -> Interval:
     return Interval(
         np.where(exact, 0.0, np.maximum(value - radius, 0.0)),
         np.where(exact, 0.0, value + radius * (1 + 1e-9)),
+        value,
     )
 
 

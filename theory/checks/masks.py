@@ -52,7 +52,7 @@ def update(run: Run) -> Finding:
         place_of(frame, "window"),
         applies=single,
         lhs=table["step_sq"],
-        rhs=alone.mid,
+        rhs=alone.nominal,
         group="inequality",
         detail="one arrival: the step is its change",
     )

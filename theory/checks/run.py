@@ -13,7 +13,7 @@ from theory.bounds import BOUNDS
 from theory.checks.assumptions import assumptions
 from theory.checks.conditions import Condition, conditions
 from theory.estimators import Estimate, constants
-from theory.frame import Frame
+from theory.frame import STATISTICS, Frame
 from theory.intervals import Interval
 from theory.judge import Case, Place, judge, law
 from theory.verdict import Finding, Verdict, undetermined
@@ -23,6 +23,14 @@ Bools = NDArray[np.bool_]
 
 #: Relative tolerance for bounds made of counts and weights alone, whose equality case is normal.
 COUNTING = 1e-6
+
+#: Bounds that compare losses or gradients at two moments of training, as if F were one function of w.
+ACROSS_MOMENTS = frozenset(
+    (
+        "descent", "telescoped", "expectation", "staleness_lipschitz", "staleness", "drift_lipschitz",
+        "drift", "corollary", "corollary_weighted", "corollary_nested",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,14 @@ class Run:
     def unmet(self, name: str) -> str:
         """The whole-run condition of bound `name` that is not met or not known, in words; '' if none.
 
+        A bound across moments of training needs a model without buffers.
+
         TOPK, NEST and UNIF may hold for some rows; the checks select those.
         """
         for key in BOUNDS[name].hypotheses:
             if key in ("ALG", "DELTA", "REPL") and self.conditions[key].met is not True:
                 return self.conditions[key].complaint
-        return ""
+        return STATISTICS if self.frame.statistics_move and name in ACROSS_MOMENTS else ""
 
     def premises(self, name: str) -> dict[str, Verdict]:
         """Verdicts of the assumptions of bound `name`."""

@@ -222,6 +222,7 @@ def shares(frame: Frame) -> Finding:
     weight_sum = gather(frame.per_window(table["weight"]), frame.arrival_window)
     least = table["weight"] / weight_sum
     pibar, known = table["pibar"], ~np.isnan(table["pibar"]) & (frame.sent("support") != 0)
+    known &= not frame.hooked
     bad = (pibar > 1 + 1e-6) | (pibar <= 0) | (pibar < least * (1 - 1e-6))
     return law(
         "shares", title, bad, place_of(frame, "arrival"), applies=known, lhs=pibar,
@@ -238,6 +239,7 @@ def nested_shares(frame: Frame) -> Finding:
     nested[inside] = frame.nested[frame.arrival_window[inside]]
     expected = table["weight"] / heavy
     known = nested & ~np.isnan(expected) & ~np.isnan(table["pibar"]) & (frame.sent("support") != 0)
+    known &= not frame.hooked
     bad = np.abs(table["pibar"] - expected) > 1e-6 * expected
     return law(
         "nested_shares",
@@ -337,11 +339,11 @@ def probe_cauchy(frame: Frame) -> Finding:
         change.lo > p.gradient(far, far).hi
     )
     bad |= p.gradient(table["grad_uncovered_sq"], grad).lo > p.gradient(grad, grad).hi
-    full = gather(frame.log["window"]["uncovered"], frame.probe_window) == 0
+    full = (gather(frame.log["window"]["uncovered"], frame.probe_window) == 0) & (not frame.hooked)
     bad |= full & (table["grad_uncovered_sq"] > 0)
     return law(
-        "probe_cauchy", title, bad, place_of(frame, "probe"), lhs=table["grad_dot_step"] ** 2, rhs=size.mid,
-        reason="no probes", detail="slope squared against |grad|^2 |step|^2",
+        "probe_cauchy", title, bad, place_of(frame, "probe"), lhs=table["grad_dot_step"] ** 2,
+        rhs=size.nominal, reason="no probes", detail="slope squared against |grad|^2 |step|^2",
     )  # fmt: skip
 
 
@@ -375,8 +377,8 @@ def probe_clients(frame: Frame) -> Finding:
         title,
         differ(left, right) | wide,
         place_of(frame, "probe"),
-        lhs=left.mid,
-        rhs=right.mid,
+        lhs=left.nominal,
+        rhs=right.nominal,
         applies=~np.isnan(left.lo) & ~np.isnan(right.lo),
         reason="client gradients are not logged",
     )
