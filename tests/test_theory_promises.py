@@ -298,18 +298,6 @@ def test_uploads_that_were_refused_cost_bytes_too() -> None:
     assert "bytes_up" in violated(records)
 
 
-def test_shares_that_a_defence_withheld_judge_no_merge() -> None:
-    """The plugin logs null shares where a defence took uploads out: fewer are merged than arrived."""
-    records = good()
-    first(records, "window", window=6)["uncovered"] = 2
-    assert violated(records) == {"uncovered_count"}
-    records[0]["method"] = "fedgmr"
-    for record in records:
-        if record["type"] == "arrival" and record["window"] == 6:
-            record["pibar"] = None
-    assert check(records)["uncovered_count"].verdict is Verdict.HOLDS
-
-
 def test_a_lost_sub_model_leaves_room() -> None:
     """It is in flight until its client is sent the next; no record says when it was lost."""
     records = good()

@@ -24,6 +24,8 @@ from theory.checks.echoes import echoes
 from theory.checks.expectation import expectations
 from theory.checks.identity import term_laws
 from theory.checks.masks import mask_bounds
+from theory.checks.nulls import nulls
+from theory.checks.order import order
 from theory.checks.promises import promises
 from theory.checks.run import Run
 from theory.checks.structure import structure
@@ -139,7 +141,8 @@ def check_logs(
 def _report(run: Run, expected: Sequence[Finding]) -> RunReport:
     frame = run.frame
     findings = (
-        *structure(frame), *promises(frame), *echoes(frame), *values(frame), *term_laws(frame),
+        *structure(frame), *order(frame), *nulls(frame), *promises(frame), *echoes(frame),
+        *values(frame), *term_laws(frame),
         *run.assumed.values(),
         *(condition.finding for condition in run.conditions.values()),
         *descents(run), *term_bounds(run), *mask_bounds(run), *coverage_bounds(run),

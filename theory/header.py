@@ -1,92 +1,89 @@
 """The door for a log's header: every key that `theory` reads has the type and range that it relies on.
 
-Unknown keys pass, and so do missing and null ones; what is well-formed but untrue is the business of
+Unknown keys pass, and so do missing and null ones in the log of another framework. The plugin
+(``method: fedgmr``) writes every key of ``docs/run-log.md``, and its options have the ranges and words of
+``docs/configuration.md`` (`theory.options`). What is well-formed but untrue is the business of
 `theory.checks.promises`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from theory.errors import LogError, shown
-
-#: Integers above this are no numbers of a run, and no float64 either.
-_LARGEST = 2**1000
-
+from theory.options import HOST, OPTIONS, contradiction
+from theory.rules import (
+    COUNT,
+    DENSITY,
+    FLAG,
+    FRACTION,
+    INT,
+    NUMBER,
+    OBJECT,
+    OBJECTS,
+    POSITIVE,
+    SHAPE,
+    SHARE,
+    SIZE,
+    STEPS,
+    TEXT,
+    Rule,
+    list_of,
+    word,
+)
+from theory.schema import PLUGIN, PLUGIN_TYPES, ROUNDOFF
 
 #: No header needs more levels of nesting.
 _DEEPEST = 32
 
-
-class Rule(NamedTuple):
-    """A test of one value, and what it asks for, in words."""
-
-    test: Callable[[Any], bool]
-    wanted: str
-
-
-def _is_int(value: Any) -> bool:
-    return type(value) is int and abs(value) < _LARGEST
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or (type(value) is float and abs(value) < float("inf"))
-
-
-def _list_of(test: Callable[[Any], bool], wanted: str) -> Rule:
-    return Rule(lambda value: isinstance(value, list) and all(map(test, value)), f"a list of {wanted}")
-
-
-_TEXT = Rule(lambda value: isinstance(value, str), "a string")
-_FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
-_INT = Rule(_is_int, "an integer")
-_COUNT = Rule(lambda value: _is_int(value) and value >= 0, "an integer of at least 0")
-_POSITIVE = Rule(lambda value: _is_int(value) and value >= 1, "an integer of at least 1")
-_NUMBER = Rule(_is_number, "a number")
-_SIZE = Rule(lambda value: _is_number(value) and value >= 0, "a number of at least 0")
-_OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
-_OBJECTS = _list_of(lambda value: isinstance(value, dict), "objects")
-_SHAPE = _list_of(lambda value: _is_int(value) and value >= 0, "integers of at least 0")
-_DENSITIES = _list_of(
-    lambda value: value is None or (_is_number(value) and 0 < value <= 1), "densities in (0, 1]"
-)
-_STEPS = Rule(
-    lambda value: _POSITIVE.test(value) or value == "epochs", 'an integer of at least 1 or "epochs"'
-)
+_NULLABLE_DENSITIES = list_of(lambda value: value is None or DENSITY.test(value), "densities in (0, 1]")
 
 #: Keys of the header.
 HEADER: dict[str, Rule] = {
-    "method": _TEXT, "run_name": _TEXT, "seed": _INT, "config": _OBJECT, "fedml": _OBJECT,
-    "client_samples": _SHAPE, "densities": _DENSITIES, "layout": _OBJECT, "model_megabytes": _SIZE,
-    "eta": _SIZE, "local_steps": _POSITIVE, "windows": _COUNT, "time_budget": _SIZE,
+    "method": TEXT, "run_name": TEXT, "seed": INT, "config": OBJECT, "fedml": OBJECT,
+    "client_samples": SHAPE, "densities": _NULLABLE_DENSITIES, "layout": OBJECT, "model_megabytes": SIZE,
+    "eta": SIZE, "local_steps": POSITIVE, "windows": COUNT, "time_budget": SIZE, "versions": OBJECT,
 }  # fmt: skip
 
 #: Keys of ``config`` (the method's options) that the checks read.
 CONFIG: dict[str, Rule] = {
     **dict.fromkeys(
         ("aggregation", "update_form", "update_scope", "score", "staleness", "trigger", "density_step",
-         "loss", "payload_rule", "payload_dtype", "evaluate"), _TEXT,
+         "loss", "payload_rule", "payload_dtype", "evaluate"), TEXT,
     ),
-    **dict.fromkeys(("mixing", "dense_start", "prune_biases", "incremental_splitting", "probe"), _FLAG),
+    **dict.fromkeys(("mixing", "dense_start", "prune_biases", "incremental_splitting", "probe"), FLAG),
     **dict.fromkeys(
         ("server_step", "layer_floor", "staleness_exponent", "hinge_slope", "hinge_delay", "client_momentum",
          "gradient_clip", "density_min", "density_increment", "time_budget", "model_megabytes",
-         "aggregation_seconds"), _NUMBER,
+         "aggregation_seconds"), NUMBER,
     ),
-    "interval": _POSITIVE, "warmup_windows": _COUNT, "local_steps": _STEPS,
-    "density_ladder": _DENSITIES, "time_floors": _DENSITIES,
+    "interval": POSITIVE, "warmup_windows": COUNT, "local_steps": STEPS,
+    "density_ladder": _NULLABLE_DENSITIES, "time_floors": _NULLABLE_DENSITIES,
+    "time_fractions": list_of(SHARE.test, "numbers in [0, 1]"), "validation_fraction": FRACTION,
+    "probe_interval": POSITIVE, "workers": POSITIVE,
 }  # fmt: skip
 
 #: Keys of ``fedml`` (the host's options) that the checks read.
 FEDML: dict[str, Rule] = {
-    "weight_decay": _NUMBER, "client_optimizer": _TEXT, "learning_rate": _NUMBER, "comm_round": _INT,
-    "client_num_in_total": _INT, "random_seed": _INT, "aggregation_hooks": _FLAG,
+    "weight_decay": NUMBER, "client_optimizer": TEXT, "learning_rate": NUMBER, "comm_round": INT,
+    "client_num_in_total": INT, "random_seed": INT, "aggregation_hooks": FLAG,
+    "client_num_per_round": POSITIVE, "frequency_of_the_test": POSITIVE,
 }  # fmt: skip
 
+_DTYPE = Rule(
+    lambda value: isinstance(value, str) and value.removeprefix("torch.") in ROUNDOFF,
+    f"one of {', '.join(ROUNDOFF)}",
+)
+
 #: Keys of ``layout``, and of each of its layers.
-LAYOUT: dict[str, Rule] = {"size": _POSITIVE, "prunable": _COUNT, "dtype": _TEXT, "layers": _OBJECTS}
-LAYER: dict[str, Rule] = {"name": _TEXT, "kind": _TEXT, "size": _COUNT, "shape": _SHAPE}
+LAYOUT: dict[str, Rule] = {"size": POSITIVE, "prunable": COUNT, "dtype": _DTYPE, "layers": OBJECTS}
+LAYER: dict[str, Rule] = {"name": TEXT, "kind": TEXT, "size": COUNT, "shape": SHAPE}
+
+#: Keys of the plugin's header that may be null.
+_NULLABLE = ("local_steps", "time_budget")
+#: What the plugin's layouts have beyond `LAYOUT` and `LAYER`.
+_PLUGIN_DTYPE, _PLUGIN_KIND = word(*PLUGIN_TYPES), word("prunable", "dense", "bias", "buffer")
 
 #: Lists with one entry for each client.
 _PER_CLIENT = ("client_samples", "densities")
@@ -110,11 +107,13 @@ def checked_header(record: dict[str, Any], path: str) -> dict[str, Any]:
     if not isinstance(schema, str) or schema.split(".")[0] != "1":
         raise refuse(f"schema={shown(schema)}, this release reads 1.x", "GMR-603")
     clients = record.get("clients")
-    if not _POSITIVE.test(clients):
-        raise refuse(f"header: clients={shown(clients)} is not {_POSITIVE.wanted}")
+    if not POSITIVE.test(clients):
+        raise refuse(f"header: clients={shown(clients)} is not {POSITIVE.wanted}")
     layout = record.get("layout")
     complaint = _complaint(record, HEADER, "") or _complaint(record.get("config"), CONFIG, "config.")
     complaint = complaint or _complaint(record.get("fedml"), FEDML, "fedml.") or _layout_complaint(layout)
+    if not complaint and record.get("method") == PLUGIN:
+        complaint = _plugin_complaint(record)
     if complaint:
         raise refuse(f"header: {complaint}")
     for key in _PER_CLIENT:
@@ -152,3 +151,28 @@ def _layout_complaint(layout: Mapping[str, Any] | None) -> str:
         if found := _complaint(layer, LAYER, prefix):
             return found
     return complaint
+
+
+def _plugin_complaint(record: Mapping[str, Any]) -> str:
+    """Why the plugin cannot have written the header (which passed the rules for any), in words; or ''."""
+    config, fedml, layout = (record.get(key) or {} for key in ("config", "fedml", "layout"))
+    needed = (
+        ("", record, [key for key in HEADER if key not in _NULLABLE]),
+        ("config.", config, [key for key in CONFIG if not OPTIONS[key].test(None)]),
+        ("fedml.", fedml, list(HOST)),
+        ("layout.", layout, list(LAYOUT)),
+    )
+    for prefix, values, keys in needed:
+        if missing := next((key for key in keys if values.get(key) is None), None):
+            return f"{prefix}{missing} is missing"
+    absent = next((key for key in _NULLABLE if key not in record), None)
+    if absent is not None:
+        return f"{absent} is missing"
+    empty = {key: OPTIONS[key].wanted for key in OPTIONS if key in config and config[key] is None}
+    if null := next((key for key in empty if not OPTIONS[key].test(None)), None):
+        return f"config.{null}=None is not {empty[null]}"
+    found = _complaint(config, OPTIONS, "config.") or _complaint(fedml, HOST, "fedml.")
+    found = found or _complaint(layout, {"dtype": _PLUGIN_DTYPE}, "layout.")
+    for number, layer in enumerate(layout["layers"]):
+        found = found or _complaint(layer, {"kind": _PLUGIN_KIND}, f"layout.layers[{number}].")
+    return found or contradiction(config)

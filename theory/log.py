@@ -16,7 +16,7 @@ from typing import Any
 from theory.columns import Builder, Table
 from theory.errors import LogError, plain, shown
 from theory.header import checked_header
-from theory.schema import PLUGIN, RECORDS, TERM_ARRIVAL, Key
+from theory.schema import PLUGIN, RECORDS, TERM_ARRIVAL, WRITTEN, Key, never_null
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def parse(lines: Iterable[bytes], *, name: str = "<memory>") -> RunLog:
     nested = Builder({**TERM_ARRIVAL, "window": Key(required=True)}, name, "terms.arrivals")
     header: dict[str, Any] | None = None
     torn = ended = False
+    written: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
     for number, record in _records(lines, name):
         if record is None:
             torn = True
@@ -108,18 +109,39 @@ def parse(lines: Iterable[bytes], *, name: str = "<memory>") -> RunLog:
         kind = record.get("type")
         if header is None:
             header = checked_header(record, name)
+            written = _written(header)
             continue
         if not isinstance(kind, str) or kind == "header" or ended:
             raise LogError("GMR-602", f"type={shown(kind)} has no place here", path=name, line=number)
         if kind in builders:
+            if (needed := written.get(kind)) and (missing := _missing(record, *needed)):
+                raise LogError("GMR-602", f"{kind}: {missing}", path=name, line=number)
             builders[kind].add(record, number)
         if kind == "terms":
-            _add_objects(nested, record, number, name)
+            _add_objects(nested, record, number, name, strict=bool(written))
         ended = kind == "end"
     if header is None:
         raise LogError("GMR-602", "the log has no header", path=name)
     tables = {kind: builder.table() for kind, builder in builders.items()}
     return RunLog(name, header, {**tables, "term_arrivals": nested.table()}, torn, ended)
+
+
+def _written(header: dict[str, Any]) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
+    """Record type -> keys that the plugin always writes, and those of them that are never null."""
+    if header.get("method") != PLUGIN:
+        return {}
+    dtype = header["layout"]["dtype"]
+    return {
+        kind: (frozenset(" ".join(keys).split()), never_null(kind, dtype)) for kind, keys in WRITTEN.items()
+    }
+
+
+def _missing(record: dict[str, Any], keys: frozenset[str], present: frozenset[str]) -> str:
+    """The first of `keys` that is absent, or of `present` that is null, in words; '' if there is none."""
+    if not keys <= record.keys():
+        return f"{min(keys - record.keys())} is missing"
+    null = [key for key in present if record[key] is None]
+    return f"{min(null)} is null" if null else ""
 
 
 def _records(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -147,11 +169,16 @@ def _refuse_constant(token: str) -> float:
     raise ValueError(f"{token} is not JSON")
 
 
-def _add_objects(nested: Builder, record: dict[str, Any], line: int, name: str) -> None:
+def _add_objects(nested: Builder, record: dict[str, Any], line: int, name: str, *, strict: bool) -> None:
+    """Adds the arrivals of a terms record; `strict` wants every key of each."""
     entries = record.get("arrivals")
     if entries is None:
         return
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise LogError("GMR-602", "terms: arrivals is not a list of objects", path=name, line=line)
+    complete = set(TERM_ARRIVAL) if strict else set()
     for entry in entries:
+        if absent := complete - entry.keys():
+            message = f"terms: {min(absent)} is missing in arrivals"
+            raise LogError("GMR-602", message, path=name, line=line)
         nested.add({**entry, "window": record.get("window")}, line)

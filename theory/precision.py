@@ -32,14 +32,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from theory.intervals import Interval
 from theory.log import RunLog
-from theory.schema import SLACK
+from theory.schema import ROUNDOFF, SLACK
 
 Floats = NDArray[np.float64]
 
 #: Relative error of clocks and byte counts.
 CLOCK = 1e-9
-
-_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Precision:
     def of(cls, log: RunLog, slack: float = SLACK) -> Precision:
         """From the header's layout; float32 and 10^7 coordinates where it does not say."""
         dtype, size = log.layout("dtype"), log.layout("size")
-        roundoff = _ROUNDOFF.get(str(dtype).removeprefix("torch."), 2.0**-24)
+        roundoff = ROUNDOFF[(dtype or "float32").removeprefix("torch.")]
         return cls(roundoff, 1e7 if size is None else float(size), slack)
 
     def reduction(self, value: ArrayLike) -> Interval:

@@ -18,6 +18,11 @@ _INF = float("inf")
 #: ``method`` of the plugin's own logs.
 PLUGIN = "fedgmr"
 
+#: Types of a model, and their unit roundoff u.
+ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
+#: Those that the plugin trains.
+PLUGIN_TYPES = ("float32", "float64")
+
 
 class Key(NamedTuple):
     """One key of a record.
@@ -128,6 +133,49 @@ RECORDS: dict[str, dict[str, Key]] = {
     "constants": {name: Key(low=low) for name, low in CONSTANTS.items()},
     "end": _sizes("windows time rejected") | {"reason": _TEXT, "shipped": _TEXT},
 }
+
+#: Every key that the plugin writes in a record of each type, those first that it never writes as null.
+WRITTEN: dict[str, tuple[str, str]] = {
+    "dispatch": (
+        "dispatch client version density ranking support time bytes_down",
+        "norm_sq masked_norm_sq full_norm_sq full_masked_norm_sq",
+    ),
+    "arrival": (
+        "window dispatch client version staleness density time bytes_up samples weight steps",
+        "pibar drift_sq change_sq train_loss",
+    ),
+    "rejected": ("window dispatch client code message", ""),
+    "window": (
+        "window start close end arrivals gamma_min uncovered coverage step_sq in_flight mean_density "
+        "density_floor bytes_up bytes_down server_bytes_down learning_rate",
+        "",
+    ),
+    "validation": ("window time clients candidate", "global scaled"),
+    "restoration": ("window time cause before after floor", "client"),
+    "evaluation": (
+        "window time candidate global scaled samples bytes_up bytes_down metrics",
+        "accuracy loss",
+    ),
+    "probe": (
+        "window step_sq client_grad_sq client_gap_sq",
+        "loss loss_next grad_sq grad_next_sq grad_dot_step grad_change_sq grad_uncovered_sq noise_sq",
+    ),
+    "terms": (
+        "window form gamma grad_dot gram arrivals",
+        "z_sq D_sq M_sq S_sq H_sq U_sq rho_sq e_sq b_sq residual_sq scale_sq",
+    ),
+    "end": ("windows time reason model_sha256 shipped wall_seconds rejected", ""),
+}
+#: Squared norms of models and updates: float32 cannot make them overflow, so there they are never null.
+FINITE_IN_FLOAT32 = ("norm_sq", "masked_norm_sq", "full_norm_sq", "full_masked_norm_sq", "change_sq")
+
+
+def never_null(kind: str, dtype: str) -> frozenset[str]:
+    """Keys of the plugin's records of one type that are never null in a run with a model of type `dtype`."""
+    surely, otherwise = (keys.split() for keys in WRITTEN[kind])
+    finite = FINITE_IN_FLOAT32 if dtype == "float32" else ()
+    return frozenset((*surely, *(key for key in otherwise if key in finite)))
+
 
 #: Keys of each object in ``arrivals`` of a ``terms`` record.
 TERM_ARRIVAL: dict[str, Key] = _required("dispatch client") | _sizes(

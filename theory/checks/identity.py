@@ -22,6 +22,10 @@ from theory.verdict import Finding, undetermined
 
 #: Terms whose errors add up in the residual of the identity.
 _ADDED = 8.0
+#: How many times the squared gradient that the log accounts for (`accounted_sq`) a ``scale_sq`` counts in
+#: tolerances, and may be at all. Gradients off the masks and single steps of a local path are in no other
+#: number; real runs have up to 1.2, diverging ones 60.
+_COUNTED, _BELIEVED = 64.0, 1e6
 
 
 def term_laws(frame: Frame) -> Iterator[Finding]:
@@ -37,6 +41,7 @@ def term_laws(frame: Frame) -> Iterator[Finding]:
     yield against_window(frame)
     yield against_header(frame)
     yield against_arrivals(frame)
+    yield scale(frame)
 
 
 def window_of(frame: Frame) -> Ints:
@@ -50,7 +55,39 @@ def error_norm(frame: Frame) -> Floats:
     model = gather(frame.model_sq, window_of(frame))
     stored = np.where(np.isnan(model), 0.0, np.sqrt(np.maximum(model, 0)) / table["gamma"])
     size = np.where(np.isnan(table["scale_sq"]), table["e_sq"], table["scale_sq"])
+    size = np.fmin(size, _COUNTED * accounted_sq(frame))
     return np.asarray(p.slack * p.roundoff * (np.sqrt(np.maximum(size, 0)) + stored))
+
+
+def accounted_sq(frame: Frame) -> Floats:
+    """The largest squared gradient of a record that other numbers show, ``[terms]``; nan where they do not.
+
+    On a client's mask the triangle inequality leads from its gradient at w_t, which the probe logs, over
+    w_s and m w_s to its local path: ``||g_n|| + ||S_n|| + ||M_n|| + ||D_n||``.
+    """
+    table, entries, probe = frame.log["terms"], frame.log["term_arrivals"], frame.log["probe"]
+    rows, own = rows_of(probe["window"], table["window"]), probe["client_grad_sq"]
+    here = gather(own.max(axis=1) if own.shape[1] else np.full(len(own), np.nan), rows)
+    away = sum(np.sqrt(np.maximum(entries[f"{name}_sq"], 0)) for name in "SMD")
+    farthest = np.full(len(table), -np.inf)
+    at = rows_of(table["window"], entries["window"])
+    np.maximum.at(farthest, at, np.broadcast_to(away, at.shape))
+    return np.asarray((np.sqrt(here) + np.where(np.isfinite(farthest), farthest, np.nan)) ** 2)
+
+
+def scale(frame: Frame) -> Finding:
+    """``scale_sq`` is no less than the probe's largest gradient, and not out of all proportion."""
+    title, table, probe = "the gradients' scale fits the probe", frame.log["terms"], frame.log["probe"]
+    logged, own = table["scale_sq"], probe["client_grad_sq"]
+    largest = own.max(axis=1) if own.shape[1] else np.full(len(own), np.nan)
+    least = gather(largest, rows_of(probe["window"], table["window"]))
+    most = _BELIEVED * accounted_sq(frame)
+    small = frame.precision.gradient(logged, logged).hi < frame.precision.gradient(least, least).lo
+    return law(
+        "terms_scale", title, small | (logged > most), place_of(frame, "terms"), lhs=logged,
+        rhs=np.where(small, least, most), applies=~np.isnan(logged + least),
+        reason="scale_sq or the clients' gradients are not logged",
+    )  # fmt: skip
 
 
 def term_sq(frame: Frame, key: str) -> Interval:

@@ -6,29 +6,35 @@ are not logged, or whose option another framework does not have, is UNDETERMINED
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from theory.checks.structure import below, close, place_of
-from theory.frame import Frame, gather, rows_of
+from theory.frame import Floats, Frame, gather, rows_of
 from theory.judge import Place, law
 from theory.verdict import Finding, Verdict, Witness, undetermined
 
-#: What is compared, and its two values in the header.
+#: What is compared, and its two values in the header; null is not compared.
 _Pair = tuple[str, float | None, float | None]
-#: Stands for null where that is a value of its own.
-_NULL = -1.0
+
+#: Causes of the restorations of single clients by their own plateau, of the server's floor, and by schedule.
+_CLIENT, _SERVER, _TIME, _GRADIENT = "client_plateau", "server_plateau", "time", "gradient"
 
 #: Values of ``trigger``, and the causes of the restorations that each makes.
 CAUSES: dict[str, tuple[str, ...]] = {
     "none": (),
-    "plateau": ("client_plateau", "server_plateau"),
-    "time": ("time",),
-    "mixed": ("client_plateau", "server_plateau", "time"),
-    "gradient": ("gradient",),
+    "plateau": (_CLIENT, _SERVER),
+    "time": (_TIME,),
+    "mixed": (_CLIENT, _SERVER, _TIME),
+    "gradient": (_GRADIENT,),
 }
+
+
+#: Bytes of a value.
+_BYTES = {"float32": 4, "float64": 8}
 
 
 def promises(frame: Frame) -> Iterator[Finding]:
@@ -86,22 +92,37 @@ def header(frame: Frame) -> Finding:
         ("seed against fedml.random_seed", log.number("seed"), log.fedml("random_seed")),
         ("model_megabytes against config", log.number("model_megabytes"), _travelling_megabytes(frame)),
     ]
-    for key in ("time_budget", "local_steps"):
-        if key in config and key in log.header:
-            if key == "local_steps" and log.header[key] is None:
-                continue  # a trainer may choose its own number
-            told = None if config[key] == "epochs" else config[key]
-            own, other = (_NULL if side is None else float(side) for side in (log.header[key], told))
-            pairs.append((f"{key} against config ({_NULL:g} stands for null)", own, other))
-    return _told_twice("header", "the header agrees with itself", pairs)
+    title, steps = "the header agrees with itself", config.get("local_steps")
+    if steps != "epochs":  # a header's null stands for a trainer that chooses its own number
+        pairs.append(("local_steps against config", log.number("local_steps"), steps))
+    pairs.append(("time_budget against config", log.number("time_budget"), config.get("time_budget")))
+    if one_sided := _null_on_one_side(log.header, config):
+        witness = Witness(line=1, detail=one_sided)
+        return Finding("header", "log", title, Verdict.VIOLATED, checks=1, witness=witness, reason="1 fails")
+    return _told_twice("header", title, pairs)
+
+
+def _null_on_one_side(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """A key that is null in the header or its config and a number in the other, in words; '' if none is.
+
+    A number of local steps for whole epochs is one, but not the null of a trainer that chooses its own.
+    """
+    if "time_budget" in record and "time_budget" in config:
+        own, told = record["time_budget"], config["time_budget"]
+        if (own is None) != (told is None):
+            return f"time_budget={own} against {told} in config"
+    if record.get("local_steps") is not None and config.get("local_steps") == "epochs":
+        return f"local_steps={record['local_steps']} against epochs in config"
+    return ""
 
 
 def _travelling_megabytes(frame: Frame) -> float | None:
-    """S of the options as it travels: less where values travel in a narrower type than the model's."""
-    told = frame.log.config("model_megabytes")
+    """S of the options, the plugin's else D times a value's bytes, as it travels: less in a narrower type."""
+    told, wide = frame.log.config("model_megabytes"), _BYTES.get(frame.log.layout("dtype"))
+    if told is None and frame.log.is_plugins and wide is not None:
+        told = frame.log.layout("size") * wide / 1e6
     if told is None or frame.log.config("payload_dtype") not in ("bfloat16", "float16"):
         return None if told is None else float(told)
-    wide = {"float32": 4, "float64": 8}.get(frame.log.layout("dtype"))
     return None if wide is None else float(told) * 2 / wide
 
 
@@ -136,7 +157,7 @@ def planned_end(frame: Frame) -> Finding:
     if not right.get(table.text("reason")[0], False):
         counted, wanted = np.array([float(frame.windows)]), np.array([planned])
         place, detail = place_of(frame, "end"), "windows against the header's, and not the end of `reason`"
-        return law(name, title, counted == counted, place, lhs=counted, rhs=wanted, detail=detail)
+        return law(name, title, np.array([True]), place, lhs=counted, rhs=wanted, detail=detail)
     last = ends[-1:] if len(ends) else np.zeros(1)
     return law(
         name, title, ~close(table["time"], last), place_of(frame, "end"), lhs=table["time"], rhs=last,
@@ -177,11 +198,8 @@ def payload(frame: Frame) -> Finding:
 
 def trigger(frame: Frame) -> Finding:
     """Restorations have the causes that the trigger makes, and name clients that exist."""
-    title, table, kind = (
-        "restorations come from the trigger",
-        frame.log["restoration"],
-        frame.log.config("trigger"),
-    )
+    title, table = "restorations come from the trigger", frame.log["restoration"]
+    kind = frame.log.config("trigger")
     known = {cause: i for i, cause in enumerate(table.texts["cause"])}
     allowed = np.array([-1, *(known[c] for c in CAUSES.get(kind, known) if c in known)])
     strange = ~np.isin(table.codes["cause"], allowed) | (kind == "none")
@@ -199,36 +217,42 @@ def trigger(frame: Frame) -> Finding:
 def restored_densities(frame: Frame) -> Finding:
     """A restoration starts at its client's density, rises, and ends on the rung that the options give."""
     title, table = "restorations rise from the density before", frame.log["restoration"]
-    named = np.unique(table["client"][~np.isnan(table["client"])])
-    current = dict(zip(named.tolist(), frame.header_density(named).tolist(), strict=True))
-    before, after, cause = table["before"], table["after"], table.text("cause")
-    expected, bad = np.full(len(table), np.nan), ~(after > before) & ~np.isnan(after) & ~np.isnan(before)
-    rungs = {"server_plateau": frame.log.config("density_ladder"), "time": frame.log.config("time_floors")}
-    for i, client in enumerate(table["client"].tolist()):
-        if client == client:
-            expected[i] = current[client]
-            current[client] = after[i]
-            bad[i] |= before[i] != expected[i] and not np.isnan(before[i] + expected[i])
-        ladder = rungs.get(cause[i] or "")
-        bad[i] |= ladder is not None and not np.isnan(after[i]) and after[i] not in ladder
-        if cause[i] in ("client_plateau", "gradient"):
-            following = next_density(frame, before[i])
-            bad[i] |= abs(after[i] - following) > 1e-9
+    before, after, client = table["before"], table["after"], table["client"]
+    cause = table.text("cause")
+    order = np.lexsort((np.arange(len(table)), client))
+    again = np.diff(client[order], prepend=np.nan) == 0
+    earlier = np.concatenate([[np.nan], after[order][:-1]])[: len(table)]
+    expected = np.full(len(table), np.nan)
+    expected[order] = np.where(again, earlier, frame.header_density(client[order]))
+    expected[np.isnan(client)] = np.nan
+    bad = ~(after > before) & ~np.isnan(after + before)
+    bad |= (before != expected) & ~np.isnan(before + expected)
+    rungs = {_SERVER: frame.log.config("density_ladder"), _TIME: frame.log.config("time_floors")}
+    for name, ladder in rungs.items():
+        if ladder is not None:
+            numbers = np.array([rung for rung in ladder if rung is not None], dtype=np.float64)
+            bad |= np.asarray(cause == name, dtype=bool) & ~np.isin(after, numbers) & ~np.isnan(after)
+    single = np.isin(cause, (_CLIENT, _GRADIENT))
+    bad |= single & (np.abs(after - next_density(frame, before)) > 1e-9)
     return law(
         "restored_densities", title, bad, place_of(frame, "restoration"), lhs=before, rhs=expected,
         detail="density before against the client's", reason="no restorations",
     )  # fmt: skip
 
 
-def next_density(frame: Frame, density: float) -> float:
-    """The density one restoration of a single client above `density`; nan where the options do not say."""
+def next_density(frame: Frame, density: Floats) -> Floats:
+    """The density one restoration of a single client above each `density`; nan where no option says it."""
     kind, ladder = frame.log.config("density_step"), frame.log.config("density_ladder")
     increment = frame.log.config("density_increment")
     if kind == "ladder" and ladder is not None:
-        return float(min((rung for rung in ladder if rung is not None and rung > density), default=1.0))
-    if kind in ("fixed", "proportional") and increment is not None:
-        return float(min(1.0, density + (increment if kind == "fixed" else min(density, 2 * increment))))
-    return float("nan")
+        rungs = np.sort(np.array([*(rung for rung in ladder if rung is not None), np.inf]))
+        above = rungs[np.minimum(np.searchsorted(rungs, density, side="right"), len(rungs) - 1)]
+        return np.where(np.isnan(density), np.nan, np.where(np.isinf(above), 1.0, above))
+    if kind == "fixed" and increment is not None:
+        return np.asarray(np.minimum(1.0, density + increment))
+    if kind == "proportional" and increment is not None:
+        return np.asarray(np.minimum(1.0, density + np.minimum(density, 2 * increment)))
+    return np.full(len(density), np.nan)
 
 
 def density_floor(frame: Frame) -> Finding:

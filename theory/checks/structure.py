@@ -181,12 +181,16 @@ def restorations(frame: Frame) -> Finding:
         return undetermined("restorations", "log", title, "the header has no densities")
     expected = frame.header_density(table["client"])
     events = raised.take(~np.isnan(raised["client"]) & ~np.isnan(raised["after"]))
-    for client in np.unique(events["client"]):
-        own = events.take(events["client"] == client)
-        order = np.argsort(own["window"], kind="stable")
-        rows = np.flatnonzero(table["client"] == client)
-        at = np.searchsorted(own["window"][order], table["version"][rows], side="right") - 1
-        expected[rows] = np.where(at >= 0, own["after"][order][np.maximum(at, 0)], expected[rows])
+    client = np.concatenate([events["client"], table["client"]])
+    when = np.concatenate([events["window"], table["version"]])
+    is_dispatch = np.arange(len(client)) >= len(events)
+    order = np.lexsort((is_dispatch, when, client))
+    latest = np.maximum.accumulate(np.where(is_dispatch[order], -1, np.arange(len(order))))
+    event = np.full(len(client), -1)
+    event[order] = np.where(latest >= 0, order[latest], -1)
+    last = event[is_dispatch]
+    own = (last >= 0) & (client[last] == table["client"])
+    expected = np.where(own, gather(events["after"], np.where(own, last, -1)), expected)
     return law(
         "restorations", title, table["density"] != expected, place_of(frame, "dispatch"),
         lhs=table["density"], rhs=expected,

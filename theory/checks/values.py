@@ -348,13 +348,16 @@ def probe_cauchy(frame: Frame) -> Finding:
 
 
 def probe_chain(frame: Frame) -> Finding:
-    """F and the gradient after a window are those before the next."""
+    """F and the gradient after a window are those before the next, and finite in both records or neither."""
     title, table, p = "consecutive probes continue each other", frame.log["probe"], frame.precision
     follows = rows_of(table["window"], table["window"] + 1)
     known = follows >= 0
     loss, grad = gather(table["loss"], follows), gather(table["grad_sq"], follows)
     bad = differ(p.loss(table["loss_next"]), p.loss(loss))
     bad |= differ(p.gradient(table["grad_next_sq"], grad), p.gradient(grad, grad))
+    if frame.log.is_plugins:
+        bad |= np.isnan(table["loss_next"]) != np.isnan(loss)
+        bad |= np.isnan(table["grad_next_sq"]) != np.isnan(grad)
     return law(
         "probe_chain", title, bad, place_of(frame, "probe"), applies=known, lhs=table["loss_next"], rhs=loss,
         reason="no two consecutive windows are probed", detail="loss after against loss before the next",

@@ -1,0 +1,116 @@
+"""The plugin's options and the host's, with what they can be: the door for headers of ``method: fedgmr``.
+
+Kept by hand beside ``docs/configuration.md``, because `theory` imports nothing of the plugin; a test
+compares the two. Options that the checks do not read may be missing, since older plugins have fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from theory.rules import (
+    ABOVE_ZERO,
+    COUNT,
+    DENSITY,
+    FLAG,
+    FRACTION,
+    INT,
+    POSITIVE,
+    SHARE,
+    SIZE,
+    STEPS,
+    TEXT,
+    Rule,
+    at_least,
+    list_of,
+    or_null,
+    word,
+)
+
+_DENSITIES = list_of(DENSITY.test, "densities in (0, 1]")
+_LADDER = list_of(DENSITY.test, "at least one density in (0, 1]", least=1)
+
+#: ``config``: option -> what it can be.
+OPTIONS: dict[str, Rule] = {
+    "heterogeneity": word("high", "medium", "low", "none"),
+    "densities": or_null(_DENSITIES),
+    "density_ladder": _LADDER,
+    "density_step": word("ladder", "fixed", "proportional"),
+    "score": word("magnitude", "weight_change", "per_cost", "random"),
+    "dense_layers": list_of(TEXT.test, "strings"),
+    "trigger": word("plateau", "time", "mixed", "gradient", "none"),
+    "trigger_metric": word("accuracy", "loss"),
+    "time_fractions": list_of(SHARE.test, "numbers in [0, 1]"),
+    "time_floors": _DENSITIES,
+    "validation_fraction": FRACTION,
+    "schedule": word("async", "sync"),
+    "aggregation": word("mask_aware", "global_average", "plain_average"),
+    "update_form": word("delta", "replacement"),
+    "update_scope": word("arrivals", "buffer"),
+    "staleness": word("constant", "polynomial", "hinge"),
+    "evaluate": word("coverage_scaled", "global", "validation"),
+    "local_steps": STEPS,
+    "loss": word("cross_entropy", "bce"),
+    "workers": Rule(lambda x: POSITIVE.test(x) and x <= 256, "an integer from 1 to 256"),
+    "payload_rule": word("density", "support", "encoded"),
+    "payload_dtype": word("model", "bfloat16", "float16"),
+    "compute_slowdown": or_null(list_of(ABOVE_ZERO.test, "numbers above 0")),
+    "checkpoint_seconds": or_null(SIZE),
+    "probe_interval": or_null(POSITIVE),
+    **dict.fromkeys(("density_min", "density_increment"), DENSITY),
+    **dict.fromkeys(("layer_floor", "client_momentum"), SHARE),
+    **dict.fromkeys(("time_budget", "gradient_clip", "model_megabytes"), or_null(ABOVE_ZERO)),
+    **dict.fromkeys(
+        ("server_step", "hinge_slope", "client_download", "client_upload", "server_upload",
+         "server_download"), ABOVE_ZERO,
+    ),
+    **dict.fromkeys(
+        ("plateau_delta", "staleness_exponent", "hinge_delay", "client_jitter", "server_jitter",
+         "compute_seconds", "compute_density_exponent", "window_slack", "aggregation_seconds"), SIZE,
+    ),
+    **dict.fromkeys(("interval", "patience", "min_updates", "jitter_draws", "probe_samples"), POSITIVE),
+    **dict.fromkeys(("warmup_windows", "cpu_threads"), COUNT),
+    **dict.fromkeys(
+        ("dense_start", "prune_biases", "mixing", "shuffle", "incremental_splitting", "probe", "progress"),
+        FLAG,
+    ),
+    **dict.fromkeys(("bandwidth_traces", "trace_family", "run_name"), or_null(TEXT)),
+    "output_dir": TEXT,
+}  # fmt: skip
+
+#: ``fedml``: the host's keys that a run always uses -> what they can be.
+HOST: dict[str, Rule] = {
+    "random_seed": INT,
+    "comm_round": at_least(1),
+    "client_num_in_total": POSITIVE,
+    "client_num_per_round": POSITIVE,
+    "epochs": POSITIVE,
+    "batch_size": POSITIVE,
+    "client_optimizer": word("sgd", "adam"),
+    "learning_rate": ABOVE_ZERO,
+    "weight_decay": SIZE,
+    "frequency_of_the_test": POSITIVE,
+}
+
+
+def contradiction(config: Mapping[str, Any]) -> str:
+    """Two options that cannot stand together, in words; '' if there are none. All that it reads are there."""
+    ladder, fractions, floors = (config[k] for k in ("density_ladder", "time_fractions", "time_floors"))
+    if ladder[-1] != 1 or any(b <= a for a, b in pairwise(ladder)):
+        return "config.density_ladder does not increase to 1"
+    if len(fractions) != len(floors):
+        return f"config.time_floors has {len(floors)} entries, but time_fractions {len(fractions)}"
+    if any(b <= a for a, b in pairwise(fractions)) or any(b < a for a, b in pairwise(floors)):
+        return "config.time_fractions or time_floors do not increase"
+    split = config["validation_fraction"] > 0
+    if not split and (config["trigger"] in ("plateau", "mixed") or config["evaluate"] == "validation"):
+        return "config.validation_fraction=0, but trigger or evaluate need a validation split"
+    if config["aggregation"] == "plain_average" and config["update_form"] == "delta":
+        return "config.aggregation=plain_average, but update_form=delta"
+    if config["probe"] and (config["payload_dtype"] != "model" or config["workers"] > 1):
+        return "config.probe=true, but values travel in another type or other processes train"
+    if config["payload_rule"] == "encoded" and config.get("model_megabytes") is not None:
+        return "config.payload_rule=encoded, but model_megabytes is given"
+    return ""
