@@ -117,6 +117,13 @@ def test_given_constants(tmp_path: Path) -> None:
         result = call("check", run, "--given", bad)
         assert result.exit_code == 2 and "--given" in result.output
     assert "did you mean sigma_sq?" in call("check", run, "--given", "sigma=1").output
+    for given, fault in (
+        ("l=2", "'l' is no constant: did you mean L?"),
+        ("L=abc", "'abc' is not a number"),
+        ("L", "'L' is not NAME=NUMBER"),
+        ("L=-1", "L=-1.0 is not a finite number of at least 0"),
+    ):
+        assert f"--given: {fault}" in call("check", run, "--given", given).output
     assert call("check", run, "--given", "F_inf=-1").exit_code == 0
     with pytest.raises(ValueError, match="finite"):
         check_runs([run], given={"L": float("nan")})
@@ -132,12 +139,13 @@ def test_only_checks_can_be_accepted(tmp_path: Path) -> None:
 def test_a_table_says_what_would_decide_more(tmp_path: Path) -> None:
     """Without probes: the option that writes them. With another merge: which rows are about it."""
     run = write(tmp_path / "run.jsonl")
-    assert "probe: true" not in call("check", run).output
+    assert "would show" not in call("check", run).output
     lines = run.read_text().splitlines(keepends=True)
     bare = [line for line in lines if not line.startswith(('{"type":"probe"', '{"type":"terms"'))]
     run.write_text("".join(bare))
     advised = json.loads(call("check", run, "--json").output)["runs"][0]["advice"]
-    assert "`probe: true`" in advised[0] and "A4 and (2), (3), (5), (9)" in advised[0]
+    assert "A4 and (2), (3), (5), (9)" in advised[0]
+    assert "`probe` records" in advised[0] and "fedgmr_args" not in advised[0]
     run.write_text("".join(bare).replace('"update_scope":"arrivals"', '"update_scope":"buffer"'))
     found = call("check", run, "--verbose").output
     assert "(8), (26) to (28) are about another merge than this run's (update_scope='buffer')" in found

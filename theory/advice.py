@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from theory.bounds import BOUNDS
 from theory.checks.conditions import Condition
 from theory.frame import Frame
+from theory.options import LATER
 from theory.verdict import Finding, Verdict
 
 #: Equations that need ``terms`` records, shares of merged uploads, and several seeds.
@@ -31,10 +32,11 @@ def advice(frame: Frame, conditions: Mapping[str, Condition], findings: Sequence
     analysed, probed = conditions["ALG"].met is True, len(frame.log["probe"]) > 0
     lines = []
     if not probed:
-        rows = unsettled & ({2, 3} | (_TERMS if analysed else set()))
-        lines.append(
-            f"probes (`probe: true`, `probe_interval: 1` in fedgmr_args) would show A4 and {listed(rows)}"
-        )
+        descent = set() if frame.statistics_move else {2, 3}
+        rows = unsettled & (descent | (_TERMS if analysed else set()))
+        shown = [*([] if frame.statistics_move else ["A4"]), *([listed(rows)] if rows else [])]
+        if shown:
+            lines.append(f"{probing(frame)} would show {' and '.join(shown)}")
     if not analysed:
         more = f", with probes also {listed(unsettled & _TERMS)}" if unsettled & _TERMS else ""
         lines.append(
@@ -47,6 +49,19 @@ def advice(frame: Frame, conditions: Mapping[str, Condition], findings: Sequence
             + ("" if analysed and probed else ", as analysed and probed")
         )
     return tuple(lines)
+
+
+def probing(frame: Frame) -> str:
+    """What gives this run probes: options that do not refuse each other, or another framework's records."""
+    log = frame.log
+    if not log.is_plugins:
+        return "`probe` records of every window (docs/run-log.md)"
+    changes = ["`probe: true`", "`probe_interval: 1`"]
+    changes += [f"`{key}: {value}`" for key, value in LATER.items() if log.config(key) not in (None, value)]
+    trainer = ""
+    if log.number("local_steps") is None and log.config("local_steps") != "epochs":
+        trainer = " and the built-in trainer instead of this run's own"
+    return f"probes ({', '.join(changes)} in fedgmr_args{trainer})"
 
 
 def listed(equations: Iterable[int]) -> str:

@@ -48,13 +48,14 @@ def main() -> None:
 def _given(values: tuple[str, ...]) -> dict[str, float]:
     given: dict[str, float] = {}
     for value in values:
-        name, _, number = value.partition("=")
+        name, equals, number = value.partition("=")
         try:
             given[name] = float(number)
         except ValueError:
-            given[name] = float("nan")
+            wrong = f"{number!r} is not a number" if equals else f"{value!r} is not NAME=NUMBER"
+            raise click.BadParameter(wrong, param_hint="--given") from None
         if complaint := constant_complaint(name, given[name]):
-            raise click.BadParameter(f"{value!r} is not NAME=NUMBER: {complaint}", param_hint="--given")
+            raise click.BadParameter(complaint, param_hint="--given")
     return given
 
 

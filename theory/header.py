@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from theory.errors import LogError, shown
-from theory.options import HOST, OPTIONS, contradiction
+from theory.options import HOST, LATER, OPTIONS, contradiction
 from theory.rules import (
     COUNT,
     DENSITY,
@@ -158,7 +158,7 @@ def _plugin_complaint(record: Mapping[str, Any]) -> str:
     config, fedml, layout = (record.get(key) or {} for key in ("config", "fedml", "layout"))
     needed = (
         ("", record, [key for key in HEADER if key not in _NULLABLE]),
-        ("config.", config, [key for key in CONFIG if not OPTIONS[key].test(None)]),
+        ("config.", config, [key for key in CONFIG if not OPTIONS[key].test(None) and key not in LATER]),
         ("fedml.", fedml, list(HOST)),
         ("layout.", layout, list(LAYOUT)),
     )

@@ -1,7 +1,7 @@
 """The plugin's options and the host's, with what they can be: the door for headers of ``method: fedgmr``.
 
 Kept by hand beside ``docs/configuration.md``, because `theory` imports nothing of the plugin; a test
-compares the two. Options that the checks do not read may be missing, since older plugins have fewer.
+compares the two. Options that the checks do not read may be missing, and so may those in `LATER`.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ OPTIONS: dict[str, Rule] = {
     "output_dir": TEXT,
 }  # fmt: skip
 
+#: Options that the plugin's first logs do not have, and what was so without them.
+LATER: dict[str, Any] = {"payload_dtype": "model", "workers": 1}
+
 #: ``fedml``: the host's keys that a run always uses -> what they can be.
 HOST: dict[str, Rule] = {
     "random_seed": INT,
@@ -97,6 +100,7 @@ HOST: dict[str, Rule] = {
 
 def contradiction(config: Mapping[str, Any]) -> str:
     """Two options that cannot stand together, in words; '' if there are none. All that it reads are there."""
+    config = {**LATER, **config}
     ladder, fractions, floors = (config[k] for k in ("density_ladder", "time_fractions", "time_floors"))
     if ladder[-1] != 1 or any(b <= a for a, b in pairwise(ladder)):
         return "config.density_ladder does not increase to 1"

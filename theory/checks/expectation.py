@@ -108,6 +108,8 @@ def _decide(
         reason = f"the numbers satisfy it, but hypothesis {', '.join(refuted)} is refuted"
     elif verdict is Verdict.VIOLATED and refuted:
         reason += f"; hypothesis {', '.join(refuted)} is refuted, so this is no counterexample"
+    if bound.rhs.has(WindowMean) and (stopped := next(filter(None, map(_stopped, runs)), "")):
+        verdict, reason = Verdict.UNDETERMINED, stopped
     if below and verdict in (Verdict.HOLDS, Verdict.VACUOUS):
         reason = "; ".join(
             part for part in (reason, f"with {', '.join(below)} measured: no certificate") if part
@@ -195,8 +197,6 @@ def _inapplicable(name: str, run: Run) -> str:
     """The condition that keeps a bound from applying to a whole run, or ''."""
     if name in ACROSS_MOMENTS and run.frame.statistics_move:
         return STATISTICS
-    if BOUNDS[name].rhs.has(WindowMean) and (reason := _stopped(run)):
-        return reason
     for key in BOUNDS[name].hypotheses:
         if key in run.conditions and key != "TOPK" and run.conditions[key].met is not True:
             return run.conditions[key].complaint

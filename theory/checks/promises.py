@@ -57,8 +57,8 @@ def ranges(frame: Frame) -> Finding:
     checks = sum(map(len, tables.values()))
     if not strays:
         return Finding("ranges", "log", title, Verdict.HOLDS, checks=checks)
-    (line, key, value, _), kind = strays[0]
-    witness = Witness(line=line, detail=f"{kind}.{key} = {value:.9g}")
+    first, kind = strays[0]
+    witness = Witness(line=first.line, detail=f"{kind}.{first.key} = {first.value:.9g}")
     count = sum(1 + stray.more for stray, _ in strays)
     return Finding(
         "ranges", "log", title, Verdict.VIOLATED, checks=checks, witness=witness, reason=f"{count} do not"
