@@ -195,7 +195,6 @@ def silent_share(records: Records) -> None:
 
 
 def silent_window(records: Records) -> None:
-    records[0]["fedml"]["aggregation_hooks"] = False
     for record in records:
         if record["type"] == "arrival" and record["window"] == 5:
             record["pibar"] = None
@@ -249,6 +248,7 @@ FORGERIES: list[tuple[Forgery, str]] = [
     (refused(code="GMR-404", window=0.5), "refusals"),
     (silent_share, "shares_logged"),
     (silent_window, "shares_logged"),
+    (lambda records: (records[0]["fedml"].pop("aggregation_hooks"), silent_window(records)), "shares_logged"),
     (put("terms", 5, scale_sq=0.0), "terms_scale"),
     (widened, "terms_scale"),
     (widened, "terms_gram"),
@@ -268,6 +268,20 @@ FORGERIES: list[tuple[Forgery, str]] = [
 def test_every_forgery_is_found(forge: Forgery, law: str, records: Records) -> None:
     forge(records)
     assert law in violated(records)
+
+
+def test_the_documentation_counts_right() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "theory.md").read_text(encoding="utf-8")
+    assert f"{len(FORGERIES)} forged logs of the plugin" in page
+
+
+def test_hooks_withhold_the_shares_of_a_window(records: Records) -> None:
+    """A defence takes uploads out of one window's merge: its shares are null, and nothing there is judged."""
+    records[0]["fedml"]["aggregation_hooks"] = True
+    drop("terms")(records)
+    silent_window(records)
+    nth(records, "window", 5).update(gamma_min=7, coverage=0.01, uncovered=12345)
+    assert violated(records) == set()
 
 
 def test_refusals_as_the_plugin_writes_them_are_no_violation(records: Records) -> None:

@@ -87,17 +87,21 @@ def _due(frame: Frame) -> dict[str, Bools | None]:
 def _decomposed(frame: Frame, probed: Bools) -> Bools | None:
     """Probed windows whose merge the plugin decomposes: all steps watched, and made at the window's rate."""
     log, config = frame.log, frame.log.config
-    hooks = log.fedml("aggregation_hooks")
     plain = all(config(key) in ANALYSED[key] for key in _MERGE)
-    if not plain or hooks:
+    if not plain or frame.hooked:
         return np.zeros_like(probed)
-    unsaid = hooks is None and len(log["terms"]) == 0
-    if not log.is_plugins or unsaid or log.number("local_steps") is None:
+    if not log.is_plugins or not _unhooked(frame) or log.number("local_steps") is None:
         return None
     rate = log["window"]["learning_rate"]
     dispatched = gather(rate, rows_of(frame.window_number, log["arrival"]["version"]))
     same = (frame.least(dispatched) == rate) & (frame.most(dispatched) == rate)
     return np.asarray(probed & same & (log["window"]["arrivals"] > 0))
+
+
+def _unhooked(frame: Frame) -> bool:
+    """Whether no hooks of the host were active: the header says so, or there are terms, which need that."""
+    said = frame.log.fedml("aggregation_hooks")
+    return said is False or (said is None and len(frame.log["terms"]) > 0)
 
 
 def _held_out(frame: Frame) -> bool | None:
@@ -186,6 +190,6 @@ def shares_logged(frame: Frame) -> Finding:
         return undetermined("shares_logged", "log", title, "another framework's log: any of them")
     silent = np.isnan(table["pibar"])
     known = gather(frame.per_window(~silent * 1.0), frame.arrival_window) > 0
-    plain = frame.log.fedml("aggregation_hooks") is False and not frame.buffered
+    plain = _unhooked(frame) and not frame.buffered
     bad = (silent & (known | plain)) | (~silent & frame.buffered)
     return law("shares_logged", title, bad, place_of(frame, "arrival"), lhs=table["pibar"])
