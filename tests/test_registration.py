@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fedgmr_plugin import __main__ as entry
 from fedgmr_plugin.cli.run import run
 from fedgmr_plugin.errors import ConfigError, HostError
-from fedgmr_plugin.runtimes import config_file, host, registration, uncaught
+from fedgmr_plugin.runtimes import command, config_file, host, registration, uncaught
 
 FEDAVG = """
 import hashlib, json, socket, sys
@@ -573,3 +573,24 @@ def test_module_form_without_a_script_is_the_command_group(
     with pytest.raises(SystemExit) as caught:
         entry.main()
     assert caught.value.code == 0 and "python -m fedgmr_plugin doctor" in capsys.readouterr().out
+
+
+def test_the_command_is_noted_where_it_can_be_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for argv, spec, told, script in (
+        (["main.py", "--cf", "c"], None, None, str(tmp_path / "main.py")),
+        (["sub/main.py"], None, None, str(tmp_path / "sub" / "main.py")),
+        (["/bin/fedgmr", "demo"], None, None, ""),
+        (["/x/__main__.py", "demo"], object(), None, ""),
+        (["", "--cf"], None, None, ""),
+        (["main.py"], object(), "main.py", str(tmp_path / "main.py")),
+    ):
+        monkeypatch.setattr(command, "_noted", [])
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+        command.note(told)
+        command.note("another.py")
+        assert command.next_run() == (script, argv[1:], str(tmp_path), 1)
+        assert command.next_run().run == 2

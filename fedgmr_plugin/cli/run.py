@@ -41,7 +41,9 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     """
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
+    from fedgmr_plugin.runtimes import command
     from fedgmr_plugin.runtimes.registration import register
 
+    command.note(script)
     register()
     runpy.run_path(script, run_name="__main__")

@@ -29,13 +29,19 @@ class Command(NamedTuple):
 _noted: list[Command] = []
 
 
-def note() -> None:
-    """Remember the command; a second call changes nothing."""
+def note(script: str | None = None) -> None:
+    """Remember the command; a second call changes nothing.
+
+    Args:
+        script: the Python file that is about to run with `sys.argv`, where it is not what Python was started
+            with.
+    """
     if _noted:
         return
-    is_module = getattr(sys.modules.get("__main__"), "__spec__", None) is not None
-    script = os.path.abspath(sys.argv[0]) if sys.argv and not is_module else ""
-    _noted.append(Command(script if script.endswith(".py") else "", sys.argv[1:], os.getcwd(), 0))
+    if script is None:
+        is_module = getattr(sys.modules.get("__main__"), "__spec__", None) is not None
+        script = "" if is_module or not sys.argv[0].endswith(".py") else sys.argv[0]
+    _noted.append(Command(script and os.path.abspath(script), sys.argv[1:], os.getcwd(), 0))
 
 
 def next_run() -> Command:
