@@ -53,6 +53,7 @@ OPTIONS: dict[str, Rule] = {
     "evaluate": word("coverage_scaled", "global", "validation"),
     "local_steps": STEPS,
     "loss": word("cross_entropy", "bce"),
+    "staleness_exponent": Rule(lambda x: SIZE.test(x) and x <= 10, "a number in [0, 10]"),
     "workers": Rule(lambda x: POSITIVE.test(x) and x <= 256, "an integer from 1 to 256"),
     "payload_rule": word("density", "support", "encoded"),
     "payload_dtype": word("model", "bfloat16", "float16"),
@@ -67,7 +68,7 @@ OPTIONS: dict[str, Rule] = {
          "server_download"), ABOVE_ZERO,
     ),
     **dict.fromkeys(
-        ("plateau_delta", "staleness_exponent", "hinge_delay", "client_jitter", "server_jitter",
+        ("plateau_delta", "hinge_delay", "client_jitter", "server_jitter",
          "compute_seconds", "compute_density_exponent", "window_slack", "aggregation_seconds"), SIZE,
     ),
     **dict.fromkeys(("interval", "patience", "min_updates", "jitter_draws", "probe_samples"), POSITIVE),
