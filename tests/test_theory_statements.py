@@ -87,6 +87,21 @@ def test_moving_statistics_are_no_smoothness() -> None:
     assert np.isnan(estimators.gradient_smoothness(moved).lo).all()
     assert 0 < estimators.smoothness(moved).value <= estimators.smoothness(run).value
 
+    masks, stale, drift = np.split(estimators.client_smoothness(moved).lo, 3)
+    assert np.isfinite(masks).any(), "a mask is measured at one moment"
+    assert np.isnan(stale).all() and np.isnan(drift).all()
+    assert all(np.isfinite(part).any() for part in np.split(estimators.client_smoothness(run).lo, 3))
+
+
+def test_a_share_too_large_for_its_coverage_is_found() -> None:
+    """(8) multiplies: of three equal holders none has more than a third."""
+    records = good(Schedule(windows=6, densities=(1.0, 1.0, 1.0), delays=(0, 0, 0)))
+    window = next(r for r in records if r["type"] == "window" and r["gamma_min"] >= 2)
+    arrived = [r for r in records if r["type"] == "arrival" and r["window"] == window["window"]]
+    assert len(arrived) >= 2 and check(records)["coverage"].verdict is HOLDS
+    arrived[0]["pibar"] = 1.0
+    assert check(records)["coverage"].verdict is VIOLATED
+
 
 # -- hooks -------------------------------------------------------------------------------------------
 
