@@ -107,6 +107,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
 #: (module, start of the source line) -> what the tests lack: survivors that are not equivalent.
 GAPS: dict[tuple[str, str], str] = {
     ("theory.gap", 'share[rows] = np.divide(table["M_sq"]'): "a window all of whose terms are 0",
+    (
+        "theory.checks.conditions",
+        "if not 0 < floor <= 1",
+    ): "a layer floor above 1, in another framework's log",
     ("theory.gap", "distance_share=np.divide(parts[0]"): "the same, of the distances",
     ("theory.checks.coverage", 'busy = frame.log["window"]["arrivals"] > 0'): "a window without uploads",
     ("theory.checks.expectation", "busy: Bools = arrivals > 0"): "a probed window without uploads",

@@ -104,7 +104,8 @@ def _read(path: Path, digest: str) -> Checkpoint:
         metadata = file.metadata() or {}
         if metadata["format"] != FORMAT:
             raise ValueError(f"its format is {metadata['format']!r}, this release reads {FORMAT!r}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()  # the file itself cannot be iterated
+        tensors = {name: file.get_tensor(name) for name in names}
         return Checkpoint(json.loads(metadata["meta"]), tensors, path)
 
 

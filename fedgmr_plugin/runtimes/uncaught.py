@@ -22,8 +22,8 @@ Hook = Callable[[type[BaseException], BaseException, TracebackType | None], obje
 #: Codes of errors that a user's own code caused: only its traceback says where.
 OF_USERS_CODE = frozenset({"GMR-506"})
 
-#: Our hook, while it is installed.
-_ours: list[Hook] = []
+#: Our hook, and the one in whose place it stands, while it is installed.
+_installed: list[tuple[Hook, Hook]] = []
 
 
 def describe(error: FedGMRError) -> str:
@@ -51,13 +51,15 @@ def install() -> None:
 
     A second call changes nothing.
     """
-    if not _ours:
-        _ours.append(wrap(sys.excepthook))
-        sys.excepthook = _ours[0]
+    if not _installed:
+        ours, before = wrap(sys.excepthook), sys.excepthook
+        _installed.append((ours, before))
+        sys.excepthook = ours
 
 
 def restore() -> None:
     """Give the hook back; where somebody has put another over ours, that stays, and ours below it."""
-    if _ours and sys.excepthook is _ours[0]:
-        sys.excepthook = _ours[0].__wrapped__  # type: ignore[attr-defined]
-    _ours.clear()
+    for ours, before in _installed:
+        if sys.excepthook is ours:
+            sys.excepthook = before
+    _installed.clear()
