@@ -29,7 +29,8 @@ from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.client import Batch, BatchPlan, LocalStats, Metrics, TensorSamples
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.server import Plan, Server
-from fedgmr_plugin.engine.simulate import Clients, Simulation, Training
+from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels.layout import build_layout
 
 
@@ -63,9 +64,13 @@ def simulation(
     return Simulation(
         Server(config, plan, layout, layout.gather(model)),
         VirtualNetwork(config, densities, 37.2, LogNormalLinks(config, densities, 0)),
-        model,
-        Clients(lambda _: samples, 0.0, 0, clients),
-        Training(Idle(), BatchPlan(20, 5, 1, True, 0), 0.1),
+        Workbench(
+            config,
+            layout,
+            model,
+            Clients(lambda _: samples, 0.0, 0, clients),
+            Training(Idle(), BatchPlan(20, 5, 1, True, 0), 0.1),
+        ),
         lambda: [],
         lambda record: None,
     )

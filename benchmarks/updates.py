@@ -24,9 +24,10 @@ from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, TensorSamples
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.server import Plan, Server
-from fedgmr_plugin.engine.simulate import Clients, Simulation, Training
+from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels.layout import build_layout
-from fedgmr_plugin.runtimes.workers import Workers
+from fedgmr_plugin.runtimes.distributed.forks import forked
 
 CLIENTS, IN_FLIGHT, STEPS, BATCH, RATE = 50, 10, 5, 20, 0.05
 ROUNDS, WINDOWS = 7, 10
@@ -41,16 +42,15 @@ class Run:
         model, trainer = models.tiny_cnn(), BuiltinTrainer()
         layout = build_layout(model)
         plan = Plan(0, 100_000, IN_FLIGHT, 100_000, tuple(len(p) for p in parts))
-        self.workers = None
-        if workers > 1:
-            self.workers = Workers(lambda sent: self.simulation.train(sent), layout, workers)
+        training = Training(trainer, BatchPlan(BATCH, STEPS, 1, True, 0), RATE)
+        clients = Clients(parts.__getitem__, 0.0, 0, CLIENTS)
+        bench = Workbench(config, layout, model, clients, training)
+        self.workers = forked(bench.train, workers) if workers > 1 else None
         densities = config.initial_densities(CLIENTS)
         self.simulation = Simulation(
             Server(config, plan, layout, layout.gather(model)),
             VirtualNetwork(config, densities, 26.0, LogNormalLinks(config, densities, 0)),
-            model,
-            Clients(parts.__getitem__, 0.0, 0, CLIENTS),
-            Training(trainer, BatchPlan(BATCH, STEPS, 1, True, 0), RATE),
+            bench,
             lambda: [],
             self._count,
             executor=self.workers,

@@ -26,7 +26,8 @@ from fedgmr_plugin.engine.events import Dispatch, UploadArrived, WindowClosed
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
-from fedgmr_plugin.engine.simulate import Clients, Simulation, Training
+from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels import (
     GMRRules,
     MaskedUpdate,
@@ -94,7 +95,11 @@ class World:
         network = VirtualNetwork(self.config, densities, 37.2, LogNormalLinks(self.config, densities, 0))
         training = Training(self.trainer, self.batch_plan, 0.1)
         return Simulation(
-            self.server, network, self.model, clients, training, self.test_batches, self.log.append
+            self.server,
+            network,
+            Workbench(self.config, self.layout, self.model, clients, training),
+            self.test_batches,
+            self.log.append,
         )
 
 

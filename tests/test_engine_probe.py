@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import Batch, BatchPlan, BuiltinTrainer, TensorSamples
+from fedgmr_plugin.engine.client import Batch, BatchPlan, BuiltinTrainer, LocalUpdate, TensorSamples
+from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.probe import Probe, ProbeSet, probe_set
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
-from fedgmr_plugin.engine.simulate import Clients, Simulation, Training
+from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels import build_layout
 from fedgmr_plugin.protocol.schema import problems
 
@@ -180,9 +182,7 @@ class World:
         self.simulation = Simulation(
             self.server,
             network,
-            self.model,
-            clients,
-            training,
+            Workbench(self.config, self.layout, self.model, clients, training),
             lambda: [data(5, 9).take(np.arange(5))],
             self.record,
         )
@@ -254,14 +254,18 @@ def test_the_gradient_on_uncovered_coordinates_is_that_of_what_did_not_move(scop
             break
 
 
-def test_a_window_whose_uploads_are_all_refused_covers_nothing_even_with_a_buffer() -> None:
+def test_a_window_whose_uploads_are_all_refused_covers_nothing_even_with_a_buffer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The buffer is not merged again then, so the whole gradient is on uncovered coordinates."""
+    train = Workbench.train
+
+    def unusable_later(bench: Workbench, sent: Dispatch) -> LocalUpdate:
+        update = train(bench, sent)
+        return update._replace(stats=update.stats._replace(samples=0)) if sent.version else update
+
+    monkeypatch.setattr(Workbench, "train", unusable_later)
     world = World(windows=3, probe_interval=1, update_scope="buffer", update_form="replacement")
-    train = world.simulation._execute
-    world.simulation._execute = lambda sent: [
-        u._replace(stats=u.stats._replace(samples=0)) if d.version else u
-        for d, u in zip(sent, train(sent), strict=True)
-    ]
     probes = world.run()
     windows = [r for r in world.log if r["type"] == "window"]
     assert [w["arrivals"] for w in windows] == [3, 0, 0]

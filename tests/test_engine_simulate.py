@@ -28,8 +28,9 @@ from fedgmr_plugin.engine.events import Dispatch, UploadArrived
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
-from fedgmr_plugin.engine.simulate import Clients, Simulation, Training, model_sha256
+from fedgmr_plugin.engine.simulate import Simulation, model_sha256
 from fedgmr_plugin.engine.snapshot import Snapshot, restore, snapshot
+from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.kernels import ModelLayout, build_layout
 from fedgmr_plugin.kernels.cost import window_seconds
@@ -101,9 +102,13 @@ class World:
         self.simulation = Simulation(
             self.server,
             self.network,
-            self.model,
-            self.clients,
-            Training(self.trainer, self.batch_plan, rate),
+            Workbench(
+                self.config,
+                self.layout,
+                self.model,
+                self.clients,
+                Training(self.trainer, self.batch_plan, rate),
+            ),
             test or (lambda: [self.test_set.take(np.arange(50))]),
             self.log.append,
             executor(self) if executor else None,
@@ -229,10 +234,13 @@ class Reversed:
     def __init__(self, world: World) -> None:
         self.world = world
 
-    def __call__(self, sent: Sequence[Dispatch]) -> list[LocalUpdate]:
+    def begin(self, sent: Dispatch) -> None:
+        pass
+
+    def finish(self, sent: Sequence[Dispatch]) -> list[LocalUpdate]:
         done = {}
         for dispatch in reversed(sent):
-            done[dispatch.dispatch] = self.world.simulation.train(dispatch)
+            done[dispatch.dispatch] = self.world.simulation.bench.train(dispatch)
         return [done[d.dispatch] for d in sent]
 
 
@@ -854,6 +862,6 @@ def test_seeds_of_measuring_do_not_change_between_evaluations() -> None:
 
     world = World(model=Noisy())
     batches = [data(30, 5).take(np.arange(30))]
-    first = world.simulation.measure(world.server.w_D, batches)
+    first = world.simulation.bench.measure(world.server.w_D, batches)
     torch.manual_seed(derive(0, "elsewhere"))
-    assert world.simulation.measure(world.server.w_D, batches) == first
+    assert world.simulation.bench.measure(world.server.w_D, batches) == first

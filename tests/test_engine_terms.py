@@ -15,8 +15,9 @@ from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, TensorSamples
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
-from fedgmr_plugin.engine.simulate import Clients, Simulation, Training
+from fedgmr_plugin.engine.simulate import Simulation
 from fedgmr_plugin.engine.terms import TERMS
+from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels import build_layout
 from fedgmr_plugin.protocol.schema import problems
 from theory.check import check_logs
@@ -68,7 +69,11 @@ def run(
     training = Training(BuiltinTrainer(momentum=momentum), BatchPlan(batch, steps, 1, True, 0), eta)
     log: list[dict[str, Any]] = []
     Simulation(
-        server, clock, net, clients, training, lambda: [samples(9).take(np.arange(5))], log.append
+        server,
+        clock,
+        Workbench(config, layout, net, clients, training),
+        lambda: [samples(9).take(np.arange(5))],
+        log.append,
     ).run()
     header = {
         "type": "header",
@@ -216,7 +221,11 @@ def test_a_hook_between_uploads_and_merge_ends_the_decomposition() -> None:
     log: list[dict[str, Any]] = []
     clients = Clients(samples, 0.1, 0, 3)
     Simulation(
-        server, clock, net, clients, training, lambda: [samples(9).take(np.arange(5))], log.append
+        server,
+        clock,
+        Workbench(config, layout, net, clients, training),
+        lambda: [samples(9).take(np.arange(5))],
+        log.append,
     ).run()
     assert of_kind(log, "probe") and not of_kind(log, "terms")
 

@@ -261,24 +261,27 @@ def test_every_option_runs_and_learns_something(tmp_path: Path, options: dict[st
     assert int(state["norm.num_batches_tracked"]) == 0  # integer buffers are never averaged
 
 
-def test_worker_processes_change_no_bit(tmp_path: Path) -> None:
-    """Dropout and batch normalisation included; the logs are equal but for the number itself."""
+@pytest.mark.parametrize("options", [{}, {"probe": True, "probe_interval": 2}], ids=["plain", "probed"])
+def test_worker_processes_change_no_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Dropout and batch normalisation included; the logs are equal but for the number itself.
+
+    Steps that the probe watches are made in the main process.
+    """
     logs = []
     for workers in (1, 2, 3):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = WithBatchNorm()
-        finished = run(arguments(tmp_path, {"workers": workers}), model=model)
+        finished = run(arguments(tmp_path, {"workers": workers, **options}), model=model)
         records = [json.loads(line) for line in (finished.directory / "run.jsonl").read_text().splitlines()]
         assert records[0]["config"]["workers"] == workers
         logs.append([{k: v for k, v in r.items() if k != "wall_seconds"} for r in records[1:]])
     assert logs[0] == logs[1] == logs[2]
+    assert bool(options) == any(r["type"] == "terms" for r in logs[0])
     assert not multiprocessing.active_children()
 
 
 def test_workers_are_refused_where_they_cannot_stand_in(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="GMR-106 workers=2: probe=true"):
-        run(arguments(tmp_path, {"workers": 2, "probe": True}))
     with pytest.raises(ConfigError, match="GMR-106 workers=2: each trains on one thread, but cpu_threads=2"):
         run(arguments(tmp_path, {"workers": 2, "cpu_threads": 2}))
 

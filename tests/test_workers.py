@@ -18,9 +18,8 @@ import torch
 from fedgmr_plugin.engine.client import LocalStats, LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.errors import HostError
-from fedgmr_plugin.kernels.layout import Entry, ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking
-from fedgmr_plugin.runtimes.workers import Workers
+from fedgmr_plugin.runtimes.distributed.forks import forked
 
 
 def ranking(seed: int, size: int = 40) -> Ranking:
@@ -28,21 +27,18 @@ def ranking(seed: int, size: int = 40) -> Ranking:
     return Ranking((0.2, 0.5, 1.0), torch.randint(0, 3, (size,), generator=generator, dtype=torch.int16))
 
 
-def layout_of(size: int) -> ModelLayout:
-    return ModelLayout((Entry("w", "prunable", (size,), 0, size),), (), torch.float64)
-
-
-LAYOUT = layout_of(40)
-
-
 def dispatch(number: int, family: Ranking, rung: int, client: int = 0) -> Dispatch:
-    values_S = torch.full((family.ends[rung],), float(number), dtype=torch.float64)
-    return Dispatch(number, client, 3, 7, family.densities[rung], family, rung, values_S, 0.25)
+    """Three dispatches of each version; what changes from one version to the next is a prefix."""
+    version = number // 3
+    ranked_D = torch.arange(float(len(family.rung_D)), dtype=torch.float64)
+    ranked_D[: 1 + 11 * version % len(ranked_D)] += version + 0.5
+    values_S = ranked_D[: family.ends[rung]].clone()
+    return Dispatch(number, client, version, 7, family.densities[rung], family, rung, values_S, 0.25)
 
 
 def halve(sent: Dispatch) -> LocalUpdate:
     """What arrived, recognisably changed."""
-    assert (sent.version, sent.count, sent.learning_rate_scale) == (3, 7, 0.25)
+    assert (sent.version, sent.count, sent.learning_rate_scale) == (sent.dispatch // 3, 7, 0.25)
     if sent.client == 13:
         raise ValueError("client 13 is unlucky")
     if sent.client == 9:
@@ -57,10 +53,10 @@ def test_updates_come_back_in_the_order_of_the_dispatches(count: int) -> None:
     """Whoever trained them; and old rankings are known again after they were forgotten."""
     families = [ranking(seed) for seed in range(6)]
     sent = [dispatch(n, families[n % 6], n % 3, client=n % 5) for n in range(20)]
-    workers = Workers(halve, LAYOUT, count)
+    workers = forked(halve, count)
     try:
         for window in (sent, [], sent[::-1], sent[:1]):
-            assert_equal(workers(window), [halve(s) for s in window])
+            assert_equal(workers.finish(window), [halve(s) for s in window])
     finally:
         workers.close()
     assert not multiprocessing.active_children()
@@ -77,9 +73,9 @@ def test_large_payloads_both_ways_do_not_block() -> None:
     """Far more than a pipe holds."""
     family = ranking(0, size=500_000)
     sent = [dispatch(n, family, 2, client=n) for n in range(6)]
-    workers = Workers(halve, layout_of(500_000), 2)
+    workers = forked(halve, 2)
     try:
-        assert_equal(workers(sent), [halve(s) for s in sent])
+        assert_equal(workers.finish(sent), [halve(s) for s in sent])
     finally:
         workers.close()
 
@@ -89,9 +85,9 @@ def test_a_failure_stops_everything_and_says_why(client: int, word: str) -> None
     family = ranking(0)
     sent = [replace(dispatch(n, family, 1), client=n) for n in range(8)]
     sent[5] = replace(sent[5], client=client)
-    workers = Workers(halve, LAYOUT, 2)
+    workers = forked(halve, 2)
     with pytest.raises(HostError, match=word) as caught:
-        workers(sent)
+        workers.finish(sent)
     assert caught.value.code == "GMR-507"
     assert not multiprocessing.active_children()
 
@@ -102,9 +98,9 @@ def test_workers_end_with_their_parent(how: signal.Signals) -> None:
     script = (
         "import sys, time; sys.path.insert(0, 'tests')\n"
         "import test_workers as t\n"
-        "workers = t.Workers(t.halve, t.LAYOUT, 3)\n"
-        "workers([t.dispatch(n, t.ranking(0), 1, client=n) for n in range(6)])\n"
-        "print(*[w.process.pid for w in workers._workers], flush=True)\n"
+        "workers = t.forked(t.halve, 3)\n"
+        "workers.finish([t.dispatch(n, t.ranking(0), 1, client=n) for n in range(6)])\n"
+        "print(*[p.channel.process.pid for p in workers.pool._peers], flush=True)\n"
         "time.sleep(60)\n"
     )
     root = Path(__file__).resolve().parent.parent

@@ -29,6 +29,7 @@ class Probing:
         learning_rate: eta before the warm-up's factor.
 
     Attributes:
+        watches: whether it wants to see the local steps of some windows.
         starts: w_s of every version that is in flight, for the decomposition.
     """
 
@@ -36,7 +37,7 @@ class Probing:
         self._server, self._probe, self._learning_rate = server, probe, learning_rate
         config = server.config
         hooked = server.before_merge is not None or server.after_merge is not None
-        self._decomposes = config.probe and decomposable(config) and not hooked
+        self.watches = config.probe and decomposable(config) and not hooked
         self.starts: dict[int, Tensor] = {}
         self._witnesses: dict[int, Witness] = {}
 
@@ -46,15 +47,20 @@ class Probing:
         config = self._server.config
         return config.probe and self._server.version % (config.probe_interval or config.interval) == 0
 
+    @property
+    def watching(self) -> bool:
+        """Whether it wants to see those of the present window, for which `answered` was called."""
+        return bool(self._witnesses)
+
     def dispatched(self, sent: Dispatch) -> None:
         """A sub-model of the server's present vector leaves."""
-        if self._decomposes:
+        if self.watches:
             self.starts[sent.version] = self._server.w_D
 
     def answered(self, sent: Sequence[Dispatch], pending: Sequence[Dispatch]) -> None:
         """The dispatches that this window takes in are about to be trained; `pending` ones are not yet."""
         self._witnesses = {}
-        if self._decomposes and self.due:
+        if self.watches and self.due:
             self._witnesses = {s.dispatch: Witness(s, self.starts[s.version]) for s in sent}
         flying = {p.version for p in pending}
         self.starts = {version: w_D for version, w_D in self.starts.items() if version in flying}

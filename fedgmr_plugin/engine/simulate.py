@@ -9,24 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import (
-    Batch,
-    BatchPlan,
-    LocalTrainer,
-    LocalUpdate,
-    Metrics,
-    RecentMasks,
-    Samples,
-    in_batches,
-    split,
-    train_dispatch,
-)
+from fedgmr_plugin.engine.client import Batch, LocalUpdate, Metrics, in_batches
 from fedgmr_plugin.engine.events import (
     Dispatch,
     Effect,
@@ -50,65 +39,36 @@ from fedgmr_plugin.engine.probe import Probe, probe_set
 from fedgmr_plugin.engine.probing import Probing
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Server
+from fedgmr_plugin.engine.workbench import Evaluator, Workbench
 from fedgmr_plugin.kernels.layout import ModelLayout
-from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 
 Which = Literal["global", "scaled"]
 
 
-#: Measures a model on batches.
-Evaluator = Callable[[nn.Module, Iterable[Batch]], Metrics]
-
-
 class Executor(Protocol):
-    """Trains the dispatches whose uploads a window takes in; the result is in the order given."""
+    """Trains dispatches: when they are needed, or, in other processes, as soon as they are made."""
 
-    def __call__(self, sent: Sequence[Dispatch]) -> Sequence[LocalUpdate]: ...
+    def begin(self, sent: Dispatch) -> None:
+        """`sent` has been dispatched; its update will be asked for in the window that takes it in."""
+        ...
 
-
-@dataclass(frozen=True)
-class Clients:
-    """The clients' training data, read when needed and split into training and validation.
-
-    Attributes:
-        samples: client to its samples.
-        fraction: share held out for validation.
-        seed: root of the seed tree.
-        count: N.
-    """
-
-    samples: Callable[[int], Samples]
-    fraction: float
-    seed: int
-    count: int
-    _parts: dict[int, tuple[Samples, Samples | None]] = field(default_factory=dict, repr=False)
-
-    def train(self, client: int) -> Samples:
-        """The part that the client trains on."""
-        return self._split(client)[0]
-
-    def validation(self, client: int) -> Samples | None:
-        """The part held out."""
-        return self._split(client)[1]
-
-    @property
-    def anything_held_out(self) -> bool:
-        """Whether any client has validation samples."""
-        return self.fraction > 0 and any(self.validation(n) is not None for n in range(self.count))
-
-    def _split(self, client: int) -> tuple[Samples, Samples | None]:
-        if client not in self._parts:
-            self._parts[client] = split(self.samples(client), self.fraction, self.seed, client)
-        return self._parts[client]
+    def finish(self, sent: Sequence[Dispatch]) -> Sequence[LocalUpdate]:
+        """The updates of a window's dispatches, in the order given; not all may have been begun."""
+        ...
 
 
 @dataclass(frozen=True)
-class Training:
-    """How clients train: the trainer, which batches, and the learning rate eta."""
+class InTurn:
+    """Trains a window's dispatches one after another."""
 
-    trainer: LocalTrainer
-    plan: BatchPlan
-    learning_rate: float
+    train: Callable[[Dispatch], LocalUpdate]
+
+    def begin(self, sent: Dispatch) -> None:
+        """Nothing: what never arrives is never trained."""
+
+    def finish(self, sent: Sequence[Dispatch]) -> list[LocalUpdate]:
+        """See `Executor`."""
+        return [self.train(dispatch) for dispatch in sent]
 
 
 class Simulation:
@@ -117,12 +77,10 @@ class Simulation:
     Args:
         server: not started yet.
         network: its clock at 0.
-        model: scratch model for training and evaluation; overwritten.
-        clients: training data.
-        training: trainer, batch plan, learning rate.
+        bench: where models are measured, and trained by default.
         test_batches: gives the test set, once per model that is evaluated.
         record: receives every record of the run log but the header, in order.
-        executor: how a window's clients are trained; one after another on `model` by default.
+        executor: how clients are trained; one after another on `bench` by default.
         evaluate: how models are measured on the test set; as the trainer does by default.
         sizes: what a dispatch and its upload move; None leaves it to `payload_rule`.
     """
@@ -131,26 +89,21 @@ class Simulation:
         self,
         server: Server,
         network: VirtualNetwork,
-        model: nn.Module,
-        clients: Clients,
-        training: Training,
+        bench: Workbench,
         test_batches: Callable[[], Iterable[Batch]],
         record: Callable[[dict[str, Any]], None],
         executor: Executor | None = None,
         evaluate: Evaluator | None = None,
         sizes: Callable[[Dispatch], Transfer | None] = lambda sent: None,
     ) -> None:
-        self.server, self.network, self.model = server, network, model
-        self.clients, self.training = clients, training
+        self.server, self.network, self.bench = server, network, bench
+        self.clients, self.training = bench.clients, bench.training
         self.config: FedGMRConfig = server.config
         self.layout: ModelLayout = server.layout
         self._test_batches, self._record = test_batches, record
-        self._execute = executor or self.train_in_turn
+        self._executor = executor or InTurn(bench.train)
         self._sizes = sizes
-        self._evaluator = evaluate or training.trainer.evaluate
-        self._fixed = {n: b.clone() for n, b in model.named_buffers() if n not in self.layout.by_name}
-        self._modes = [module.training for module in model.modules()]
-        self._masks = RecentMasks(self.layout)
+        self._evaluator = evaluate or self.training.trainer.evaluate
         self.pending: dict[int, Dispatch] = {}
         self.bytes_up = self.bytes_down = 0.0
         self._window_down = 0.0
@@ -191,7 +144,7 @@ class Simulation:
         sent = [self.pending.pop(a.dispatch) for a in window.arrivals]
         if self._probing is not None:
             self._probing.answered(sent, list(self.pending.values()))
-        updates = list(self._execute(sent))
+        updates = list(self._train(sent))
         del sent  # payloads whose time is over: memory for those that the server cuts next
         effects: list[Effect] = []
         for arrival, update in zip(window.arrivals, updates, strict=True):
@@ -202,26 +155,12 @@ class Simulation:
         updates.clear()
         return effects + self.server.handle(closed)
 
-    def train_in_turn(self, sent: Sequence[Dispatch]) -> list[LocalUpdate]:
-        """The default executor."""
-        return [self.train(dispatch) for dispatch in sent]
-
-    def train(self, sent: Dispatch) -> LocalUpdate:
-        """Train one dispatch on the scratch model."""
-        self._reset()
-        return train_dispatch(
-            sent,
-            model=self.model,
-            layout=self.layout,
-            trainer=self.training.trainer,
-            samples=self.clients.train(sent.client),
-            plan=self.training.plan,
-            learning_rate=self.training.learning_rate,
-            form=self.config.update_form,
-            on_step=None if self._probing is None else self._probing.watch(sent, self.model),
-            recent=self._masks,
-            payload_dtype=PAYLOAD_TYPES[self.config.payload_dtype],
-        )
+    def _train(self, sent: Sequence[Dispatch]) -> Sequence[LocalUpdate]:
+        """The updates of a window's dispatches; somebody who watches their steps can do so only here."""
+        probing = self._probing
+        if probing is None or not probing.watching:
+            return self._executor.finish(sent)
+        return [self.bench.train(d, probing.watch(d, self.bench.model)) for d in sent]
 
     # -- state ----------------------------------------------------------------------------------------
 
@@ -244,6 +183,17 @@ class Simulation:
         if self._probing is not None:
             self._probing.starts = starts
 
+    def wait_for(self, pending: Iterable[Dispatch]) -> None:
+        """Make `pending` the dispatches that are out."""
+        self.pending = {}
+        for sent in pending:
+            self._await(sent)
+
+    def _await(self, sent: Dispatch) -> None:
+        self.pending[sent.dispatch] = sent
+        if self._probing is None or not self._probing.watches:
+            self._executor.begin(sent)
+
     # -- effects --------------------------------------------------------------------------------------
 
     def _carry_out(self, effects: Sequence[Effect]) -> dict[str, Any] | None:
@@ -261,7 +211,7 @@ class Simulation:
                 megabytes = self.network.dispatch(
                     effect.dispatch, effect.client, effect.density, share, self._sizes(effect)
                 )
-                self.pending[effect.dispatch] = effect
+                self._await(effect)
                 if self._probing is not None:
                     self._probing.dispatched(effect)
                 self._window_down += megabytes * 1e6
@@ -286,36 +236,19 @@ class Simulation:
             "rejected": self.server.rejected,
         }
 
-    def place(self, w_D: Tensor) -> None:
-        """Put the vector `w_D` [D] into the scratch model; other buffers as they were at the start."""
-        self.layout.scatter(self.model, w_D)
-        self._reset()
-
-    def _reset(self) -> None:
-        """The modules' modes, and the buffers that are not in the layout (integers, not persistent), as they
-        were at the beginning: every training starts so."""
-        for module, mode in zip(self.model.modules(), self._modes, strict=True):
-            module.training = mode
-        for name, buffer in self.model.named_buffers():
-            if name in self._fixed:
-                buffer.copy_(self._fixed[name])
-
     # -- measuring ------------------------------------------------------------------------------------
-
-    def measure(self, w_D: Tensor, batches: Iterable[Batch], evaluate: Evaluator | None = None) -> Metrics:
-        """Metrics of the vector `w_D` on `batches`; random transforms see the same draws each time."""
-        self.place(w_D)
-        with isolated_rng(derive(self.clients.seed, "measure")):
-            return (evaluate or self.training.trainer.evaluate)(self.model, batches)
 
     def _both(
         self, batches: Callable[[], Iterable[Batch]], evaluate: Evaluator | None = None
     ) -> dict[Which, Metrics]:
         """Metrics of w and of the coverage-scaled model."""
-        plain = self.measure(self.server.w_D, batches(), evaluate)
+        plain = self.bench.measure(self.server.w_D, batches(), evaluate)
         if min(self.server.gmr.densities) >= 1.0:
             return {"global": plain, "scaled": plain}
-        return {"global": plain, "scaled": self.measure(self.server.model("scaled"), batches(), evaluate)}
+        return {
+            "global": plain,
+            "scaled": self.bench.measure(self.server.model("scaled"), batches(), evaluate),
+        }
 
     def _evaluate(self) -> None:
         metrics = self._both(self._test_batches, self._evaluator)
@@ -384,7 +317,7 @@ class Simulation:
         if held_out is None:
             return None
         mask_D = self.server.ranking.mask(self.server.ranking.rung(self.server.gmr.densities[client]))
-        return self.measure(self.server.w_D * mask_D, in_batches(held_out, 512))
+        return self.bench.measure(self.server.w_D * mask_D, in_batches(held_out, 512))
 
     # -- the theory's probe ---------------------------------------------------------------------------
 
@@ -399,7 +332,7 @@ class Simulation:
                 self.config.probe_samples,
                 self.training.plan.batch_size,
             )
-        probe = Probe(self.model, self.layout, self.training.trainer, data)  # type: ignore[arg-type]
+        probe = Probe(self.bench.model, self.layout, self.training.trainer, data)  # type: ignore[arg-type]
         return Probing(self.server, probe, self.training.learning_rate)
 
     def _gradient_votes(self) -> list[bool]:

@@ -140,11 +140,11 @@ def restore_simulation(simulation: Simulation, state: Snapshot) -> None:
     restore(simulation.server, Snapshot(meta["server"], tensors))
     simulation.network.load_state(meta["network"])
     flights = simulation.server.flights
-    simulation.pending = {}
+    pending = []
     for kept in meta["pending"]:
         fields = {k: v for k, v in kept.items() if k != "payload"}
         ranking = flights[fields["dispatch"]].ranking
-        values_S = tensors[kept["payload"]]
-        simulation.pending[fields["dispatch"]] = Dispatch(ranking=ranking, values_S=values_S, **fields)
+        pending.append(Dispatch(ranking=ranking, values_S=tensors[kept["payload"]], **fields))
+    simulation.wait_for(pending)
     simulation.probed_starts = {version: tensors[f"start.{version}"] for version in meta["starts"]}
     simulation.traffic = meta["traffic"]

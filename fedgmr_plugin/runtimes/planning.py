@@ -18,7 +18,7 @@ from fedgmr_plugin.kernels.layout import build_layout, validate
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.sizes import MessageSizes
-from fedgmr_plugin.runtimes import single_process
+from fedgmr_plugin.runtimes import setup, single_process
 from fedgmr_plugin.runtimes.settings import FedMLKeys, fedml_keys, options
 
 #: A rehearsal ends after so many windows, even if some class of clients has not been heard of by then.
@@ -126,7 +126,7 @@ def plan_run(config: FedGMRConfig, keys: FedMLKeys, model: nn.Module) -> RunPlan
         layer_floor=config.layer_floor,
         prune_biases=config.prune_biases,
     )
-    megabytes = single_process.dense_megabytes(config, layout)
+    megabytes = setup.dense_megabytes(config, layout)
     stage = _Stage(config, keys, ranking, layout.dtype, initial, megabytes)
     at_start, *restored = [stage.rehearse([max(d, rung) for d in start]) for rung in (0.0, *rungs)]
     classes = []
@@ -186,7 +186,7 @@ class _Stage:
         Clients are chosen as the server chooses them.
         """
         still = self.config.model_copy(update={"client_jitter": 0.0, "server_jitter": 0.0})
-        links = single_process.links(still, self.initial, self.keys.seed)
+        links = setup.links(still, self.initial, self.keys.seed)
         network = VirtualNetwork(still, self.initial, self.megabytes, links)
         sizes = self._sizes()
         since: dict[int, float] = {}

@@ -1,0 +1,141 @@
+"""Where one process trains clients and measures models: a scratch model, and everything but the server.
+
+Every process that trains clients of a run has a workbench of its own. What comes off it depends on the
+dispatch, the clients' data and the seed only, so it does not matter whose it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.client import (
+    Batch,
+    BatchPlan,
+    LocalTrainer,
+    LocalUpdate,
+    Metrics,
+    RecentMasks,
+    Samples,
+    split,
+    train_dispatch,
+)
+from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.seeds import derive, isolated_rng
+from fedgmr_plugin.kernels.layout import ModelLayout
+from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
+
+#: Measures a model on batches.
+Evaluator = Callable[[nn.Module, Iterable[Batch]], Metrics]
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The clients' training data, read when needed and split into training and validation.
+
+    Attributes:
+        samples: client to its samples.
+        fraction: share held out for validation.
+        seed: root of the seed tree.
+        count: N.
+    """
+
+    samples: Callable[[int], Samples]
+    fraction: float
+    seed: int
+    count: int
+    _parts: dict[int, tuple[Samples, Samples | None]] = field(default_factory=dict, repr=False)
+
+    def train(self, client: int) -> Samples:
+        """The part that the client trains on."""
+        return self._split(client)[0]
+
+    def validation(self, client: int) -> Samples | None:
+        """The part held out."""
+        return self._split(client)[1]
+
+    @property
+    def anything_held_out(self) -> bool:
+        """Whether any client has validation samples."""
+        return self.fraction > 0 and any(self.validation(n) is not None for n in range(self.count))
+
+    def _split(self, client: int) -> tuple[Samples, Samples | None]:
+        if client not in self._parts:
+            self._parts[client] = split(self.samples(client), self.fraction, self.seed, client)
+        return self._parts[client]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How clients train: the trainer, which batches, and the learning rate eta."""
+
+    trainer: LocalTrainer
+    plan: BatchPlan
+    learning_rate: float
+
+
+class Workbench:
+    """A scratch model on which clients are trained and models are measured, one after another.
+
+    Args:
+        config: validated options.
+        layout: map of the global vector.
+        model: the scratch model; overwritten. Its modes and the buffers that are not in the layout are those
+            of every training.
+        clients: training data.
+        training: trainer, batch plan, learning rate.
+    """
+
+    def __init__(
+        self,
+        config: FedGMRConfig,
+        layout: ModelLayout,
+        model: nn.Module,
+        clients: Clients,
+        training: Training,
+    ) -> None:
+        self.config, self.layout, self.model = config, layout, model
+        self.clients, self.training = clients, training
+        self.fixed = {n: b.clone() for n, b in model.named_buffers() if n not in layout.by_name}
+        self._modes = [module.training for module in model.modules()]
+        self._masks = RecentMasks(layout)
+
+    def train(self, sent: Dispatch, on_step: Callable[[], None] | None = None) -> LocalUpdate:
+        """Train one dispatch; `on_step` is called before each local step."""
+        self._reset()
+        return train_dispatch(
+            sent,
+            model=self.model,
+            layout=self.layout,
+            trainer=self.training.trainer,
+            samples=self.clients.train(sent.client),
+            plan=self.training.plan,
+            learning_rate=self.training.learning_rate,
+            form=self.config.update_form,
+            on_step=on_step,
+            recent=self._masks,
+            payload_dtype=PAYLOAD_TYPES[self.config.payload_dtype],
+        )
+
+    def place(self, w_D: Tensor) -> None:
+        """Put the vector `w_D` [D] into the scratch model; other buffers as they were at the start."""
+        self.layout.scatter(self.model, w_D)
+        self._reset()
+
+    def measure(self, w_D: Tensor, batches: Iterable[Batch], evaluate: Evaluator | None = None) -> Metrics:
+        """Metrics of the vector `w_D` on `batches`; random transforms see the same draws each time."""
+        self.place(w_D)
+        with isolated_rng(derive(self.clients.seed, "measure")):
+            return (evaluate or self.training.trainer.evaluate)(self.model, batches)
+
+    def _reset(self) -> None:
+        """The modules' modes, and the buffers that are not in the layout (integers, not persistent), as they
+        were at the beginning: every training starts so."""
+        for module, mode in zip(self.model.modules(), self._modes, strict=True):
+            module.training = mode
+        for name, buffer in self.model.named_buffers():
+            if name in self.fixed:
+                buffer.copy_(self.fixed[name])

@@ -1,0 +1,294 @@
+"""The server's side of several processes that train: an `Executor` over channels.
+
+Two threads for each channel: one gives its process tasks, one takes the updates. A process holds two tasks,
+so that the second one travels while the first is trained. The server's own process trains too, if it is
+given a workbench, whenever the server waits. Updates wait here for the window that takes them in: nothing of
+the run's result depends on who trained what, or when.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fedgmr_plugin.engine.client import LocalStats, LocalUpdate
+from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.kernels.masks import Ranking
+from fedgmr_plugin.runtimes.distributed.channel import Channel, Frame, Gone, frame, text_of
+from fedgmr_plugin.runtimes.distributed.payloads import Remembered
+from fedgmr_plugin.runtimes.distributed.tasks import Tasks
+
+_log = logging.getLogger(__name__)
+
+Train = Callable[[Dispatch], LocalUpdate]
+
+#: Tasks that a process holds at most, the one in training included.
+DEPTH = 2
+#: Rankings that a process remembers, the last used ones; both sides forget by the same rule.
+RANKINGS = 4
+#: Seconds between signs of life.
+HEARTBEAT = 20.0
+#: Seconds that the others have to come to an end after something failed.
+PATIENCE = 5.0
+
+
+class RemoteTraceback(Exception):
+    """The traceback of another process, as text."""
+
+
+@dataclass(eq=False)
+class _Peer:
+    channel: Channel
+    payloads: Remembered = field(default_factory=Remembered)
+    rankings: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    tasks: dict[int, Dispatch] = field(default_factory=dict)
+    threads: list[threading.Thread] = field(default_factory=list)
+
+
+class Pool:
+    """Trains on the processes behind `channels`, and here.
+
+    Args:
+        channels: one for each process that runs `fedgmr_plugin.runtimes.distributed.worker.serve`.
+        local: trains a dispatch in this process; None leaves it free for the server.
+
+    Attributes:
+        traffic: bytes of values that were sent (``down``) and received (``up``).
+        busy: seconds of training, by who trained.
+    """
+
+    def __init__(self, channels: Sequence[Channel], local: Train | None = None) -> None:
+        self._local = local
+        self._peers = [_Peer(channel) for channel in channels]
+        self._tasks = Tasks()
+        self._done: dict[int, LocalUpdate] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._failure: HostError | None = None
+        self.traffic: Counter[str] = Counter()
+        self.busy: defaultdict[str, float] = defaultdict(float)
+        for peer in self._peers:
+            for life in (self._give, self._take, self._beat):
+                thread = threading.Thread(target=self._guarded, args=(life, peer), daemon=True)
+                peer.threads.append(thread)
+                thread.start()
+
+    # -- the executor ----------------------------------------------------------------------------------
+
+    def begin(self, sent: Dispatch) -> None:
+        """See `Executor`: whoever is free may train it from now on."""
+        with self._changed:
+            self._tasks.add(sent)
+            self._changed.notify_all()
+
+    def finish(self, sent: Sequence[Dispatch]) -> list[LocalUpdate]:
+        """See `Executor`.
+
+        Raises:
+            HostError: GMR-507 if a process failed or is gone; the others are stopped.
+        """
+        missing = {d.dispatch for d in sent}
+        with self._changed:
+            held = {n for peer in self._peers for n in peer.tasks}
+            self._tasks.need(d for d in sent if d.dispatch not in self._done and d.dispatch not in held)
+            self._changed.notify_all()
+        while (task := self._own_task(missing)) is not None and self._local is not None:
+            started = time.perf_counter()
+            update = self._local(task)
+            self._finished(task, update, "rank 0", time.perf_counter() - started)
+        if self._failure is not None:
+            self.close(PATIENCE)
+            raise self._failure
+        return [self._done.pop(d.dispatch) for d in sent]
+
+    def _own_task(self, missing: set[int]) -> Dispatch | None:
+        """What this process trains next; None when no update is missing any more, or something failed."""
+        with self._changed:
+            while self._failure is None:
+                missing.difference_update(self._done)
+                if not missing:
+                    return None
+                task = None if self._local is None else self._tasks.take(None)
+                if task is not None:
+                    return task
+                self._changed.wait()
+        return None
+
+    def _finished(self, task: Dispatch, update: LocalUpdate, who: str, seconds: float) -> None:
+        with self._changed:
+            self._tasks.costs.learn(task.client, task.density, seconds)
+            self.busy[who] += seconds
+            self._done[task.dispatch] = update
+            self._changed.notify_all()
+
+    def close(self, patience: float | None = None) -> None:
+        """Stop the processes.
+
+        Args:
+            patience: seconds that each has to end what it is at; None waits for all.
+        """
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for peer in self._peers:
+            peer.threads[0].join(patience)
+            peer.channel.close()
+        for peer in self._peers:
+            peer.threads[1].join(patience)
+
+    # -- one process -----------------------------------------------------------------------------------
+
+    def _guarded(self, life: Callable[[_Peer], None], peer: _Peer) -> None:
+        """A thread's life; whatever ends it early ends the run."""
+        name = peer.channel.name
+        try:
+            life(peer)
+        except Gone as gone:
+            self._fail(HostError("GMR-507", f"{name} is gone: {gone}", where=name))
+        except Exception as error:  # noqa: BLE001  (a thread's error would be lost)
+            failure = HostError("GMR-507", f"{name}: {type(error).__name__}: {error}", where=name)
+            failure.__cause__ = error
+            self._fail(failure)
+
+    def _fail(self, failure: HostError) -> None:
+        with self._changed:
+            if not self._closed and self._failure is None:
+                self._failure = failure
+            self._changed.notify_all()
+
+    def _give(self, peer: _Peer) -> None:
+        """Give tasks to a process until the end."""
+        trainers = len(self._peers) + (self._local is not None)
+        while True:
+            with self._changed:
+                task = None
+                while not self._closed and self._failure is None:
+                    if len(peer.tasks) < DEPTH:
+                        task = self._tasks.take(peer.channel.name, trainers if peer.tasks else 0)
+                    if task is not None:
+                        peer.tasks[task.dispatch] = task
+                        break
+                    self._changed.wait()
+            if task is None:
+                peer.channel.send(frame("stop"))
+                return
+            self._send(peer, task)
+
+    def _send(self, peer: _Peer, sent: Dispatch) -> None:
+        ranking = sent.ranking
+        if ranking.digest not in peer.rankings:
+            message = _ranking_frame(ranking)
+            self.traffic["down"] += message.values.nbytes
+            peer.channel.send(message)
+        remember_ranking(peer.rankings, ranking.digest, None)
+        parts = peer.payloads.parts(sent)
+        values = parts.travelling(sent.values_S)
+        peer.payloads.remember(sent.version, ranking.digest, sent.values_S)
+        self.traffic["down"] += values.nbytes
+        peer.channel.send(
+            frame(
+                "task",
+                values,
+                ranking=ranking.digest,
+                size=len(sent.values_S),
+                parts=list(parts),
+                task=[
+                    sent.dispatch,
+                    sent.client,
+                    sent.version,
+                    sent.count,
+                    sent.density,
+                    sent.rung,
+                    sent.learning_rate_scale,
+                ],
+            )
+        )
+
+    def _take(self, peer: _Peer) -> None:
+        """Take what a process answers until it says goodbye."""
+        while True:
+            message = peer.channel.receive()
+            kind = message.head["kind"]
+            if kind == "bye":
+                return
+            if kind == "failure":
+                failure = HostError("GMR-507", message.head["last"], where=peer.channel.name)
+                failure.__cause__ = RemoteTraceback(f"\n{text_of(message)}")
+                self._fail(failure)
+            elif kind == "update":
+                self.traffic["up"] += message.values.nbytes
+                with self._changed:
+                    task = peer.tasks.pop(message.head["dispatch"])
+                self._finished(task, _update(task, message), peer.channel.name, message.head["seconds"])
+
+    def _beat(self, peer: _Peer) -> None:
+        """Signs of life, for a process that waits for a long evaluation."""
+        while not self._closed:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, HEARTBEAT)
+            if not self._closed:
+                peer.channel.send(frame("alive"))
+
+
+class Workers:
+    """An `Executor` on a pool that begins with the first dispatch.
+
+    Args:
+        start: makes the pool.
+    """
+
+    def __init__(self, start: Callable[[], Pool]) -> None:
+        self._start = start
+        self._pool: Pool | None = None
+
+    @property
+    def pool(self) -> Pool:
+        """The processes that train."""
+        if self._pool is None:
+            self._pool = self._start()
+        return self._pool
+
+    def begin(self, sent: Dispatch) -> None:
+        """See `Executor`."""
+        self.pool.begin(sent)
+
+    def finish(self, sent: Sequence[Dispatch]) -> list[LocalUpdate]:
+        """See `Executor`.
+
+        Raises:
+            HostError: GMR-507 if a process failed or is gone; the others are stopped.
+        """
+        return self.pool.finish(sent)
+
+    def close(self, patience: float | None = None) -> None:
+        """See `Pool.close`; nothing where no pool has begun."""
+        if self._pool is not None:
+            self._pool.close(patience)
+            self._pool = None
+
+
+def _ranking_frame(ranking: Ranking) -> Frame:
+    rung_D = ranking.rung_D if len(ranking.densities) > 126 else ranking.rung_D.to(torch.int8)
+    return frame("ranking", rung_D, digest=ranking.digest, densities=list(ranking.densities))
+
+
+def _update(task: Dispatch, message: Frame) -> LocalUpdate:
+    head = message.head
+    values_S = message.values.to(task.values_S.device)
+    return LocalUpdate(task.dispatch, task.client, values_S, head["change_sq"], LocalStats(*head["stats"]))
+
+
+def remember_ranking(rankings: OrderedDict[str, Any], digest: str, ranking: Any) -> None:
+    """Note that a ranking was used; beyond `RANKINGS`, the one that was not for longest is forgotten."""
+    rankings[digest] = ranking
+    rankings.move_to_end(digest)
+    if len(rankings) > RANKINGS:
+        rankings.popitem(last=False)

@@ -1,0 +1,142 @@
+"""The life of a process that trains for a server in another one.
+
+A thread receives tasks while this one trains: what is next has arrived when the present task is done.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+
+from fedgmr_plugin.engine.client import LocalUpdate
+from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.kernels.masks import Ranking
+from fedgmr_plugin.runtimes.distributed.channel import Channel, Frame, Gone, frame, text_frame
+from fedgmr_plugin.runtimes.distributed.payloads import Parts, Remembered
+from fedgmr_plugin.runtimes.distributed.pool import HEARTBEAT, remember_ranking
+
+#: Seconds that a process which has failed waits for the server to stop it.
+_LAST_WORDS = 30.0
+
+
+class Failed(Exception):
+    """Training failed here, and the server knows."""
+
+
+class _Inbox:
+    """Receives in a thread of its own: tasks in their order, then None."""
+
+    def __init__(self, channel: Channel, device: torch.device) -> None:
+        self._channel, self._device = channel, device
+        self._payloads = Remembered()
+        self._rankings: OrderedDict[str, Ranking] = OrderedDict()
+        self._tasks: queue.SimpleQueue[Dispatch | None] = queue.SimpleQueue()
+        self.stopped = threading.Event()
+        self.lost: BaseException | None = None
+        threading.Thread(target=self._receive, daemon=True).start()
+
+    def get(self) -> Dispatch | None:
+        """The next task; None when there is to be no more."""
+        task = self._tasks.get()
+        return None if self.stopped.is_set() else task
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                message = self._channel.receive()
+                kind = message.head["kind"]
+                if kind == "stop":
+                    break
+                if kind == "ranking":
+                    self._learn(message)
+                elif kind == "task":
+                    self._tasks.put(self._task(message))
+        except BaseException as error:  # noqa: BLE001  (told by whoever waits for tasks)
+            self.lost = error
+        self.stopped.set()
+        self._tasks.put(None)
+
+    def _learn(self, message: Frame) -> None:
+        rung_D = message.values.to(torch.int16).to(self._device)
+        ranking = Ranking(tuple(message.head["densities"]), rung_D)
+        remember_ranking(self._rankings, message.head["digest"], ranking)
+
+    def _task(self, message: Frame) -> Dispatch:
+        head = message.head
+        dispatch, client, version, count, density, rung, scale = head["task"]
+        ranking = self._rankings[head["ranking"]]
+        remember_ranking(self._rankings, head["ranking"], ranking)
+        parts = Parts(*head["parts"])
+        arrived = message.values.to(self._device)
+        values_S = parts.joined(arrived, self._payloads.payload(parts.base), head["size"])
+        self._payloads.remember(version, head["ranking"], values_S)
+        return Dispatch(dispatch, client, version, count, density, ranking, rung, values_S, scale)
+
+
+def serve(
+    channel: Channel,
+    train: Callable[[Dispatch], LocalUpdate],
+    device: torch.device | str = "cpu",
+    *,
+    beats: bool = True,
+) -> None:
+    """Train what comes through `channel` until the server says stop.
+
+    Args:
+        train: trains one dispatch.
+        device: where payloads are wanted.
+        beats: send signs of life: the other side has no other way to know.
+
+    Raises:
+        Failed: `train` raised; the server has been told.
+        Gone: the server does not answer any more.
+    """
+    ended = threading.Event()
+    if beats:
+        threading.Thread(target=_beat, args=(channel, ended), daemon=True).start()
+    inbox = _Inbox(channel, torch.device(device))
+    try:
+        while (task := inbox.get()) is not None:
+            started = time.perf_counter()
+            try:
+                update = train(task)
+            except Exception as error:
+                _confess(channel, task, error)
+                inbox.stopped.wait(_LAST_WORDS)
+                raise Failed(f"client={task.client}: {error}") from error
+            seconds = time.perf_counter() - started
+            channel.send(
+                frame(
+                    "update",
+                    update.values_S,
+                    dispatch=update.dispatch,
+                    change_sq=update.change_sq,
+                    stats=list(update.stats),
+                    seconds=seconds,
+                )
+            )
+    finally:
+        ended.set()
+    if isinstance(inbox.lost, BaseException):
+        raise inbox.lost
+    channel.send(frame("bye"))
+
+
+def _confess(channel: Channel, task: Dispatch, error: Exception) -> None:
+    trace = "".join(traceback.format_exception(error))
+    last = "".join(traceback.format_exception_only(error)).strip()
+    channel.send(text_frame("failure", trace, last=f"client={task.client}: {last[:500]}"))
+
+
+def _beat(channel: Channel, ended: threading.Event) -> None:
+    try:
+        while not ended.wait(HEARTBEAT):
+            channel.send(frame("alive"))
+    except Gone:
+        return  # whoever receives learns it too

@@ -1,0 +1,155 @@
+"""What FedML hands over, made into what every process of a run needs: checked, before any training.
+
+Everything of FedML is translated here (arguments, data, trainer); everything of FedGMR happens in
+`fedgmr_plugin.engine`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, LocalTrainer
+from fedgmr_plugin.engine.network import Links, LogNormalLinks, TraceLinks
+from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
+from fedgmr_plugin.errors import ConfigError, DataError
+from fedgmr_plugin.kernels.layout import ModelLayout, build_layout, validate
+from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
+from fedgmr_plugin.runtimes.data import FederatedData, read_dataset
+from fedgmr_plugin.runtimes.settings import FedMLKeys, fedml_keys, options
+from fedgmr_plugin.runtimes.traces import load_traces
+from fedgmr_plugin.runtimes.trainer import FedMLTrainer
+
+_log = logging.getLogger(__name__)
+#: Data sets for which FedML has trainers of its own that are not plain classification.
+_FEDML_TRAINED = ("stackoverflow_lr", "fed_shakespeare", "stackoverflow_nwp")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's parts, but for its server.
+
+    Attributes:
+        args: FedML's arguments.
+        device: where clients train and models are evaluated.
+        model: the global model; overwritten during the run, and holds the shipped model at its end.
+        counts: training samples of each client, after the validation split [N].
+        densities: initial densities [N].
+        bench: where this process trains and measures.
+    """
+
+    args: Any
+    config: FedGMRConfig
+    keys: FedMLKeys
+    device: torch.device
+    data: FederatedData
+    model: nn.Module
+    layout: ModelLayout
+    counts: tuple[int, ...]
+    densities: tuple[float, ...]
+    bench: Workbench
+
+    @property
+    def trainer(self) -> LocalTrainer:
+        """How clients train."""
+        return self.bench.training.trainer
+
+    @property
+    def steps(self) -> int | None:
+        """Local steps K; None for whole epochs."""
+        return self.bench.training.plan.steps
+
+
+def prepare(args: Any, device: Any, dataset: Any, model: nn.Module, client_trainer: Any = None) -> Setup:
+    """The parts of a run from what FedML's simulators are constructed with.
+
+    Args:
+        dataset: FedML's 8-element list.
+        client_trainer: a user's own, honoured.
+
+    Raises:
+        ConfigError, ModelError, DataError, HostError: everything wrong with them, before any training.
+    """
+    config, keys = options(args), fedml_keys(args)
+    device = torch.device(device) if device is not None else torch.device("cpu")
+    data = read_dataset(dataset, keys.clients)
+    counts = _training_samples(config, keys, data)
+    densities = config.initial_densities(keys.clients)
+    model.to(device)
+    layout = build_layout(model, config.dense_layers)
+    for finding in validate(model, config.dense_layers):
+        _log.info("%s %s", finding.code, finding.message)
+    trainer = _trainer(args, keys, config, device, model, client_trainer, data)
+    steps = config.local_steps if isinstance(config.local_steps, int) else None
+    plan = BatchPlan(keys.batch_size, steps, keys.epochs, config.shuffle, keys.seed)
+    clients = Clients(data.clients.__getitem__, config.validation_fraction, keys.seed, keys.clients)
+    bench = Workbench(config, layout, model, clients, Training(trainer, plan, keys.learning_rate))
+    return Setup(args, config, keys, device, data, model, layout, counts, densities, bench)
+
+
+def _training_samples(config: FedGMRConfig, keys: FedMLKeys, data: FederatedData) -> tuple[int, ...]:
+    """Training samples of each client, after the validation split."""
+    counts = []
+    for n in range(keys.clients):
+        size = len(data.clients[n])
+        counts.append(size - int(config.validation_fraction * size))
+        if counts[-1] < 1:
+            raise DataError("GMR-301", f"client {data.ids[n]} has no training sample left of {size}")
+    return tuple(counts)
+
+
+def _trainer(
+    args: Any,
+    keys: FedMLKeys,
+    config: FedGMRConfig,
+    device: torch.device,
+    model: nn.Module,
+    client_trainer: Any,
+    data: FederatedData,
+) -> LocalTrainer:
+    """The user's trainer, FedML's for its language tasks, or the built-in one."""
+    if client_trainer is None and keys.dataset in _FEDML_TRAINED:
+        from fedml.ml.trainer.trainer_creator import create_model_trainer
+
+        client_trainer = create_model_trainer(model, args)
+    if client_trainer is not None:
+        if config.probe or config.trigger == "gradient":
+            key = "probe=true" if config.probe else "trigger=gradient"
+            raise ConfigError(
+                "GMR-106",
+                f"{key} needs the built-in trainer: a ClientTrainer does not give its loss",
+                where="fedgmr_args",
+            )
+        fallback = BuiltinTrainer(device=device, loss=config.loss)
+        return FedMLTrainer(client_trainer, args, device, data=data, fallback=fallback)
+    return BuiltinTrainer(
+        device=device,
+        loss=config.loss,
+        optimizer=keys.optimizer,
+        momentum=config.client_momentum,
+        weight_decay=keys.weight_decay,
+        gradient_clip=config.gradient_clip,
+    )
+
+
+def dense_megabytes(config: FedGMRConfig, layout: ModelLayout) -> float:
+    """Size S of the dense model as it travels, in MB: given or measured, less for a narrow type."""
+    narrow = PAYLOAD_TYPES[config.payload_dtype]
+    share = 1.0 if narrow is None else narrow.itemsize / layout.dtype.itemsize
+    return share * (config.model_megabytes or layout.size * layout.dtype.itemsize / 1e6)
+
+
+def links(config: FedGMRConfig, densities: tuple[float, ...], seed: int) -> Links:
+    """The simulated links of a run: measured where `bandwidth_traces` is given, else log-normal.
+
+    Raises:
+        DataError: GMR-303 for traces that cannot be used.
+    """
+    if config.bandwidth_traces is None:
+        return LogNormalLinks(config, densities, seed)
+    return TraceLinks(config, densities, seed, load_traces(config.bandwidth_traces, config.trace_family))
