@@ -166,7 +166,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "GMR-502": CatalogueEntry(
         "runtime not supported",
         "`federated_optimizer: fedgmr` does not run under this training_type and backend.",
-        'Use `training_type: "simulation"` with `backend: "sp"`.',
+        'Use `training_type: "simulation"` with `backend: "sp"`, "MPI" or "NCCL".',
     ),
     "GMR-503": CatalogueEntry(
         "defence needs more updates",
@@ -190,10 +190,26 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-507": CatalogueEntry(
         "worker process failed",
-        "A process that trains clients (`workers`) raised an error or was ended, by the kernel for want of "
-        "memory perhaps. The run stops; what its log holds stays.",
-        "The message has the error or the exit code, the log above it the worker's traceback. `workers: 1` "
-        "trains in the main process.",
+        "A process that trains clients (one of `workers`, or a rank) raised an error, or is gone: ended by "
+        "the kernel for want of memory perhaps. The run stops; its log and its checkpoints stay.",
+        "The message has the error or the exit code, and the traceback stands above it. Repair the cause and "
+        "continue with `fedgmr resume`.",
+    ),
+    "GMR-508": CatalogueEntry(
+        "not started by a launcher",
+        '`backend: "MPI"` and `backend: "NCCL"` start with mpirun and torchrun, as several processes.',
+        'Use the command that the message has, or `backend: "sp"` for one process.',
+    ),
+    "GMR-509": CatalogueEntry(
+        "MPI missing",
+        "mpi4py, or the MPI library that it loads, is missing or cannot be used.",
+        'Run `pip install "fedgmr[mpi]"`, and on Debian `sudo apt-get install openmpi-bin libopenmpi-dev`.',
+    ),
+    "GMR-510": CatalogueEntry(
+        "ranks do not fit",
+        "There are more ranks than clients, or the ranks of a job have another model, other data, another "
+        "configuration or other versions than rank 0.",
+        "Start every rank with the same script, arguments, data and environment, and no more than clients.",
     ),
     "GMR-601": CatalogueEntry(
         "run log not found",

@@ -15,7 +15,8 @@ import click
 
 from fedgmr_plugin import __version__
 from fedgmr_plugin.errors import FedGMRError
-from fedgmr_plugin.runtimes.uncaught import describe
+from fedgmr_plugin.runtimes.distributed import job
+from fedgmr_plugin.runtimes.uncaught import report
 
 
 class Entry(NamedTuple):
@@ -84,7 +85,8 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except FedGMRError as error:
-            click.echo(describe(error), err=True)
+            report(error)
+            job.abandon(2)
             ctx.exit(2)
 
 

@@ -11,7 +11,8 @@ import click
 
 from fedgmr_plugin.errors import FedGMRError
 from fedgmr_plugin.runtimes.config_file import path_from
-from fedgmr_plugin.runtimes.uncaught import describe
+from fedgmr_plugin.runtimes.distributed import job
+from fedgmr_plugin.runtimes.uncaught import report
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -25,7 +26,8 @@ def run(script: str, arguments: tuple[str, ...]) -> None:
     try:
         run_script(script, arguments)
     except FedGMRError as error:
-        click.echo(describe(error), err=True)
+        report(error)
+        job.abandon(2)
         sys.exit(2)
     except Exception:
         if path_from(arguments) is None:

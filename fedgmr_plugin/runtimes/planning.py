@@ -19,6 +19,7 @@ from fedgmr_plugin.kernels.masks import Ranking, rank, scores
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.sizes import MessageSizes
 from fedgmr_plugin.runtimes import setup, single_process
+from fedgmr_plugin.runtimes.distributed import job, ranks
 from fedgmr_plugin.runtimes.settings import FedMLKeys, fedml_keys, options
 
 #: A rehearsal ends after so many windows, even if some class of clients has not been heard of by then.
@@ -84,17 +85,19 @@ class Planned(BaseException):
 
 @contextmanager
 def instead_of_training() -> Iterator[None]:
-    """While active, FedML's single-process simulator plans the run and raises `Planned`."""
+    """While active, FedML's simulators plan the run and raises `Planned`."""
 
     def build(args: Any, _device: Any, _dataset: Any, model: nn.Module, *_: Any) -> NoReturn:
         raise Planned(plan_run(options(args), fedml_keys(args), model))
 
-    original = single_process.build
+    originals = single_process.build, ranks.build
     single_process.build = build  # type: ignore[assignment]
+    ranks.build = lambda _backend, *given: build(*given)
     try:
-        yield
+        with job.rehearsal():
+            yield
     finally:
-        single_process.build = original
+        single_process.build, ranks.build = originals
 
 
 def fedml_simulation() -> None:

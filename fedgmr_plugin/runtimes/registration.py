@@ -19,6 +19,7 @@ import click
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.runtimes import command, config_file, host, uncaught
+from fedgmr_plugin.runtimes.distributed import job
 from fedgmr_plugin.runtimes.settings import SECTION, check_file
 
 OPTIMIZER = "fedgmr"
@@ -60,6 +61,9 @@ def register() -> None:
     command.note()
     check_command_line(sys.argv[1:])
     host.prepare()
+    from fedgmr_plugin.runtimes.distributed import fedml_nccl
+
+    fedml_nccl.supply()
     for dispatch in TABLE:
         try:
             module = importlib.import_module(dispatch.module)
@@ -77,6 +81,9 @@ def unregister() -> None:
         if cls.__init__ is wrapped.wrapper:  # type: ignore[misc]
             cls.__init__ = wrapped.original  # type: ignore[misc]
         del _wrapped[cls]
+    fedml_nccl = sys.modules.get("fedgmr_plugin.runtimes.distributed.fedml_nccl")
+    if fedml_nccl is not None:
+        fedml_nccl.withdraw()
     host.restore()
     uncaught.restore()
 
@@ -122,7 +129,8 @@ def check_command_line(arguments: Sequence[str]) -> None:
 
     Raises:
         ConfigError: GMR-108 for a missing or broken file; what `settings.check_file` raises, under fedgmr.
-        HostError: GMR-502 for fedgmr under another `training_type` or `backend` than supported.
+        HostError: GMR-502 for fedgmr under another `training_type` or `backend` than supported; what
+            `job.check` raises for several processes.
     """
     path = config_file.path_from(arguments)
     if path is None:
@@ -131,8 +139,10 @@ def check_command_line(arguments: Sequence[str]) -> None:
     settings = config_file.flatten(sections)
     if is_fedgmr(settings.get("federated_optimizer")):
         training_type, backend = settings.get("training_type"), settings.get("backend")
-        if training_type not in (None, "simulation") or backend not in (None, "sp"):
+        if training_type not in (None, "simulation") or backend not in (None, "sp", *job.LAUNCH):
             raise _unsupported(training_type, backend, where=path)
+        if backend in job.LAUNCH:
+            job.check(backend, settings, path)
         named = {key: value for key, value in settings.items() if isinstance(key, str)}
         check_file(SimpleNamespace(**{**named, "yaml_config_file": path}), source=path)
     if not _wrapped:
@@ -170,6 +180,19 @@ def _single_process(
     )
 
 
+def _mpi(simulator: Any, *given: Any, **named: Any) -> None:
+    from fedgmr_plugin.runtimes.distributed import ranks
+
+    simulator.fl_trainer = ranks.build("MPI", *given, **named)
+    simulator.run = simulator.fl_trainer.train  # FedML's own does nothing: its algorithms run while built
+
+
+def _nccl(simulator: Any, *given: Any, **named: Any) -> None:
+    from fedgmr_plugin.runtimes.distributed import ranks
+
+    simulator.simulator = ranks.build("NCCL", *given, **named)
+
+
 def _refuse(instance: Any, args: Any, *_: Any, **__: Any) -> None:
     where = f"{type(instance).__module__}.{type(instance).__name__}"
     raise _unsupported(getattr(args, "training_type", None), getattr(args, "backend", None), where=where)
@@ -182,8 +205,8 @@ def _unsupported(training_type: object, backend: object, *, where: str) -> HostE
 
 TABLE = (
     Dispatch("fedml.simulation.simulator", "SimulatorSingleProcess", _single_process),
-    Dispatch("fedml.simulation.simulator", "SimulatorMPI", _refuse),
-    Dispatch("fedml.simulation.simulator", "SimulatorNCCL", _refuse),
+    Dispatch("fedml.simulation.simulator", "SimulatorMPI", _mpi),
+    Dispatch("fedml.simulation.simulator", "SimulatorNCCL", _nccl),
     Dispatch("fedml.cross_silo.fedml_server", "FedMLCrossSiloServer", _refuse),
     Dispatch("fedml.cross_silo.fedml_client", "FedMLCrossSiloClient", _refuse),
     Dispatch("fedml.cross_device.mnn_server", "ServerMNN", _refuse),

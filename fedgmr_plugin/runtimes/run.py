@@ -58,6 +58,8 @@ class Run:
     Attributes:
         directory: where the run log, the effective configuration and the model are written.
         resumed: whether it goes on with an interrupted run.
+        workers: who trains, where it is not this process alone.
+        again: the command that continues it.
         end: the run's `end` record after `train`.
     """
 
@@ -69,6 +71,7 @@ class Run:
     sizes: MessageSizes
     command: Command
     resumed: bool = False
+    again: str = "fedgmr resume"
     workers: Workers | None = None
     end: dict[str, Any] | None = None
     _writer: RunLogWriter | None = None
@@ -119,7 +122,7 @@ class Run:
         except BaseException:
             if self.command.script and self.command.run == 1:
                 path = shlex.quote(str(self.directory))
-                click.echo(f"interrupted; to continue: fedgmr resume {path}", err=True)
+                click.echo(f"interrupted; to continue: {self.again} {path}", err=True)
             raise
 
     def _prepare(self) -> Checkpoint | None:
@@ -237,7 +240,17 @@ def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | Non
     )
     header = _header(setup, directory.name, megabytes, hooked=hooks is not None)
     report = _fedml_metrics(setup.args)
-    run = Run(simulation, model, header, directory, report, sizes, next_run(), resumed is not None, workers)
+    run = Run(
+        simulation,
+        model,
+        header,
+        directory,
+        report,
+        sizes,
+        next_run(),
+        resumed=resumed is not None,
+        workers=workers,
+    )
     return run
 
 

@@ -16,11 +16,12 @@ from types import TracebackType
 import click
 
 from fedgmr_plugin.errors import FedGMRError
+from fedgmr_plugin.runtimes.distributed import job
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
 #: Codes of errors that a user's own code caused: only its traceback says where.
-OF_USERS_CODE = frozenset({"GMR-506"})
+OF_USERS_CODE = frozenset({"GMR-506", "GMR-507"})
 
 #: Our hook, and the one in whose place it stands, while it is installed.
 _installed: list[tuple[Hook, Hook]] = []
@@ -33,15 +34,23 @@ def describe(error: FedGMRError) -> str:
     return str(error)
 
 
+def report(error: FedGMRError) -> None:
+    """Print the error by `describe`; where several ranks have the same one, once."""
+    job.after_rank_0()
+    click.echo(describe(error), err=True)
+
+
 def wrap(hook: Hook) -> Hook:
     """`hook`, but for our errors, which are shown by `describe`."""
 
     @functools.wraps(hook)
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, FedGMRError):
-            click.echo(describe(error), err=True)
+            report(error)
         else:
             hook(kind, error, trace)
+        if isinstance(error, FedGMRError) or job.is_ours():
+            job.abandon(1)
 
     return show
 

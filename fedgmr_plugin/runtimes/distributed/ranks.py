@@ -1,0 +1,243 @@
+"""FedML's multi-process simulators: every rank trains, rank 0 also has the server.
+
+    mpirun -np 4 python -m fedgmr_plugin main.py --cf fedml_config.yaml                    backend: "MPI"
+    torchrun --nproc_per_node=4 -m fedgmr_plugin main.py --cf fedml_config.yaml            backend: "NCCL"
+
+Each rank runs the user's script and has its own model, data and trainer. Rank 0 owns the run: clock, log,
+checkpoints, report. The others train what they are sent; see `fedgmr_plugin.runtimes.distributed.pool`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+import click
+import torch
+from torch import nn
+
+from fedgmr_plugin import __version__
+from fedgmr_plugin.config import effective
+from fedgmr_plugin.errors import ConfigError, HostError
+from fedgmr_plugin.runtimes import resume
+from fedgmr_plugin.runtimes.distributed import job
+from fedgmr_plugin.runtimes.distributed.channel import Channel, Gone
+from fedgmr_plugin.runtimes.distributed.pool import PATIENCE, Pool, Workers
+from fedgmr_plugin.runtimes.distributed.worker import Failed, serve
+from fedgmr_plugin.runtimes.run import Run, assemble, threads
+from fedgmr_plugin.runtimes.settings import as_mapping
+from fedgmr_plugin.runtimes.setup import Setup, prepare
+
+_log = logging.getLogger(__name__)
+#: Options that only rank 0 acts on.
+_OF_RANK_0 = frozenset({"run_name", "output_dir", "progress", "checkpoint_seconds", "workers"})
+
+
+class Ranks(Protocol):
+    """The processes of a job: `MPIRanks`, `TorchRanks`."""
+
+    rank: int
+    size: int
+
+    def gather(self, text: str) -> list[str]: ...
+
+    def channel(self, peer: int) -> Channel: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Server:
+    """Rank 0 of a job: a run, for which the other ranks train too."""
+
+    run: Run
+    ranks: Ranks
+
+    def train(self) -> None:
+        """See `Run.train`; the other ranks return when it does."""
+        with _terminable():
+            self.run.train()
+        self.ranks.close()
+        job.finished()
+
+
+@dataclass
+class Helper:
+    """Another rank: trains for rank 0."""
+
+    setup: Setup
+    ranks: Ranks
+
+    def train(self) -> None:
+        """Train what comes until rank 0 says that the run is over.
+
+        Raises:
+            HostError: GMR-507 if rank 0 is gone.
+            SystemExit: training failed here; rank 0 has the traceback.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # for rank 0 to answer
+        try:
+            with threads(self.setup.config.cpu_threads):
+                serve(self.ranks.channel(0), self.setup.bench.train, self.setup.device)
+        except Gone as gone:
+            raise HostError("GMR-507", f"rank 0 is gone: {gone}", where=f"rank {self.ranks.rank}") from gone
+        except Failed as failed:
+            _log.error("rank %d: %s", self.ranks.rank, failed)
+            time.sleep(2 * PATIENCE)  # rank 0 says why, and ends the job
+            sys.exit(1)
+        self.ranks.close()
+        job.finished()
+
+
+def build(
+    backend: str,
+    args: Any,
+    device: Any,
+    dataset: Any,
+    model: nn.Module,
+    client_trainer: Any = None,
+    server_aggregator: Any = None,
+) -> Server | Helper:
+    """This rank's part of a run, from what FedML's simulators are constructed with.
+
+    Args:
+        backend: FedML's, "MPI" or "NCCL".
+        client_trainer, server_aggregator: a user's own, honoured; a trainer that remembers something between
+            clients remembers those of its rank.
+
+    Raises:
+        ConfigError, ModelError, DataError: as in one process.
+        HostError: GMR-508 without a launcher; GMR-510 if the ranks do not have one and the same job.
+    """
+    job.require_launcher(backend)
+    job.must_finish(backend)
+    setup = prepare(args, _device(args, device), dataset, model, client_trainer)
+    if setup.config.workers > 1:
+        raise ConfigError(
+            "GMR-106",
+            f"workers={setup.config.workers}: with backend={backend!r} the ranks train",
+            where="fedgmr_args.workers",
+        )
+    ranks = _ranks(backend, args, setup.device)
+    _agree(ranks, setup)
+    if ranks.rank:
+        resume.take()
+        return Helper(setup, ranks)
+    if ranks.size > setup.keys.in_flight:
+        _say(
+            f"{ranks.size} ranks, but at most {setup.keys.in_flight} clients train at the same time "
+            "(client_num_per_round): some ranks will wait"
+        )
+
+    def start() -> Pool:
+        return Pool([ranks.channel(n) for n in range(1, ranks.size)], local=setup.bench.train)
+
+    run = assemble(setup, server_aggregator, Workers(start))
+    run.again = job.again(backend, ranks.size)
+    return Server(run, ranks)
+
+
+def _device(args: Any, device: Any) -> Any:
+    """FedML's choice, or the GPU of the local rank where one is asked for and nothing maps ranks to GPUs."""
+    local = getattr(args, "local_rank", None)
+    if local is None or not getattr(args, "using_gpu", False) or getattr(args, "gpu_mapping_file", None):
+        return device
+    if not torch.cuda.is_available():
+        return device
+    chosen = torch.device("cuda", local % torch.cuda.device_count())
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def _ranks(backend: str, args: Any, device: torch.device) -> Ranks:
+    if backend == "MPI":
+        from fedgmr_plugin.runtimes.distributed.mpi import MPIRanks
+
+        return MPIRanks(args.comm)
+    from fedgmr_plugin.runtimes.distributed.collective import TorchRanks
+
+    found = TorchRanks(device)
+    if found.rank == 0:
+        because = f": {found.why}" if found.why else ""
+        _say(f"{found.size} ranks; values travel through {found.transport}{because}")
+    return found
+
+
+def _say(text: str) -> None:
+    _log.info("%s", text)
+    click.echo(text, err=True)
+
+
+def _agree(ranks: Ranks, setup: Setup) -> None:
+    """Refuse ranks that would not work on the same thing.
+
+    Raises:
+        HostError: GMR-510, on every rank.
+    """
+    if ranks.size > setup.keys.clients:
+        raise HostError(
+            "GMR-510",
+            f"{ranks.size} ranks for client_num_in_total={setup.keys.clients} clients",
+            hint="Start at most one rank for each client.",
+        )
+    parts = [json.loads(text) for text in ranks.gather(json.dumps(_identity(setup)))]
+    for what in parts[0]:
+        differ = [n for n, part in enumerate(parts) if part[what] != parts[0][what]]
+        if differ:
+            raise HostError(
+                "GMR-510",
+                f"{what} of rank {differ[0]} is {parts[differ[0]][what]}, of rank 0 {parts[0][what]}",
+                hint="Every rank must run the same script, with the same arguments, data and versions.",
+            )
+
+
+def _identity(setup: Setup) -> dict[str, Any]:
+    """What has to be equal on all ranks; the weights do not: rank 0's are the run's."""
+    config = {k: v for k, v in effective(setup.config).items() if k not in _OF_RANK_0}
+    fixed = b"".join(
+        name.encode() + tensor.cpu().contiguous().view(-1).numpy().tobytes()
+        for name, tensor in sorted(setup.bench.fixed.items())
+    )
+    entries = [(e.name, e.kind, e.shape) for e in setup.layout.entries]
+    return {
+        "fedgmr": __version__,
+        "torch": torch.__version__.partition("+")[0],
+        "device type": setup.device.type,
+        "configuration": _digest(json.dumps([config, as_mapping(setup.keys)], sort_keys=True)),
+        "model": f"{setup.layout.size} numbers, {_digest(str(entries))}",
+        "buffers": _digest(fixed),
+        "data": f"{sum(setup.counts)} samples, {_digest(str(setup.counts))}",
+        "trainer": type(setup.trainer).__name__,
+    }
+
+
+def _digest(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:12]
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A launcher that ends the job lets the run say how to continue."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
