@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from datetime import timedelta
@@ -111,7 +112,7 @@ class TorchChannel:
                     dist.send(values, self._peer, group=self._ways[0])
                     self._wait()
         except RuntimeError as error:
-            raise Gone(str(error).splitlines()[0]) from error
+            raise Gone(_reason(error)) from error
 
     def receive(self) -> Frame:
         """See `Channel`."""
@@ -124,7 +125,7 @@ class TorchChannel:
                 dist.recv(values, self._peer, group=self._ways[1])
                 self._wait()
         except RuntimeError as error:
-            raise Gone(str(error).splitlines()[0]) from error
+            raise Gone(_reason(error)) from error
         return Frame(fields, values.view(dtype))
 
     def close(self) -> None:
@@ -134,6 +135,11 @@ class TorchChannel:
         """Until what was asked of the GPU in this thread is done: other threads use the memory."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first sentence of an error, without the place in torch's sources."""
+    return re.sub(r"^\[[^\]]*\] ", "", str(error)).partition(". ")[0]
 
 
 def _bytes(data: bytes) -> Tensor:

@@ -71,7 +71,7 @@ class Pool:
         self._tasks = Tasks()
         self._done: dict[int, LocalUpdate] = {}
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._early = False
         self._failure: HostError | None = None
         self.traffic: Counter[str] = Counter()
         self.busy: defaultdict[str, float] = defaultdict(float)
@@ -133,10 +133,11 @@ class Pool:
         """Stop the processes.
 
         Args:
-            patience: seconds that each has to end what it is at; None waits for all.
+            patience: None at the end of a run, to wait for all of them; before, seconds that each has to end
+                what it is at.
         """
         with self._changed:
-            self._closed = True
+            self._closed, self._early = True, patience is not None
             self._changed.notify_all()
         for peer in self._peers:
             peer.threads[0].join(patience)
@@ -178,7 +179,7 @@ class Pool:
                         break
                     self._changed.wait()
             if task is None:
-                peer.channel.send(frame("stop"))
+                peer.channel.send(frame("stop", early=self._early or self._failure is not None))
                 return
             self._send(peer, task)
 

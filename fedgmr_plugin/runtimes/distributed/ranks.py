@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import click
 import torch
@@ -83,7 +83,7 @@ class Helper:
 
         Raises:
             HostError: GMR-507 if rank 0 is gone.
-            SystemExit: training failed here; rank 0 has the traceback.
+            SystemExit: the run has failed; rank 0 says why.
         """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # for rank 0 to answer
@@ -94,8 +94,7 @@ class Helper:
             raise HostError("GMR-507", f"rank 0 is gone: {gone}", where=f"rank {self.ranks.rank}") from gone
         except Failed as failed:
             _log.error("rank %d: %s", self.ranks.rank, failed)
-            time.sleep(2 * PATIENCE)  # rank 0 says why, and ends the job
-            sys.exit(1)
+            _leave_to_rank_0()
         self.ranks.close()
         job.finished()
 
@@ -183,23 +182,35 @@ def _agree(ranks: Ranks, setup: Setup) -> None:
     """Refuse ranks that would not work on the same thing.
 
     Raises:
-        HostError: GMR-510, on every rank.
+        HostError: GMR-510, on rank 0; the others exit.
     """
-    if ranks.size > setup.keys.clients:
-        raise HostError(
-            "GMR-510",
-            f"{ranks.size} ranks for client_num_in_total={setup.keys.clients} clients",
-            hint="Start at most one rank for each client.",
-        )
     parts = [json.loads(text) for text in ranks.gather(json.dumps(_identity(setup)))]
+    misfit, hint = (
+        _misfit(parts),
+        "Every rank must run the same script, with equal arguments, data and versions.",
+    )
+    if not misfit and ranks.size > setup.keys.clients:
+        misfit = f"{ranks.size} ranks for client_num_in_total={setup.keys.clients} clients"
+        hint = "Start at most one rank for each client."
+    if misfit and ranks.rank:
+        _leave_to_rank_0()
+    if misfit:
+        raise HostError("GMR-510", misfit, hint=hint)
+
+
+def _misfit(parts: list[dict[str, Any]]) -> str:
+    """Which rank's part is another than rank 0's; "" if none is."""
     for what in parts[0]:
-        differ = [n for n, part in enumerate(parts) if part[what] != parts[0][what]]
-        if differ:
-            raise HostError(
-                "GMR-510",
-                f"{what} of rank {differ[0]} is {parts[differ[0]][what]}, of rank 0 {parts[0][what]}",
-                hint="Every rank must run the same script, with the same arguments, data and versions.",
-            )
+        for n, part in enumerate(parts):
+            if part[what] != parts[0][what]:
+                return f"{what} of rank {n} is {part[what]}, of rank 0 {parts[0][what]}"
+    return ""
+
+
+def _leave_to_rank_0() -> NoReturn:
+    """Wait for rank 0 to say what is wrong and to end the job; end in any case."""
+    time.sleep(2 * PATIENCE)
+    sys.exit(1)
 
 
 def _identity(setup: Setup) -> dict[str, Any]:

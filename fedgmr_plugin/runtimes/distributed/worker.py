@@ -16,6 +16,7 @@ import torch
 
 from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.errors import FedGMRError
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.runtimes.distributed.channel import Channel, Frame, Gone, frame, text_frame
 from fedgmr_plugin.runtimes.distributed.payloads import Parts, Remembered
@@ -26,7 +27,7 @@ _LAST_WORDS = 30.0
 
 
 class Failed(Exception):
-    """Training failed here, and the server knows."""
+    """The run has ended before its end: training failed here, and the server knows, or elsewhere."""
 
 
 class _Inbox:
@@ -38,6 +39,7 @@ class _Inbox:
         self._rankings: OrderedDict[str, Ranking] = OrderedDict()
         self._tasks: queue.SimpleQueue[Dispatch | None] = queue.SimpleQueue()
         self.stopped = threading.Event()
+        self.early = False
         self.lost: BaseException | None = None
         threading.Thread(target=self._receive, daemon=True).start()
 
@@ -52,6 +54,7 @@ class _Inbox:
                 message = self._channel.receive()
                 kind = message.head["kind"]
                 if kind == "stop":
+                    self.early = message.head["early"]
                     break
                 if kind == "ranking":
                     self._learn(message)
@@ -94,7 +97,7 @@ def serve(
         beats: send signs of life: the other side has no other way to know.
 
     Raises:
-        Failed: `train` raised; the server has been told.
+        Failed: `train` raised, and the server has been told; or the server has stopped the run.
         Gone: the server does not answer any more.
     """
     ended = threading.Event()
@@ -106,10 +109,11 @@ def serve(
             started = time.perf_counter()
             try:
                 update = train(task)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 _confess(channel, task, error)
-                inbox.stopped.wait(_LAST_WORDS)
-                raise Failed(f"client={task.client}: {error}") from error
+                if inbox.stopped.wait(_LAST_WORDS):
+                    channel.send(frame("bye"))
+                raise Failed(str(error)) from error
             seconds = time.perf_counter() - started
             channel.send(
                 frame(
@@ -126,12 +130,17 @@ def serve(
     if isinstance(inbox.lost, BaseException):
         raise inbox.lost
     channel.send(frame("bye"))
+    if inbox.early:
+        raise Failed("the server has stopped the run")
 
 
-def _confess(channel: Channel, task: Dispatch, error: Exception) -> None:
+def _confess(channel: Channel, task: Dispatch, error: BaseException) -> None:
     trace = "".join(traceback.format_exception(error))
-    last = "".join(traceback.format_exception_only(error)).strip()
-    channel.send(text_frame("failure", trace, last=f"client={task.client}: {last[:500]}"))
+    if isinstance(error, FedGMRError):
+        last = f"{error.code} {error.message}"
+    else:
+        last = f"client={task.client}: {type(error).__name__}: {error}"
+    channel.send(text_frame("failure", trace, last=last[:500]))
 
 
 def _beat(channel: Channel, ended: threading.Event) -> None:

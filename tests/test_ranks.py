@@ -1,0 +1,297 @@
+"""FedML's MPI and NCCL simulators, started as users start them: mpirun and torchrun, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the launchers' variables and signals of Linux"
+)
+
+MAIN = """
+import os
+import signal
+
+import fedml
+import torch
+from fedml import FedMLRunner
+from torch import nn
+
+
+class Network(nn.Module):
+    '''Batch norm, dropout; and what a test wants to go wrong: "HOW RANK CALL", on the rank's nth call.'''
+
+    def __init__(self, rank, width):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(6, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, 3)
+        )
+        how, on, call = os.environ.get("TROUBLE", "none 0 0").split()
+        self.how, self.call = (how, int(call)) if int(on) == rank else ("none", 0)
+
+    def forward(self, x):
+        self.call -= self.training
+        if self.call == 0 and self.how == "raise":
+            raise ValueError("this network has had enough")
+        if self.call == 0 and self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.call == 0 and self.how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return self.layers(x)
+
+
+def batches(count, generator):
+    x = torch.randn(count, 6, generator=generator)
+    y = x[:, :3].argmax(dim=1)
+    return [(x[i : i + 5], y[i : i + 5]) for i in range(0, count, 5)]
+
+
+args = fedml.init()
+rank = getattr(args, "rank", 0) or 0
+generator = torch.Generator().manual_seed(1)
+size = 25 + 5 * (os.environ.get("OTHER_DATA") == str(rank))
+train = {n: batches(size, generator) for n in range(6)}
+test = {n: batches(10, generator) for n in range(6)}
+test_global = batches(40, generator)
+dataset = [6 * size, 40, test_global, test_global, dict.fromkeys(range(6), size), train, test, 3]
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(rank)  # only rank 0's weights count
+    model = Network(rank, 16 + (os.environ.get("OTHER_MODEL") == str(rank)))
+if rank == 0:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            values = torch.linspace(-1, 1, parameter.numel()).sin() / parameter.numel() ** 0.5
+            parameter.copy_(values.view(parameter.shape))
+runner = FedMLRunner(args, fedml.device.get_device(args), dataset, model)
+runner.run()
+print(f"rank {rank} has come to the end")
+"""
+
+CONFIG: dict[str, Any] = {
+    "common_args": {"training_type": "simulation", "random_seed": 3, "using_mlops": False},
+    "data_args": {"dataset": "synthetic"},
+    "model_args": {"model": "network"},
+    "train_args": {
+        "federated_optimizer": "fedgmr",
+        "client_num_in_total": 6,
+        "client_num_per_round": 4,
+        "comm_round": 14,
+        "epochs": 1,
+        "batch_size": 5,
+        "client_optimizer": "sgd",
+        "learning_rate": 0.2,
+        "weight_decay": 0.01,
+    },
+    "validation_args": {"frequency_of_the_test": 4},
+    "device_args": {"using_gpu": False, "gpu_mapping_key": None},
+    "comm_args": {"backend": "sp"},
+    "tracking_args": {"enable_tracking": False, "enable_wandb": False},
+    "fedgmr_args": {
+        "interval": 3,
+        "densities": [1.0, 0.5, 0.2, 0.2, 0.1, 0.1],
+        "patience": 1,
+        "progress": False,
+        "checkpoint_seconds": 0.0,
+    },
+}
+LOST = 120.0  # seconds after which a job hangs
+
+
+class Job:
+    """A folder with a script and its YAML, and how to start it."""
+
+    def __init__(self, folder: Path, repository: Path) -> None:
+        self.folder, self.repository = folder, repository
+        folder.mkdir(exist_ok=True)
+        (folder / "main.py").write_text(MAIN)
+
+    def configure(self, backend: str, **options: Any) -> None:
+        """Write the YAML; options are those of fedgmr, or FedML's keys that are there."""
+        config = json.loads(json.dumps(CONFIG))
+        config["comm_args"]["backend"] = backend
+        for key, value in options.items():
+            section = next((s for s in config.values() if key in s), config["fedgmr_args"])
+            section[key] = value
+        (self.folder / "c.yaml").write_text(yaml.safe_dump(config))
+
+    def start(self, launcher: list[str], *what: str, **environment: str) -> subprocess.Popen[str]:
+        path = os.pathsep.join([str(self.repository), os.environ.get("PYTHONPATH", "")])
+        return subprocess.Popen(
+            [*launcher, *(what or ("main.py", "--cf", "c.yaml"))],
+            cwd=self.folder,
+            env={**os.environ, **ROOT, "PYTHONPATH": path, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, launcher: list[str], *what: str, **environment: str) -> tuple[int, str]:
+        """Start, wait: the exit status and what was printed."""
+        return self.end(self.start(launcher, *what, **environment))
+
+    def end(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        try:
+            output, _ = process.communicate(timeout=LOST)
+        except subprocess.TimeoutExpired:
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                each.kill()
+            output, _ = process.communicate()
+            pytest.fail(f"it hangs:\n{output}")
+        return process.returncode, output
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        """A run's records but for the header, without the wall's time."""
+        lines = (self.folder / "fedgmr_runs" / name / "run.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines[1:]]
+        return [{k: v for k, v in r.items() if k != "wall_seconds"} for r in records]
+
+
+ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+PYTHON = [sys.executable, "-m", "fedgmr_plugin"]
+
+
+def launcher(backend: str, ranks: int) -> list[str]:
+    """How `ranks` processes are started."""
+    if backend == "sp":
+        return PYTHON
+    if backend == "NCCL":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*torchrun, f"--nproc_per_node={ranks}", "-m", "fedgmr_plugin"]
+    if shutil.which("mpirun") is None:
+        pytest.skip("no mpirun: apt-get install openmpi-bin libopenmpi-dev")
+    pytest.importorskip("mpi4py.MPI", reason="no mpi4py: pip install 'fedgmr[mpi]'", exc_type=ImportError)
+    return ["mpirun", "--oversubscribe", "-np", str(ranks), *PYTHON]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Job]:
+    """The run in one process, `one`, and a folder for more of them."""
+    found = Job(tmp_path_factory.mktemp("job"), repository)
+    found.configure("sp", run_name="one")
+    status, output = found.run(launcher("sp", 1))
+    assert status == 0, output
+    yield found
+
+
+@pytest.fixture
+def job(tmp_path: Path, repository: Path) -> Job:
+    return Job(tmp_path / "job", repository)
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [("MPI", 3), ("NCCL", 1), ("NCCL", 2), ("NCCL", 3)])
+def test_the_bits_do_not_depend_on_the_number_of_ranks(reference: Job, backend: str, ranks: int) -> None:
+    """The log of one process: every record, the SHA-256 of the model among them; and every rank returns."""
+    name = f"{backend}-{ranks}"
+    reference.configure(backend, run_name=name)
+    status, output = reference.run(launcher(backend, ranks))
+    assert status == 0, output
+    assert reference.log(name) == reference.log("one") and len(reference.log(name)) > 50
+    assert [f"rank {n} has come to the end" in output for n in range(ranks + 1)] == [True] * ranks + [False]
+    if backend == "NCCL":
+        assert f"{ranks} ranks; values travel through gloo: rank 0 has no GPU" in output
+
+
+@pytest.mark.parametrize("backend", ["MPI", "NCCL"])
+def test_an_error_on_a_rank_ends_the_job_with_its_traceback(job: Job, backend: str) -> None:
+    job.configure(backend, run_name="run")
+    status, output = job.run(launcher(backend, 3), TROUBLE="raise 2 20")
+    assert status != 0
+    assert "ValueError: this network has had enough" in output and 'main.py", line' in output
+    assert "GMR-507 client=" in output and "in rank 2" in output
+    assert "interrupted; to continue: " in output and "has come to the end" not in output
+
+
+@pytest.mark.parametrize(("backend", "other"), [("MPI", ("NCCL", 3)), ("NCCL", ("MPI", 2))])
+def test_a_killed_rank_ends_the_job_and_others_continue_it(
+    reference: Job, backend: str, other: tuple[str, int]
+) -> None:
+    """On another number of ranks, under another backend: to the same bits."""
+    name = f"killed-{backend}"
+    reference.configure(backend, run_name=name)
+    started = time.monotonic()
+    status, output = reference.run(launcher(backend, 3), TROUBLE="kill 1 40")
+    assert status != 0 and time.monotonic() - started < LOST / 2, output
+    run = reference.folder / "fedgmr_runs" / name
+    assert list((run / "checkpoints").glob("*.safetensors")) and reference.log(name)[-1]["type"] != "end"
+    reference.configure(other[0], run_name=name)
+    status, output = reference.run(launcher(*other), "resume", str(run))
+    assert status == 0, output
+    assert reference.log(name) == reference.log("one")
+
+
+@pytest.mark.parametrize("backend", ["MPI", "NCCL"])
+def test_an_interrupt_leaves_a_run_that_can_be_continued(reference: Job, backend: str) -> None:
+    name = f"interrupted-{backend}"
+    reference.configure(backend, run_name=name)
+    process = reference.start(launcher(backend, 2), TROUBLE="stop 1 40")
+    run = reference.folder / "fedgmr_runs" / name
+    deadline = time.monotonic() + LOST
+    while not list(run.glob("checkpoints/*.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    status, output = reference.end(process)
+    assert status != 0 and "-m fedgmr_plugin resume fedgmr_runs/" + name in output
+    if backend == "NCCL":
+        return  # how it goes on is another test's
+    status, output = reference.run(launcher(backend, 2), "resume", str(run))
+    assert status == 0, output
+    assert reference.log(name) == reference.log("one")
+
+
+# -- what cannot work -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["MPI", "NCCL"])
+def test_a_job_without_a_launcher_is_refused_at_once(job: Job, backend: str) -> None:
+    job.configure(backend)
+    status, output = job.run(PYTHON)
+    command = {"MPI": "mpirun -np 3 python -m", "NCCL": "torchrun --nproc_per_node=3 -m"}[backend]
+    assert status == 2 and output.startswith("GMR-508 backend=") and command in output
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks", "environment", "message"),
+    [
+        ("NCCL", 2, {"OTHER_MODEL": "1"}, "GMR-510 model of rank 1 is "),
+        ("MPI", 3, {"OTHER_DATA": "2"}, "GMR-510 data of rank 2 is "),
+    ],
+)
+def test_ranks_that_differ_are_refused(
+    job: Job, backend: str, ranks: int, environment: dict[str, str], message: str
+) -> None:
+    job.configure(backend)
+    status, output = job.run(launcher(backend, ranks), **environment)
+    assert status != 0 and output.count(message) == 1
+    assert not (job.folder / "fedgmr_runs").exists()
+
+
+def test_more_ranks_than_clients_are_refused(job: Job) -> None:
+    job.configure("NCCL", client_num_in_total=2, client_num_per_round=2, densities=[1.0, 0.5])
+    status, output = job.run(launcher("NCCL", 3))
+    assert status != 0 and output.count("GMR-510 3 ranks for client_num_in_total=2 clients") == 1
+
+
+def test_an_error_of_the_script_on_one_rank_ends_an_mpi_job(job: Job) -> None:
+    """Where FedML's own would hang: the other ranks wait in a constructor."""
+    job.configure("MPI")
+    text = (job.folder / "main.py").read_text()
+    (job.folder / "main.py").write_text(
+        text.replace("generator = ", "if rank == 1:\n    1 / 0\ngenerator = ")
+    )
+    status, output = job.run(launcher("MPI", 3))
+    assert status != 0 and "ZeroDivisionError" in output
