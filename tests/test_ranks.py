@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -11,11 +12,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
+from torch import nn
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the launchers' variables and signals of Linux"
@@ -203,6 +208,77 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(reference: Job, backend: 
     assert [f"rank {n} has come to the end" in output for n in range(ranks + 1)] == [True] * ranks + [False]
     if backend == "NCCL":
         assert f"{ranks} ranks; values travel through gloo: rank 0 has no GPU" in output
+
+
+def test_fedavg_of_fedml_runs_under_nccl_and_does_not_depend_on_the_ranks(job: Job) -> None:
+    digests = []
+    for ranks in (1, 2):
+        job.configure("NCCL", federated_optimizer="FedAvg", comm_round=3)
+        status, output = job.run(launcher("NCCL", ranks))
+        assert status == 0, output
+        run = max((job.folder / "fedgmr_runs").iterdir())
+        digests.append(job.log(run.name)[-1]["model_sha256"])
+    assert run.name == "run-002" and digests[0] == digests[1]
+
+
+def test_fedavg_under_nccl_is_that_of_fedmls_single_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a copy of the global model is what every client starts from, as FedML means it."""
+    from fedgmr_plugin.runtimes import registration
+
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    registration.register()
+    import fedml
+    from fedml.simulation import SimulatorNCCL
+    from fedml.simulation.sp.fedavg import FedAvgAPI
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    settings = {k: v for section in CONFIG.values() for k, v in section.items()}
+    settings |= {"federated_optimizer": "FedAvg", "comm_round": 3, "client_num_per_round": 6, "epochs": 2}
+    settings |= {"rank": 0, "run_id": "0", "batch_size": 8, "backend": "sp"}
+    generator = torch.Generator().manual_seed(5)
+    clients = {}
+    for n in range(6):  # each has one batch, so its order is nobody's choice
+        x = torch.randn(3 + n % 5, 6, generator=generator)
+        clients[n] = [(x, x[:, :3].argmax(dim=1))]
+    counts = {n: len(b[0][0]) for n, b in clients.items()}
+    data = [sum(counts.values()), 3, clients[0], clients[0], counts, clients, clients, 3]
+    models = []
+    for _ in range(2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            models.append(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)))
+    start = copy.deepcopy(models[0].state_dict())
+    fedml.init(SimpleNamespace(**settings), should_init_logs=False)
+    theirs = FedAvgAPI(SimpleNamespace(**settings), torch.device("cpu"), data, models[0])
+    live = theirs.model_trainer.get_model_params
+    theirs.model_trainer.get_model_params = lambda: copy.deepcopy(live())
+    theirs.train()
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        args = SimpleNamespace(**settings, process_id=0, worker_num=1, comm=None)
+        SimulatorNCCL(args, torch.device("cpu"), data, models[1]).run()
+    finally:
+        dist.destroy_process_group()
+        registration.unregister()
+    for name, weight in models[0].state_dict().items():
+        assert torch.allclose(weight, models[1].state_dict()[name], atol=1e-6, rtol=0)
+        assert (weight - start[name]).abs().max() > 1e-2
+
+
+def test_a_job_can_be_planned_without_a_launcher(job: Job) -> None:
+    plans = []
+    for backend in ("sp", "NCCL", "MPI"):
+        launcher(backend, 1)  # skips where there is no MPI
+        job.configure(backend)
+        status, output = job.run(PYTHON, "plan", "--cf", "c.yaml", "--json")
+        assert status == 0, output
+        plans.append(json.loads(output[output.index("{\n") :]))
+    assert plans[0] == plans[1] == plans[2] and plans[0]["classes"]
 
 
 @pytest.mark.parametrize("backend", ["MPI", "NCCL"])

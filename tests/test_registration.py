@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.machinery
 import json
 import logging
+import re
 import subprocess
 import sys
 import types
@@ -21,6 +24,7 @@ from fedgmr_plugin import __main__ as entry
 from fedgmr_plugin.cli.run import run
 from fedgmr_plugin.errors import ConfigError, HostError
 from fedgmr_plugin.runtimes import command, config_file, host, registration, uncaught
+from fedgmr_plugin.runtimes.distributed import fedml_nccl, job
 
 FEDAVG = """
 import hashlib, json, socket, sys
@@ -149,8 +153,6 @@ def test_nothing_else_is_fedgmr(value: object) -> None:
 
 
 REFUSED = {
-    "SimulatorMPI": ("fedml.simulation.simulator", "simulation", "MPI"),
-    "SimulatorNCCL": ("fedml.simulation.simulator", "simulation", "NCCL"),
     "FedMLCrossSiloServer": ("fedml.cross_silo.fedml_server", "cross_silo", "GRPC"),
     "FedMLCrossSiloClient": ("fedml.cross_silo.fedml_client", "cross_silo", "MQTT_S3"),
 }
@@ -177,7 +179,8 @@ def test_the_table_covers_every_constructor_of_fedml_that_dispatches_by_name(reg
         if "args.federated_optimizer ==" in path.read_text(encoding="utf-8")
     }
     assert {dispatch.module for dispatch in registration.TABLE} == found
-    assert set(REFUSED) | {"SimulatorSingleProcess"} <= set(registration.registered())
+    simulators = {"SimulatorSingleProcess", "SimulatorMPI", "SimulatorNCCL"}
+    assert set(REFUSED) | simulators <= set(registration.registered())
 
 
 def test_registering_is_idempotent_and_reversible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,8 +320,7 @@ def test_register_checks_the_file_before_it_touches_fedml(monkeypatch: pytest.Mo
         ("training_type: simulation, backend: sp", False),
         ("training_type: simulation", False),
         ("model: mlp", False),
-        ("training_type: simulation, backend: MPI", True),
-        ("training_type: simulation, backend: NCCL", True),
+        ("training_type: simulation, backend: TRPC", True),
         ("training_type: cross_silo", True),
         ("training_type: cross_device, backend: MQTT_S3_MNN", True),
     ],
@@ -334,6 +336,73 @@ def test_an_unsupported_runtime_is_refused_before_fedml_starts_it(
                 registration.check_command_line(["--cf", str(path)])
         else:
             registration.check_command_line(["--cf", str(path)])
+
+
+MPI = "training_type: simulation, backend: MPI"
+
+
+def refuse(name: str) -> Any:
+    raise RuntimeError("no library")
+
+
+@pytest.mark.parametrize(
+    ("settings", "launched", "error"),
+    [
+        (MPI, False, "GMR-508 backend='MPI'.*mpirun -np 3 python -m fedgmr_plugin"),
+        ("backend: NCCL", False, "GMR-508 backend='NCCL'.*torchrun --nproc_per_node=3 -m fedgmr_plugin"),
+        (MPI, True, "GMR-107 gpu_mapping_key missing"),
+        (f"{MPI}, using_gpu: true", True, "GMR-107 gpu_mapping_key, gpu_mapping_file missing"),
+        (f"{MPI}, gpu_mapping_key: null", True, "GMR-509 import mpi4py.MPI failed: no library"),
+        ("backend: NCCL", True, None),
+    ],
+)
+def test_jobs_of_several_processes_are_checked_before_fedml_joins_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str, launched: bool, error: str | None
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"all: {{federated_optimizer: fedgmr, {settings}}}\n")
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+        if launched:
+            monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(job, "_ours", [])
+    monkeypatch.setattr(job.importlib, "import_module", refuse)
+    if error is None:
+        registration.check_command_line(["--cf", str(path)])
+        assert job.is_ours()
+        return
+    with pytest.raises((HostError, ConfigError)) as caught:
+        registration.check_command_line(["--cf", str(path)])
+    assert re.match(error, str(caught.value), re.DOTALL)
+
+
+def test_the_modules_that_fedml_lacks_are_there_while_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "fedml.simulation.nccl.base_framework.common"
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    registration.register()
+    registration.register()
+    common = importlib.import_module(name)
+    api = importlib.import_module("fedml.simulation.nccl.fedavg.FedAvgAPI")
+    args = common.FedML_NCCL_Similulation_init(SimpleNamespace(backend="NCCL"))
+    assert (args.rank, args.process_id, args.worker_num, args.role) == (0, 0, 1, "server")
+    assert args.gpu_mapping_key is None and callable(api.FedML_FedAvg_NCCL)
+    registration.unregister()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(name)
+
+
+def test_modules_that_fedml_has_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    host.prepare()
+    import fedml.simulation as simulation
+
+    theirs = types.ModuleType("fedml.simulation.nccl")
+    theirs.__spec__ = importlib.machinery.ModuleSpec(theirs.__name__, None)
+    monkeypatch.setitem(sys.modules, theirs.__name__, theirs)
+    fedml_nccl.supply()
+    assert sys.modules[theirs.__name__] is theirs and not hasattr(simulation, "nccl")
+    fedml_nccl.withdraw()
+    assert sys.modules[theirs.__name__] is theirs
+    host.restore()
 
 
 def test_likely_slips_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
