@@ -177,9 +177,9 @@ class FedGMRConfig(BaseModel):
         1,
         ge=1,
         le=256,
-        description="Processes that train the clients of a window, on one thread each; 1 trains in the main "
-        "process. The model's bits do not depend on it. Needs the built-in trainer on the CPU and "
-        "`cpu_threads: 1`.",
+        description="Processes of this machine that train, on one thread each; 1 trains in the main process. "
+        "The model's bits do not depend on it. Needs the built-in trainer on the CPU and `cpu_threads: 1`. "
+        "With `backend: MPI` or `NCCL` the ranks train instead.",
     )
     cpu_threads: int = Field(
         1,

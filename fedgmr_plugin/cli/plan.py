@@ -51,9 +51,9 @@ def _plan(script: str | None, path: str) -> Any:
             return planned.plan
     raise HostError(
         "GMR-502",
-        f"{script or 'FedML'} ended without starting fedgmr in FedML's single-process simulator",
+        f"{script or 'FedML'} ended without starting fedgmr in one of FedML's simulators",
         where=os.path.abspath(path),
-        hint='Set `federated_optimizer: "fedgmr"`, `training_type: "simulation"` and `backend: "sp"`.',
+        hint='Set `federated_optimizer: "fedgmr"`, `training_type: "simulation"` and `backend: "sp"`, "MPI" or "NCCL".',
     )
 
 

@@ -67,7 +67,10 @@ class TorchRanks:
         return TorchChannel(peer, self._heads, ways, on)
 
     def close(self) -> None:
-        """Nothing: what was sent has left."""
+        """Leave the communicators on the GPU."""
+        if self.transport == "nccl":
+            for group in self._values:
+                dist.destroy_process_group(group)
 
 
 def _transport(places: list[str]) -> tuple[str, str]:

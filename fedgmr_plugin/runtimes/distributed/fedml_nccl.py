@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 import sys
 import types
 from typing import Any
@@ -63,7 +62,7 @@ def join(args: Any) -> Any:
     joined = dist.is_initialized()
     args.process_id = args.rank = dist.get_rank() if joined else 0
     args.worker_num = dist.get_world_size() if joined else 1
-    args.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    args.local_rank = job.local_rank()
     args.role = "client" if args.rank else "server"
     args.comm = None
     for name in ("gpu_mapping_key", "gpu_mapping_file"):

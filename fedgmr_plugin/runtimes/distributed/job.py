@@ -41,6 +41,12 @@ def rank() -> int:
     return next((int(os.environ[n]) for n in names if os.environ.get(n, "").isdigit()), 0)
 
 
+def local_rank() -> int:
+    """Rank of this process among those of its machine, as its launcher says; its rank where none does."""
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+    return next((int(os.environ[n]) for n in names if os.environ.get(n, "").isdigit()), rank())
+
+
 def is_launched(backend: str) -> bool:
     """Whether a launcher for FedML's `backend` started this process."""
     return any(os.environ.get(name, "").isdigit() for name in _RANK[backend])

@@ -149,12 +149,10 @@ def build(
 
 def _device(args: Any, device: Any) -> Any:
     """FedML's choice, or the GPU of the local rank where one is asked for and nothing maps ranks to GPUs."""
-    local = getattr(args, "local_rank", None)
-    if local is None or not getattr(args, "using_gpu", False) or getattr(args, "gpu_mapping_file", None):
+    wanted = getattr(args, "using_gpu", False) and not getattr(args, "gpu_mapping_file", None)
+    if not wanted or not torch.cuda.is_available():
         return device
-    if not torch.cuda.is_available():
-        return device
-    chosen = torch.device("cuda", local % torch.cuda.device_count())
+    chosen = torch.device("cuda", job.local_rank() % torch.cuda.device_count())
     torch.cuda.set_device(chosen)
     return chosen
 
