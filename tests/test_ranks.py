@@ -371,3 +371,45 @@ def test_an_error_of_the_script_on_one_rank_ends_an_mpi_job(job: Job) -> None:
     )
     status, output = job.run(launcher("MPI", 3))
     assert status != 0 and "ZeroDivisionError" in output
+
+
+SILENT = """
+import os, signal, sys
+from fedgmr_plugin.runtimes.distributed.channel import Gone, frame
+
+if sys.argv[1] == "MPI":
+    from mpi4py import MPI
+    from fedgmr_plugin.runtimes.distributed.mpi import MPIRanks
+    ranks = MPIRanks(MPI.COMM_WORLD, silence=1.0)
+else:
+    import torch
+    import torch.distributed as dist
+    from fedgmr_plugin.runtimes.distributed.collective import TorchRanks
+    dist.init_process_group("gloo")
+    ranks = TorchRanks(torch.device("cpu"), silence=1.0)
+other = ranks.channel(1 - ranks.rank)
+if ranks.rank == 0:
+    other.send(frame("hello"))
+else:
+    assert other.receive().head["kind"] == "hello"
+    os.kill(os.getpid(), signal.SIGSTOP)
+try:
+    other.receive()
+except Gone as gone:
+    print("gone:", gone, flush=True)
+os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("backend", ["MPI", "NCCL"])
+def test_a_rank_that_stands_still_is_given_up(job: Job, backend: str) -> None:
+    """Neither dead nor answering: the launchers see nothing."""
+    (job.folder / "main.py").write_text(SILENT)
+    process = job.start(launcher(backend, 2)[:-2], "main.py", backend)
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    said = next((line for line in lines if line.startswith("gone:")), "")
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.communicate()
+    assert "no sign of life for 1 s" in said if backend == "MPI" else "imed out" in said
