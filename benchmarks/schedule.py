@@ -140,9 +140,9 @@ class Ranks:
             for rank in sorted(range(len(self._held)), key=lambda r: (len(self._held[r]), r)):
                 held = self._held[rank]
                 if rank == 0:
-                    sent = self.tasks.take(None) if waiting and not held else None
+                    sent = self.tasks.take(None, ahead=False) if waiting and not held else None
                 elif len(held) < self._depth:
-                    sent = self.tasks.take(rank, len(self._held) if held else 0)
+                    sent = self.tasks.take(rank, len(self._held) * bool(held), ahead=not held)
                 else:
                     sent = None
                 if sent is not None:

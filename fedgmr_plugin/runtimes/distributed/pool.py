@@ -1,9 +1,9 @@
 """The server's side of several processes that train: an `Executor` over channels.
 
-Two threads for each channel: one gives its process tasks, one takes the updates. A process holds two tasks,
-so that the second one travels while the first is trained. The server's own process trains too, if it is
-given a workbench, whenever the server waits. Updates wait here for the window that takes them in: nothing of
-the run's result depends on who trained what, or when.
+Two threads for each channel: one gives its process tasks, one takes the updates. A process holds two tasks
+where enough are waited for, so that the second one travels while the first is trained. The server's own
+process trains too, if it is given a workbench, whenever the server waits. Updates wait here for the window
+that takes them in: nothing of the run's result depends on who trained what, or when.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Pool:
                 missing.difference_update(self._done)
                 if not missing:
                     return None
-                task = None if self._local is None else self._tasks.take(None)
+                task = None if self._local is None else self._tasks.take(None, ahead=False)
                 if task is not None:
                     return task
                 self._changed.wait()
@@ -173,7 +173,8 @@ class Pool:
                 task = None
                 while not self._closed and self._failure is None:
                     if len(peer.tasks) < DEPTH:
-                        task = self._tasks.take(peer.channel.name, trainers if peer.tasks else 0)
+                        busy = bool(peer.tasks)
+                        task = self._tasks.take(peer.channel.name, trainers * busy, ahead=not busy)
                     if task is not None:
                         peer.tasks[task.dispatch] = task
                         break

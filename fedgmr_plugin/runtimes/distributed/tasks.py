@@ -69,16 +69,18 @@ class Tasks:
             self._later.pop(dispatch.dispatch, None)
             self._needed[dispatch.dispatch] = dispatch
 
-    def take(self, trainer: Trainer, spare: int = 0) -> Dispatch | None:
+    def take(self, trainer: Trainer, spare: int = 0, *, ahead: bool = True) -> Dispatch | None:
         """The next task of `trainer`; None if there is none for it.
 
         Args:
-            spare: so many tasks must be left for others, who will be free sooner.
+            spare: so many needed tasks must be left for others, who will be free sooner.
+            ahead: whether it may be one that nobody waits for yet. Not for whoever has a task, behind which
+                it would wait while it becomes needed, nor for the server, for which everybody waits.
         """
         if len(self._needed) > spare:
             sent = max(self._needed.values(), key=lambda d: (*self.costs.estimate(d), -d.dispatch))
             del self._needed[sent.dispatch]
-        elif self._later and len(self) > spare:
+        elif self._later and ahead:
             oldest = min(self._later.values(), key=lambda d: (self._is_away(d, trainer), d.dispatch))
             sent = self._later.pop(oldest.dispatch)
         else:
