@@ -1,11 +1,12 @@
 """What a second process of one machine gives: runs of one and of two, alternating, on two cores or more.
 
-    python -m benchmarks.ranks [--windows 30] [--repeats 3] [--out FILE]
+    python -m benchmarks.ranks [BACKEND ...] [--windows 30] [--repeats 3] [--out FILE]
 
 A CNN of 112,554 parameters on Fashion-MNIST, 50 clients, 10 in flight, K = 5, batch 20, high heterogeneity,
 one thread a process, under mpirun, torchrun (gloo on the CPU) and as forked workers. Timed is the run itself,
 not imports or data. All runs must end in the same bits. What the cores give is measured beside it: two runs
-of one process at once, which share nothing.
+of one process at once, which share nothing. Ratios hold for cores that nobody else uses; the first row says
+how many others used meanwhile.
 
 The floor of traffic is every update's values once, and for each rank and version the longest payload that was
 trained there. What is sent beyond it are rankings (a byte a parameter for each rank, whenever masks are
@@ -17,11 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,6 +105,7 @@ def run(backend: str, count: int, windows: int) -> Figures:
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         }
+        before = time.monotonic(), *_busy()
         ended = subprocess.run(
             [*launcher(backend, count), *job],
             cwd=folder,
@@ -112,17 +117,26 @@ def run(backend: str, count: int, windows: int) -> Figures:
         figures = folder / "figures.json"
         if ended.returncode or not figures.exists():
             raise RuntimeError(f"{backend} x {count}: {(ended.stdout + ended.stderr)[-3000:]}")
+        elapsed, total, ours = (b - a for a, b in zip(before, (time.monotonic(), *_busy()), strict=True))
         found: Figures = json.loads(figures.read_text(encoding="utf-8"))
-        return found
+        return {**found, "others": max(0.0, total - ours) / elapsed}
 
 
-def measure(windows: int = 30, repeats: int = 3) -> list[Row]:
+def _busy() -> tuple[float, float]:
+    """Seconds that the cores have worked: for everybody, and for this process's own that have ended."""
+    fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+    user, nice, system = (int(field) / os.sysconf("SC_CLK_TCK") for field in fields[:3])
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return user + nice + system, own.ru_utime + own.ru_stime
+
+
+def measure(backends: Sequence[str] = BACKENDS, windows: int = 30, repeats: int = 3) -> list[Row]:
     """The rows of this benchmark, for what can be started here.
 
     Raises:
         RuntimeError: a run failed, or ended in other bits.
     """
-    backends = [b for b in BACKENDS if b != "MPI" or shutil.which("mpirun")]
+    backends = [b for b in backends if b != "MPI" or shutil.which("mpirun")]
     found: dict[tuple[str, int], list[Figures]] = {(b, n): [] for b in backends for n in (1, 2)}
     pairs: list[Figures] = []
     for _ in range(repeats):
@@ -132,8 +146,10 @@ def measure(windows: int = 30, repeats: int = 3) -> list[Row]:
             pairs += both.map(lambda _: run("workers", 1, windows), range(2))
     if len({figures["sha"] for runs in [pairs, *found.values()] for figures in runs}) > 1:
         raise RuntimeError("runs of the same seed ended in different bits")
-    alone, beside = _wall(found["workers", 1]), _wall(pairs)
-    detail = f"{beside:.2f} s each, alone {alone:.2f} s"
+    singles = [figures for (_, count), runs in found.items() if count == 1 for figures in runs]
+    others = statistics.median(figures["others"] for runs in found.values() for figures in runs)
+    alone, beside = _wall(singles), _wall(pairs)
+    detail = f"{beside:.2f} s each, alone {alone:.2f} s; others used {others:.2f} cores"
     rows = [Row("two runs at once", "one after the other", 2 * alone / beside, "", detail)]
     return rows + [row for b in backends for row in _rows(b, found[b, 1], found[b, 2])]
 
@@ -168,11 +184,12 @@ def _rows(backend: str, one: list[Figures], two: list[Figures]) -> list[Row]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure what a second process gives.")
+    parser.add_argument("backends", nargs="*", metavar="BACKEND", help=f"some of {', '.join(BACKENDS)}")
     parser.add_argument("--windows", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
-    rows = measure(options.windows, options.repeats)
+    rows = measure(options.backends or BACKENDS, options.windows, options.repeats)
     for row in rows:
         print(line("ranks", row))
     if options.out:
