@@ -348,11 +348,15 @@ def test_clients_stay_where_they_were_while_nobody_waits_for_them() -> None:
 def test_tasks_are_left_for_those_who_will_be_free_sooner() -> None:
     world = World(7)
     tasks = Tasks()
-    for _ in range(3):
-        tasks.add(world.dispatch())
+    tasks.need(world.dispatch() for _ in range(3))
     assert tasks.take("busy", spare=3) is None and tasks.take("busy", spare=2) is not None
-    tasks.need([world.dispatch()])
-    assert tasks.take("busy", spare=3) is None
+
+
+def test_nobody_takes_what_is_not_needed_unless_it_may_be_ahead() -> None:
+    world = World(7)
+    tasks = Tasks()
+    tasks.add(world.dispatch())
+    assert tasks.take("server", ahead=False) is None and tasks.take("idle") is not None
 
 
 # -- frames -----------------------------------------------------------------------------------------------
