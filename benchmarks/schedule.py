@@ -31,7 +31,7 @@ from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.runtimes.distributed.pool import DEPTH
-from fedgmr_plugin.runtimes.distributed.tasks import Tasks
+from fedgmr_plugin.runtimes.distributed.tasks import Tasks, Work
 
 Floats = NDArray[np.float64]
 
@@ -54,8 +54,8 @@ class Workload:
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.densities = FedGMRConfig(heterogeneity="high").initial_densities(CLIENTS)
-        samples = self.rng.lognormal(0.0, BY_CLIENT, CLIENTS)
-        self.mean = samples * (FIXED + (1 - FIXED) * np.asarray(self.densities))
+        self.samples = self.rng.lognormal(0.0, BY_CLIENT, CLIENTS)
+        self.mean = self.samples * (FIXED + (1 - FIXED) * np.asarray(self.densities))
         rungs = sorted(set(self.densities))
         self._ranking = Ranking(tuple(rungs), torch.zeros(1, dtype=torch.int16))
         self._values = [torch.empty(round(1000 * density)) for density in rungs]
@@ -80,6 +80,7 @@ class Ranks:
 
     Args:
         speeds: of the GPUs, as factors.
+        work: what is known of the clients' costs beforehand.
         depth: tasks that a rank holds.
         travel: seconds that a task, or an update, is under way.
 
@@ -88,8 +89,14 @@ class Ranks:
         busy: seconds of training by dispatch.
     """
 
-    def __init__(self, speeds: Floats, depth: int = DEPTH, travel: float = 0.0) -> None:
-        self.tasks, self.now = Tasks(), 0.0
+    def __init__(
+        self,
+        speeds: Floats,
+        work: Work = lambda client: 1.0,
+        depth: int = DEPTH,
+        travel: float = 0.0,
+    ) -> None:
+        self.tasks, self.now = Tasks(work), 0.0
         self.busy: dict[int, float] = {}
         self._speeds, self._depth, self._travel = speeds, depth, travel
         self._cost: dict[int, float] = {}
@@ -128,7 +135,7 @@ class Ranks:
         """An update comes back; its dispatch."""
         self.now, rank, number = heapq.heappop(self._events)
         sent = self._held[rank].pop(number)
-        self.tasks.costs.learn(sent.client, sent.density, self.busy[number])
+        self.tasks.costs.learn(sent, self.busy[number])
         self._done.add(number)
         return number
 
@@ -187,9 +194,19 @@ class Ratios:
     oracle: list[float]
 
 
-def rounds(speeds: Floats, seed: int, size: int = ROUND, depth: int = DEPTH, travel: float = 0.0) -> Ratios:
-    """Synchronous rounds, the first one included."""
-    workload, ranks = Workload(seed), Ranks(speeds, depth, travel)
+def rounds(
+    speeds: Floats,
+    seed: int,
+    size: int = ROUND,
+    depth: int = DEPTH,
+    travel: float = 0.0,
+    *,
+    counts: bool = False,
+) -> Ratios:
+    """Synchronous rounds, the first one included; with `counts` the clients' samples are known."""
+    workload = Workload(seed)
+    work = workload.samples.__getitem__ if counts else lambda client: 1.0
+    ranks = Ranks(speeds, work, depth, travel)
     ratios = Ratios([], [], [])
     for version in range(ROUNDS):
         sampled = workload.round(version, size)

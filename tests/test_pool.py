@@ -305,8 +305,8 @@ def test_what_is_needed_comes_first_the_longest_of_it_before_the_others() -> Non
         tasks.add(dispatch)
     seconds = {d.dispatch: 1.0 + (d.dispatch * 5) % 9 for d in sent}
     for d in sent:
-        tasks.costs.learn(d.client, d.density, 100.0)
-        tasks.costs.learn(d.client, d.density, seconds[d.dispatch])  # the last measurement counts
+        tasks.costs.learn(d, 100.0)
+        tasks.costs.learn(d, seconds[d.dispatch])  # the last measurement counts
     tasks.need([sent[8], sent[2], sent[5]])
     order = [tasks.take("a") for _ in range(9)]
     numbers = [d.dispatch for d in order if d is not None]
@@ -324,9 +324,10 @@ def test_estimates_fall_back_on_the_density_and_then_on_the_size() -> None:
 
     tasks = Tasks()
     assert tasks.costs.estimate(of(0, 0, 0)) < tasks.costs.estimate(of(1, 2, 1))
-    tasks.costs.learn(0, DENSITIES[0], 4.0)
-    tasks.costs.learn(1, DENSITIES[0], 2.0)
-    assert [tasks.costs.estimate(of(n, 0, n))[0] for n in range(3)] == [4.0, 2.0, 3.0]
+    tasks.costs.learn(of(0, 0, 0), 4.0)
+    tasks.costs.learn(of(1, 0, 1), 2.0)
+    assert [tasks.costs.estimate(of(n, 0, n)) for n in range(3)] == [4.0, 2.0, 3.0]
+    assert tasks.costs.estimate(of(2, 1, 2)) == 6.0
 
 
 def test_clients_stay_where_they_were_while_nobody_waits_for_them() -> None:

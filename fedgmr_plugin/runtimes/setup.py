@@ -64,6 +64,10 @@ class Setup:
         """Local steps K; None for whole epochs."""
         return self.bench.training.plan.steps
 
+    def work(self, client: int) -> float:
+        """What a client's training is longer by than another's: its samples, where it trains on all."""
+        return float(self.counts[client]) if self.steps is None else 1.0
+
 
 def prepare(args: Any, device: Any, dataset: Any, model: nn.Module, client_trainer: Any = None) -> Setup:
     """The parts of a run from what FedML's simulators are constructed with.

@@ -39,7 +39,7 @@ def build(
     workers = None
     if setup.config.workers > 1:
         _check_workers(setup.config, setup.device, setup.trainer)
-        workers = forked(setup.bench.train, setup.config.workers)
+        workers = forked(setup.bench.train, setup.config.workers, setup.work)
     return assemble(setup, server_aggregator, workers)
 
 

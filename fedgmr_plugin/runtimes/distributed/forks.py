@@ -18,6 +18,7 @@ import torch
 
 from fedgmr_plugin.runtimes.distributed.channel import Frame, Gone, packed, unpacked
 from fedgmr_plugin.runtimes.distributed.pool import Pool, Train, Workers
+from fedgmr_plugin.runtimes.distributed.tasks import Work
 from fedgmr_plugin.runtimes.distributed.worker import Failed, serve
 
 
@@ -56,13 +57,14 @@ class Pipe:
         return f"it ended with exit code {self.process.exitcode}"
 
 
-def forked(train: Train, count: int) -> Workers:
+def forked(train: Train, count: int, work: Work = lambda client: 1.0) -> Workers:
     """An executor that trains on `count` processes of this machine.
 
     Args:
         train: trains one dispatch, in a fork of the process that gives the executor its first one.
+        work: see `Pool`.
     """
-    return Workers(lambda: Pool(_forks(train, count)))
+    return Workers(lambda: Pool(_forks(train, count), work=work))
 
 
 def _forks(train: Train, count: int) -> list[Pipe]:

@@ -24,7 +24,7 @@ from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.runtimes.distributed.channel import Channel, Frame, Gone, frame, text_of
 from fedgmr_plugin.runtimes.distributed.payloads import Remembered
-from fedgmr_plugin.runtimes.distributed.tasks import Tasks
+from fedgmr_plugin.runtimes.distributed.tasks import Tasks, Work
 
 _log = logging.getLogger(__name__)
 
@@ -59,16 +59,19 @@ class Pool:
     Args:
         channels: one for each process that runs `fedgmr_plugin.runtimes.distributed.worker.serve`.
         local: trains a dispatch in this process; None leaves it free for the server.
+        work: of a client's training, in any unit: what costs are guessed from before they are measured.
 
     Attributes:
         traffic: bytes of values that were sent (``down``) and received (``up``).
         busy: seconds of training, by who trained.
     """
 
-    def __init__(self, channels: Sequence[Channel], local: Train | None = None) -> None:
+    def __init__(
+        self, channels: Sequence[Channel], local: Train | None = None, work: Work = lambda client: 1.0
+    ) -> None:
         self._local = local
         self._peers = [_Peer(channel) for channel in channels]
-        self._tasks = Tasks()
+        self._tasks = Tasks(work)
         self._done: dict[int, LocalUpdate] = {}
         self._changed = threading.Condition()
         self._closed = self._early = False
@@ -124,7 +127,7 @@ class Pool:
 
     def _finished(self, task: Dispatch, update: LocalUpdate, who: str, seconds: float) -> None:
         with self._changed:
-            self._tasks.costs.learn(task.client, task.density, seconds)
+            self._tasks.costs.learn(task, seconds)
             self.busy[who] += seconds
             self._done[task.dispatch] = update
             self._changed.notify_all()

@@ -140,7 +140,7 @@ def build(
         )
 
     def start() -> Pool:
-        return Pool([ranks.channel(n) for n in range(1, ranks.size)], local=setup.bench.train)
+        return Pool([ranks.channel(n) for n in range(1, ranks.size)], setup.bench.train, setup.work)
 
     run = assemble(setup, server_aggregator, Workers(start))
     run.again = job.again(backend, ranks.size)

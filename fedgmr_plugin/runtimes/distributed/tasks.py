@@ -9,49 +9,77 @@ that it had before: their data are there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 from fedgmr_plugin.engine.events import Dispatch
 
 Trainer = Hashable
+Work = Callable[[int], float]
+
+
+@dataclass
+class _Rate:
+    """Seconds for a unit of work, on average; 1 before anything is known."""
+
+    seconds: float = 0.0
+    work: float = 0.0
+
+    def add(self, seconds: float, work: float) -> None:
+        self.seconds += seconds
+        self.work += work
+
+    def of(self, work: float) -> float:
+        """Seconds of so much work."""
+        return work * self.seconds / self.work if self.work else work
 
 
 @dataclass
 class Costs:
     """Seconds that a training takes, estimated from those measured before.
 
-    The last measurement of the client at this density; else the mean at this density; else proportional to
-    the sub-model.
+    The last measurement of the client at this density; else what a unit of work took at this density, times
+    the client's work; else what it took anywhere, in proportion to the sub-model.
+
+    Attributes:
+        work: of a client's training, in any unit; the number of its samples where it trains on all of them.
     """
 
+    work: Work = lambda client: 1.0
     _last: dict[tuple[int, float], float] = field(default_factory=dict)
-    _at: dict[float, tuple[float, int]] = field(default_factory=lambda: defaultdict(lambda: (0.0, 0)))
+    _at: dict[float, _Rate] = field(default_factory=lambda: defaultdict(_Rate))
+    _all: _Rate = field(default_factory=lambda: _Rate())
 
-    def learn(self, client: int, density: float, seconds: float) -> None:
+    def learn(self, sent: Dispatch, seconds: float) -> None:
         """Take in a measurement."""
-        self._last[client, density] = seconds
-        total, count = self._at[density]
-        self._at[density] = total + seconds, count + 1
+        work = self.work(sent.client)
+        self._last[sent.client, sent.density] = seconds
+        self._at[sent.density].add(seconds, work)
+        self._all.add(seconds, work * len(sent.values_S))
 
-    def estimate(self, sent: Dispatch) -> tuple[float, int]:
-        """What orders trainings by length: larger is longer."""
+    def estimate(self, sent: Dispatch) -> float:
+        """What orders trainings by length: seconds; in no unit where nothing is known yet."""
         seconds = self._last.get((sent.client, sent.density))
-        if seconds is None:
-            total, count = self._at.get(sent.density, (0.0, 0))
-            seconds = total / count if count else 0.0
-        return seconds, len(sent.values_S)
+        if seconds is not None:
+            return seconds
+        work = self.work(sent.client)
+        if sent.density in self._at:
+            return self._at[sent.density].of(work)
+        return self._all.of(work * len(sent.values_S))
 
 
 class Tasks:
     """Dispatches that wait for a trainer. Not thread-safe: the pool has a lock.
 
+    Args:
+        work: of a client's training; see `Costs`.
+
     Attributes:
         costs: learns from what is finished.
     """
 
-    def __init__(self) -> None:
-        self.costs = Costs()
+    def __init__(self, work: Work = lambda client: 1.0) -> None:
+        self.costs = Costs(work)
         self._needed: dict[int, Dispatch] = {}
         self._later: dict[int, Dispatch] = {}
         self._home: dict[int, Trainer] = {}
@@ -78,7 +106,7 @@ class Tasks:
                 it would wait while it becomes needed, nor for the server, for which everybody waits.
         """
         if len(self._needed) > spare:
-            sent = max(self._needed.values(), key=lambda d: (*self.costs.estimate(d), -d.dispatch))
+            sent = max(self._needed.values(), key=lambda d: (self.costs.estimate(d), -d.dispatch))
             del self._needed[sent.dispatch]
         elif self._later and ahead:
             oldest = min(self._later.values(), key=lambda d: (self._is_away(d, trainer), d.dispatch))
