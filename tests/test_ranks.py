@@ -388,10 +388,13 @@ else:
     dist.init_process_group("gloo")
     ranks = TorchRanks(torch.device("cpu"), silence=1.0)
 other = ranks.channel(1 - ranks.rank)
+name = "a long one" * 1000
 if ranks.rank == 0:
     other.send(frame("hello"))
+    other.send(frame("hello", name=name))
 else:
-    assert other.receive().head["kind"] == "hello"
+    assert other.receive().head == {"kind": "hello"}
+    assert other.receive().head == {"kind": "hello", "name": name}
     os.kill(os.getpid(), signal.SIGSTOP)
 try:
     other.receive()

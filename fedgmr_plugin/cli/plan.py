@@ -53,7 +53,7 @@ def _plan(script: str | None, path: str) -> Any:
         "GMR-502",
         f"{script or 'FedML'} ended without starting fedgmr in one of FedML's simulators",
         where=os.path.abspath(path),
-        hint='Set `federated_optimizer: "fedgmr"`, `training_type: "simulation"` and `backend: "sp"`, "MPI" or "NCCL".',
+        hint='Set `federated_optimizer: "fedgmr"` and `training_type: "simulation"`.',
     )
 
 

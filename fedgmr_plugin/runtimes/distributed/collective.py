@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fedgmr_plugin.runtimes.distributed.channel import Frame, Gone, head_bytes, head_of
 
-#: Bytes of a head at most; it travels in a vector of that length.
+#: Bytes of the vector in which a head travels; what does not fit follows in another one.
 _HEAD = 2048
+_LENGTH = 4
 
 
 class TorchRanks:
@@ -104,12 +105,13 @@ class TorchChannel:
 
     def send(self, message: Frame) -> None:
         """See `Channel`."""
-        head = torch.full((_HEAD,), ord(" "), dtype=torch.uint8)
-        data = _bytes(head_bytes(message))
-        head[: len(data)] = data
+        data = head_bytes(message)
+        whole = _bytes((len(data).to_bytes(_LENGTH, "little") + data).ljust(_HEAD))
         try:
             with self._sending:
-                dist.send(head, self._peer, group=self._heads)
+                dist.send(whole[:_HEAD], self._peer, group=self._heads)
+                if len(whole) > _HEAD:
+                    dist.send(whole[_HEAD:], self._peer, group=self._heads)
                 if message.values.numel():
                     values = message.values.detach().to(self._device).contiguous().view(torch.uint8)
                     dist.send(values, self._peer, group=self._ways[0])
@@ -120,9 +122,15 @@ class TorchChannel:
     def receive(self) -> Frame:
         """See `Channel`."""
         try:
-            head = torch.empty(_HEAD, dtype=torch.uint8)
-            dist.recv(head, self._peer, group=self._heads)
-            fields, dtype, count = head_of(head.numpy().tobytes())
+            first = torch.empty(_HEAD, dtype=torch.uint8)
+            dist.recv(first, self._peer, group=self._heads)
+            head = first.numpy().tobytes()
+            stop = _LENGTH + int.from_bytes(head[:_LENGTH], "little")
+            if stop > _HEAD:
+                rest = torch.empty(stop - _HEAD, dtype=torch.uint8)
+                dist.recv(rest, self._peer, group=self._heads)
+                head += rest.numpy().tobytes()
+            fields, dtype, count = head_of(head[_LENGTH:stop])
             values = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device=self._device)
             if count:
                 dist.recv(values, self._peer, group=self._ways[1])

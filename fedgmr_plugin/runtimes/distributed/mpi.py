@@ -17,7 +17,7 @@ _TAG = 1
 #: Bytes of one MPI message at most: counts are 32-bit integers in MPI 3.
 _PIECE = 2**30
 #: Shortest and longest sleep between two looks for messages, seconds.
-_NAPS = (2e-5, 1e-3)
+_NAPS = (2e-5, 4e-4)
 
 
 class MPIRanks:

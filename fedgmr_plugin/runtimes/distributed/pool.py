@@ -191,31 +191,34 @@ class Pool:
         ranking = sent.ranking
         if ranking.digest not in peer.rankings:
             message = _ranking_frame(ranking)
-            self.traffic["down"] += message.values.nbytes
+            self._count("down", message)
             peer.channel.send(message)
         remember_ranking(peer.rankings, ranking.digest, None)
         parts = peer.payloads.parts(sent)
         values = parts.travelling(sent.values_S)
         peer.payloads.remember(sent.version, ranking.digest, sent.values_S)
-        self.traffic["down"] += values.nbytes
-        peer.channel.send(
-            frame(
-                "task",
-                values,
-                ranking=ranking.digest,
-                size=len(sent.values_S),
-                parts=list(parts),
-                task=[
-                    sent.dispatch,
-                    sent.client,
-                    sent.version,
-                    sent.count,
-                    sent.density,
-                    sent.rung,
-                    sent.learning_rate_scale,
-                ],
-            )
+        message = frame(
+            "task",
+            values,
+            ranking=ranking.digest,
+            size=len(sent.values_S),
+            parts=list(parts),
+            task=[
+                sent.dispatch,
+                sent.client,
+                sent.version,
+                sent.count,
+                sent.density,
+                sent.rung,
+                sent.learning_rate_scale,
+            ],
         )
+        self._count("down", message)
+        peer.channel.send(message)
+
+    def _count(self, way: str, message: Frame) -> None:
+        with self._changed:
+            self.traffic[way] += message.values.nbytes
 
     def _take(self, peer: _Peer) -> None:
         """Take what a process answers until it says goodbye."""
@@ -229,7 +232,7 @@ class Pool:
                 failure.__cause__ = RemoteTraceback(f"\n{text_of(message)}")
                 self._fail(failure)
             elif kind == "update":
-                self.traffic["up"] += message.values.nbytes
+                self._count("up", message)
                 with self._changed:
                     task = peer.tasks.pop(message.head["dispatch"])
                 self._finished(task, _update(task, message), peer.channel.name, message.head["seconds"])
