@@ -68,10 +68,10 @@ class NotedPool(pool.Pool):
 
     last: NotedPool | None = None
 
-    def __init__(self, channels: Sequence[Channel], local: pool.Train | None = None) -> None:
+    def __init__(self, channels: Sequence[Channel], *others: Any, **named: Any) -> None:
         self.noted = [Noted(channel) for channel in channels]
         NotedPool.last = self
-        super().__init__(self.noted, local)
+        super().__init__(self.noted, *others, **named)
 
 
 def dataset() -> list[Any]:
