@@ -1,6 +1,7 @@
 """What a second process of one machine gives: runs of one and of two, alternating, on two cores or more.
 
     python -m benchmarks.ranks [BACKEND ...] [--windows 30] [--repeats 3] [--out FILE]
+    python -m benchmarks.ranks --table
 
 A CNN of 112,554 parameters on Fashion-MNIST, 50 clients, 10 in flight, K = 5, batch 20, high heterogeneity,
 one thread a process, under mpirun, torchrun (gloo on the CPU) and as forked workers. Timed is the run itself,
@@ -38,6 +39,7 @@ from benchmarks.measure import Row, machine
 Figures = dict[str, Any]
 
 ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
 BACKENDS = ("MPI", "NCCL", "workers")
 #: Seconds after which a run is given up.
 PATIENCE = 300
@@ -181,14 +183,28 @@ def _rows(backend: str, one: list[Figures], two: list[Figures]) -> list[Row]:
     return [*rows, Row(f"{backend}, 2: bytes", "floor", total / last["floor"], "", detail)]
 
 
+def table() -> str:
+    """The committed figures of this benchmark and of `benchmarks.schedule` as Markdown."""
+    lines = ["| what | against | measured | |", "| --- | --- | --- | --- |"]
+    for name in ("ranks", "schedule"):
+        found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for row in found["rows"]:
+            lines.append(f"| {row['name']} | {row['against']} | {row['value']:.3g} | {row['detail']} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure what a second process gives.")
+    parser.add_argument("--table", action="store_true", help="print the committed figures as Markdown")
     parser.add_argument("backends", nargs="*", metavar="BACKEND", help=f"some of {', '.join(BACKENDS)}")
     parser.add_argument("--windows", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
+    if options.table:
+        print(table())
+        return
     rows = measure(options.backends or BACKENDS, options.windows, options.repeats)
     for row in rows:
         print(line("ranks", row))

@@ -138,7 +138,18 @@ def quietly(channel: Line, work: Callable[[Dispatch], LocalUpdate]) -> None:
 def test_updates_are_those_of_one_process_in_any_order_of_completion(seed: int, ranks: int) -> None:
     """Begun early or not at all, needed soon, late or never; versions and rankings pass by meanwhile."""
     world = World(seed)
-    pool = pool_of(ranks, lambda n: slowly(seed + n))
+    trained: list[int] = []
+
+    def trainer(n: int) -> Callable[[Dispatch], LocalUpdate]:
+        work = slowly(seed + n)
+
+        def note_and_work(sent: Dispatch) -> LocalUpdate:
+            trained.append(sent.dispatch)
+            return work(sent)
+
+        return note_and_work
+
+    pool = pool_of(ranks, trainer)
     out: list[Dispatch] = []
     try:
         for _ in range(12):
@@ -157,6 +168,7 @@ def test_updates_are_those_of_one_process_in_any_order_of_completion(seed: int, 
             world.advance()
     finally:
         pool.close()
+    assert len(trained) == len(set(trained)) <= world.count
 
 
 def test_what_was_begun_is_trained_while_the_server_is_at_something_else() -> None:

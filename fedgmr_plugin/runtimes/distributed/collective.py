@@ -105,6 +105,7 @@ class TorchChannel:
 
     def send(self, message: Frame) -> None:
         """See `Channel`."""
+        self._enter()
         data = head_bytes(message)
         whole = _bytes((len(data).to_bytes(_LENGTH, "little") + data).ljust(_HEAD))
         try:
@@ -121,6 +122,7 @@ class TorchChannel:
 
     def receive(self) -> Frame:
         """See `Channel`."""
+        self._enter()
         try:
             first = torch.empty(_HEAD, dtype=torch.uint8)
             dist.recv(first, self._peer, group=self._heads)
@@ -141,6 +143,11 @@ class TorchChannel:
 
     def close(self) -> None:
         """Nothing: the rank ends by itself."""
+
+    def _enter(self) -> None:
+        """Every thread has a current GPU of its own."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def _wait(self) -> None:
         """Until what was asked of the GPU in this thread is done: other threads use the memory."""

@@ -136,17 +136,22 @@ class Pool:
         """Stop the processes.
 
         Args:
-            patience: None at the end of a run, to wait for all of them; before, seconds that each has to end
-                what it is at.
+            patience: None at the end of a run, to wait for all of them; before, seconds that they have to end
+                what they are at.
         """
         with self._changed:
             self._closed, self._early = True, patience is not None
             self._changed.notify_all()
+        give_up = None if patience is None else time.monotonic() + patience
+
+        def join(thread: threading.Thread) -> None:
+            thread.join(None if give_up is None else max(0.0, give_up - time.monotonic()))
+
         for peer in self._peers:
-            peer.threads[0].join(patience)
+            join(peer.threads[0])
             peer.channel.close()
         for peer in self._peers:
-            peer.threads[1].join(patience)
+            join(peer.threads[1])
 
     # -- one process -----------------------------------------------------------------------------------
 
@@ -233,9 +238,11 @@ class Pool:
                 self._fail(failure)
             elif kind == "update":
                 self._count("up", message)
-                with self._changed:
-                    task = peer.tasks.pop(message.head["dispatch"])
-                self._finished(task, _update(task, message), peer.channel.name, message.head["seconds"])
+                task = peer.tasks[message.head["dispatch"]]
+                update = _update(task, message)
+                with self._changed:  # at every moment a task is waiting, held or done
+                    del peer.tasks[task.dispatch]
+                    self._finished(task, update, peer.channel.name, message.head["seconds"])
 
     def _beat(self, peer: _Peer) -> None:
         """Signs of life, for a process that waits for a long evaluation."""
