@@ -53,7 +53,7 @@ def test_a_healthy_environment_has_nothing_to_repair() -> None:
     assert [f for f in findings if f.status != "ok" or f.repair] == []
     assert [f.check for f in findings] == [
         *("python", "setuptools", "click", "numpy", "chardet", "pydantic", "torch", "fedml", "home"),
-        *("import fedml", "mpi4py", "MNN", "mosquitto"),
+        *("import fedml", "mpi4py", "mpirun", "MNN", "mosquitto"),
     ]
 
 
@@ -87,8 +87,21 @@ DEFECTS: list[tuple[str, Facts, str, str, str]] = [
         '/env/bin/python -m pip install --force-reinstall "fedml==0.9.6"',
     ),
     ("mpi4py", without("mpi4py"), "ok", "optional", f'{PIP} "mpi4py>=4,<5"'),
+    (
+        "mpirun",
+        replace(HEALTHY, which=lambda name: None if name == "mpirun" else name),
+        "ok",
+        "optional",
+        "apt-get install openmpi-bin libopenmpi-dev",
+    ),
     ("MNN", without("MNN"), "ok", "optional", f'{PIP} "MNN>=3,<4"'),
-    ("mosquitto", replace(HEALTHY, which=lambda name: None), "ok", "optional", "apt-get install mosquitto"),
+    (
+        "mosquitto",
+        replace(HEALTHY, which=lambda name: None if name == "mosquitto" else name),
+        "ok",
+        "optional",
+        "apt-get install mosquitto",
+    ),
 ]
 
 

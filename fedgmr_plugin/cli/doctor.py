@@ -172,6 +172,12 @@ def optional(facts: Facts) -> list[Finding]:
     """What only some runtimes of FedML need; never worse than ok."""
     parts = (
         ("mpi4py", facts.has_module("mpi4py"), "FedML's MPI simulator", facts.pip("mpi4py>=4,<5")),
+        (
+            "mpirun",
+            facts.which("mpirun") is not None,
+            "FedML's MPI simulator",
+            "apt-get install openmpi-bin libopenmpi-dev",
+        ),
         ("MNN", facts.has_module("MNN"), "cross-device servers", facts.pip("MNN>=3,<4")),
         (
             "mosquitto",
