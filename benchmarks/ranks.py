@@ -189,7 +189,7 @@ def table() -> str:
     for name in ("ranks", "schedule"):
         found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for row in found["rows"]:
-            lines.append(f"| {row['name']} | {row['against']} | {row['value']:.3g} | {row['detail']} |")
+            lines.append(f"| {row['name']} | {row['against']} | {row['value']:.3f} | {row['detail']} |")
     return "\n".join(lines)
 
 
