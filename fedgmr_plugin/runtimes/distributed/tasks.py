@@ -2,8 +2,8 @@
 
 List scheduling: whoever is free takes a task. First come those that the present window waits for, the longest
 first (Graham's bound: at most 4/3 of the shortest possible makespan, plus what the estimates are wrong by).
-Who has nothing to do then, the server excepted, trains those that will arrive later, the oldest first; of them
-everybody prefers the clients that it had before: their data are there.
+Who has nothing to do then, the server excepted, trains those that will arrive later, the oldest first; of
+them everybody prefers the clients that it had before: their data are there.
 """
 
 from __future__ import annotations
