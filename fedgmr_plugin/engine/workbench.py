@@ -105,7 +105,7 @@ class Workbench:
 
     def train(self, sent: Dispatch, on_step: Callable[[], None] | None = None) -> LocalUpdate:
         """Train one dispatch; `on_step` is called before each local step."""
-        self._reset()
+        self.reset()
         return train_dispatch(
             sent,
             model=self.model,
@@ -123,7 +123,7 @@ class Workbench:
     def place(self, w_D: Tensor) -> None:
         """Put the vector `w_D` [D] into the scratch model; other buffers as they were at the start."""
         self.layout.scatter(self.model, w_D)
-        self._reset()
+        self.reset()
 
     def measure(self, w_D: Tensor, batches: Iterable[Batch], evaluate: Evaluator | None = None) -> Metrics:
         """Metrics of the vector `w_D` on `batches`; random transforms see the same draws each time."""
@@ -131,7 +131,7 @@ class Workbench:
         with isolated_rng(derive(self.clients.seed, "measure")):
             return (evaluate or self.training.trainer.evaluate)(self.model, batches)
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
         """The modules' modes, and the buffers that are not in the layout (integers, not persistent), as they
         were at the beginning: every training starts so."""
         for module, mode in zip(self.model.modules(), self._modes, strict=True):

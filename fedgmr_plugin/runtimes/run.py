@@ -98,9 +98,9 @@ class Run:
                 self._writer, self._progress = writer, progress
                 with threads(self.simulation.config.cpu_threads), self._workers_ended(), self._way_on():
                     end = self._advance(writer, checkpoint)
-                self._save_model()
-                self.end = {**end, "wall_seconds": time.monotonic() - started}
-                writer.write(self.end)
+                    self._save_model()
+                    self.end = {**end, "wall_seconds": time.monotonic() - started}
+                    writer.write(self.end)
         _log.info("model sha256: %s", end["model_sha256"])
         progress.close_with(self.end, self.directory)
 

@@ -39,8 +39,10 @@ class TorchRanks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._device = device
         silent = timedelta(seconds=silence)
-        self._heads = dist.new_group(backend="gloo", timeout=silent)
+        # Ranks may come late, as late as torch's own time for that allows; later they must not be silent.
+        self._all = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         self.transport, self.why = _transport(self.gather(f"{socket.gethostname()} {device}"))
+        self._heads = dist.new_group(backend="gloo", timeout=silent)
         # A direction is a communicator of its own: on one, a rank that sends an update would wait for the
         # next task to be received, and the server, which sends it, for the update.
         if self.transport == "nccl":
@@ -52,12 +54,12 @@ class TorchRanks:
         """One text of every rank, in their order, on every rank; before any channel is used."""
         own = _bytes(text.encode() or b" ")
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(own)]), group=self._heads)
+        dist.all_gather(lengths, torch.tensor([len(own)]), group=self._all)
         longest = max(int(n) for n in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(own)] = own
         texts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(texts, padded, group=self._heads)
+        dist.all_gather(texts, padded, group=self._all)
         return [t[: int(n)].numpy().tobytes().decode() for t, n in zip(texts, lengths, strict=True)]
 
     def channel(self, peer: int) -> TorchChannel:

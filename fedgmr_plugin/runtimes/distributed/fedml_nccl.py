@@ -75,7 +75,8 @@ class FedAvg:
     """FedML's ``FedAvg`` over the ranks of the process group; `train` carries it out.
 
     Arguments are those with which FedML constructs it. Rounds, clients a round, epochs and batch size are
-    FedML's; so is the trainer, unless one is given.
+    FedML's; so is the trainer, unless one is given. Which clients a round has, and the order of their samples,
+    are drawn by our seed tree. Of `fedgmr_args` those count that say where the run is written.
     """
 
     def __init__(
@@ -93,9 +94,12 @@ class FedAvg:
         from fedml.ml.trainer.trainer_creator import create_model_trainer
 
         from fedgmr_plugin.runtimes.distributed import ranks
+        from fedgmr_plugin.runtimes.settings import options
 
         given = copy.copy(args)
+        config = options(args)
         given.fedgmr_args = {
+            **{name: getattr(config, name) for name in ranks.OF_RANK_0 - {"workers"}},
             "heterogeneity": "none",
             "schedule": "sync",
             "trigger": "none",

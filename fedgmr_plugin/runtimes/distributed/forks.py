@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from fedgmr_plugin.runtimes.distributed.channel import Frame, Gone, packed, unpacked
-from fedgmr_plugin.runtimes.distributed.pool import Pool, Train, Workers
+from fedgmr_plugin.runtimes.distributed.pool import PATIENCE, Pool, Train, Workers
 from fedgmr_plugin.runtimes.distributed.tasks import Work
 from fedgmr_plugin.runtimes.distributed.worker import Failed, serve
 
@@ -48,6 +48,8 @@ class Pipe:
         """End the process at the other end."""
         if self.process is not None:
             self.process.terminate()
+            self.process.join(PATIENCE)
+            self.process.kill()
             self.process.join()
 
     def _why(self, error: Exception) -> str:

@@ -27,6 +27,8 @@ LAUNCH = {
     "MPI": "mpirun -np 3 python -m fedgmr_plugin main.py --cf fedml_config.yaml",
     "NCCL": "torchrun --nproc_per_node=3 -m fedgmr_plugin main.py --cf fedml_config.yaml",
 }
+#: Variables in which launchers say how many ranks are on this machine.
+_HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 #: Seconds that other ranks leave to rank 0 to say what all of them would say.
 _COURTESY = 2.0
 
@@ -86,7 +88,9 @@ def check(backend: str, settings: Mapping[Any, Any], path: str) -> None:
         ConfigError: GMR-107. HostError: GMR-508, GMR-509.
     """
     require_launcher(backend)
-    _ours.append(backend)
+    if not _rehearsing:
+        _ours.append(backend)
+        must_finish(backend)
     if backend != "MPI":
         return
     wanted = ["gpu_mapping_key"] + ["gpu_mapping_file"] * bool(settings.get("using_gpu"))
@@ -106,6 +110,9 @@ def check(backend: str, settings: Mapping[Any, Any], path: str) -> None:
 
 def again(backend: str, size: int) -> str:
     """The command that continues a run of `size` ranks, without the run's directory."""
+    here = next((int(os.environ[n]) for n in _HERE if os.environ.get(n, "").isdigit()), size)
+    if here != size:
+        return f"(with this job's launcher and its options) {sys.executable} -m fedgmr_plugin resume"
     launcher = f"mpirun -np {size} python" if backend == "MPI" else f"torchrun --nproc_per_node={size}"
     return f"{launcher} -m fedgmr_plugin resume"
 

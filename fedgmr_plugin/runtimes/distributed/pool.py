@@ -179,8 +179,8 @@ class Pool:
         while True:
             with self._changed:
                 task = None
-                while not self._closed and self._failure is None:
-                    if len(peer.tasks) < DEPTH:
+                while not self._closed:
+                    if len(peer.tasks) < DEPTH and self._failure is None:
                         busy = bool(peer.tasks)
                         task = self._tasks.take(peer.channel.name, trainers * busy, ahead=not busy)
                     if task is not None:
@@ -188,7 +188,7 @@ class Pool:
                         break
                     self._changed.wait()
             if task is None:
-                peer.channel.send(frame("stop", early=self._early or self._failure is not None))
+                peer.channel.send(frame("stop", early=self._early))
                 return
             self._send(peer, task)
 

@@ -17,17 +17,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 import click
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedgmr_plugin import __version__
 from fedgmr_plugin.config import effective
+from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import ConfigError, HostError
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.distributed import job
@@ -40,7 +42,7 @@ from fedgmr_plugin.runtimes.setup import Setup, prepare
 
 _log = logging.getLogger(__name__)
 #: Options that only rank 0 acts on.
-_OF_RANK_0 = frozenset({"run_name", "output_dir", "progress", "checkpoint_seconds", "workers"})
+OF_RANK_0 = frozenset({"run_name", "output_dir", "progress", "checkpoint_seconds", "workers"})
 
 
 class Ranks(Protocol):
@@ -64,16 +66,22 @@ class Server:
     ranks: Ranks
 
     def train(self) -> None:
-        """See `Run.train`; the other ranks return when it does."""
+        """See `Run.train`; the other ranks return when its last record is written."""
+        workers = self.run.workers
+        assert workers is not None
         with _terminable():
-            self.run.train()
+            _ = workers.pool  # signs of life, and the end, for ranks that may have nothing to train
+            try:
+                self.run.train()
+            finally:
+                workers.close(PATIENCE)  # nothing, where the run has ended them
         self.ranks.close()
         job.finished()
 
 
 @dataclass
 class Helper:
-    """Another rank: trains for rank 0."""
+    """Another rank: trains for rank 0. Its model is scratch, and holds nothing of the run's afterwards."""
 
     setup: Setup
     ranks: Ranks
@@ -85,16 +93,19 @@ class Helper:
             HostError: GMR-507 if rank 0 is gone.
             SystemExit: the run has failed; rank 0 says why.
         """
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # for rank 0 to answer
+        channel, bench = self.ranks.channel(0), self.setup.bench
         try:
-            with threads(self.setup.config.cpu_threads):
-                serve(self.ranks.channel(0), self.setup.bench.train, self.setup.device)
+            with _deaf_to_interrupts(), threads(self.setup.config.cpu_threads):
+                serve(channel, bench.train, self.setup.device)
         except Gone as gone:
             raise HostError("GMR-507", f"rank 0 is gone: {gone}", where=f"rank {self.ranks.rank}") from gone
         except Failed as failed:
             _log.error("rank %d: %s", self.ranks.rank, failed)
-            _leave_to_rank_0()
+            with suppress(Gone):
+                while True:  # until rank 0 has said why and has ended: the launcher ends all then
+                    channel.receive()
+            sys.exit(1)
+        bench.reset()
         self.ranks.close()
         job.finished()
 
@@ -164,7 +175,10 @@ def _ranks(backend: str, args: Any, device: torch.device) -> Ranks:
         return MPIRanks(args.comm)
     from fedgmr_plugin.runtimes.distributed.collective import TorchRanks
 
-    found = TorchRanks(device)
+    try:
+        found = TorchRanks(device)
+    except RuntimeError as error:
+        raise HostError("GMR-510", f"not all ranks have come: {str(error).splitlines()[0]}") from error
     if found.rank == 0:
         because = f": {found.why}" if found.why else ""
         _say(f"{found.size} ranks; values travel through {found.transport}{because}")
@@ -183,10 +197,8 @@ def _agree(ranks: Ranks, setup: Setup) -> None:
         HostError: GMR-510, on rank 0; the others exit.
     """
     parts = [json.loads(text) for text in ranks.gather(json.dumps(_identity(setup)))]
-    misfit, hint = (
-        _misfit(parts),
-        "Every rank must run the same script, with equal arguments, data and versions.",
-    )
+    misfit = _misfit(parts)
+    hint = "Every rank must run the same script, with equal arguments, data and versions."
     if not misfit and ranks.size > setup.keys.clients:
         misfit = f"{ranks.size} ranks for client_num_in_total={setup.keys.clients} clients"
         hint = "Start at most one rank for each client."
@@ -213,11 +225,8 @@ def _leave_to_rank_0() -> NoReturn:
 
 def _identity(setup: Setup) -> dict[str, Any]:
     """What has to be equal on all ranks; the weights do not: rank 0's are the run's."""
-    config = {k: v for k, v in effective(setup.config).items() if k not in _OF_RANK_0}
-    fixed = b"".join(
-        name.encode() + tensor.cpu().contiguous().view(-1).numpy().tobytes()
-        for name, tensor in sorted(setup.bench.fixed.items())
-    )
+    config = {k: v for k, v in effective(setup.config).items() if k not in OF_RANK_0}
+    fixed = b"".join(name.encode() + _raw(tensor) for name, tensor in sorted(setup.bench.fixed.items()))
     entries = [(e.name, e.kind, e.shape) for e in setup.layout.entries]
     return {
         "fedgmr": __version__,
@@ -226,13 +235,42 @@ def _identity(setup: Setup) -> dict[str, Any]:
         "configuration": _digest(json.dumps([config, as_mapping(setup.keys)], sort_keys=True)),
         "model": f"{setup.layout.size} numbers, {_digest(str(entries))}",
         "buffers": _digest(fixed),
-        "data": f"{sum(setup.counts)} samples, {_digest(str(setup.counts))}",
+        "data": f"{sum(setup.counts)} samples, {_digest(str(setup.counts).encode() + _some_labels(setup))}",
         "trainer": type(setup.trainer).__name__,
     }
 
 
+def _some_labels(setup: Setup) -> bytes:
+    """The first labels of some clients: they show a partition that is another on every rank."""
+    labels = []
+    for client in range(0, setup.keys.clients, max(1, setup.keys.clients // 4)):
+        samples = setup.bench.clients.train(client)
+        with isolated_rng(0):
+            _, y = samples.take(np.arange(min(16, len(samples))))
+        labels.append(_raw(torch.as_tensor(y)))
+    return b"".join(labels)
+
+
+def _raw(tensor: Tensor) -> bytes:
+    """The bytes of a tensor of any type."""
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def _digest(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:12]
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches all ranks; rank 0 answers it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -22,9 +22,6 @@ from fedgmr_plugin.runtimes.distributed.channel import Channel, Frame, Gone, fra
 from fedgmr_plugin.runtimes.distributed.payloads import Parts, Remembered
 from fedgmr_plugin.runtimes.distributed.pool import HEARTBEAT, remember_ranking
 
-#: Seconds that a process which has failed waits for the server to stop it.
-_LAST_WORDS = 30.0
-
 
 class Failed(Exception):
     """The run has ended before its end: training failed here, and the server knows, or elsewhere."""
@@ -111,7 +108,8 @@ def serve(
                 update = train(task)
             except (Exception, SystemExit) as error:
                 _confess(channel, task, error)
-                if inbox.stopped.wait(_LAST_WORDS):
+                inbox.stopped.wait()
+                if inbox.lost is None:
                     channel.send(frame("bye"))
                 raise Failed(str(error)) from error
             seconds = time.perf_counter() - started
