@@ -64,17 +64,16 @@ class Server:
 
     run: Run
     ranks: Ranks
+    workers: Workers
 
     def train(self) -> None:
         """See `Run.train`; the other ranks return when its last record is written."""
-        workers = self.run.workers
-        assert workers is not None
         with _terminable():
-            _ = workers.pool  # signs of life, and the end, for ranks that may have nothing to train
+            _ = self.workers.pool  # signs of life, and the end, for ranks that may have nothing to train
             try:
                 self.run.train()
             finally:
-                workers.close(PATIENCE)  # nothing, where the run has ended them
+                self.workers.close(PATIENCE)  # nothing, where the run has ended them
         self.ranks.close()
         job.finished()
 
@@ -153,9 +152,10 @@ def build(
     def start() -> Pool:
         return Pool([ranks.channel(n) for n in range(1, ranks.size)], setup.bench.train, setup.work)
 
-    run = assemble(setup, server_aggregator, Workers(start))
+    workers = Workers(start)
+    run = assemble(setup, server_aggregator, workers)
     run.again = job.again(backend, ranks.size)
-    return Server(run, ranks)
+    return Server(run, ranks, workers)
 
 
 def _device(args: Any, device: Any) -> Any:
