@@ -67,7 +67,9 @@ def batches(count, generator):
 args = fedml.init()
 rank = getattr(args, "rank", 0) or 0
 generator = torch.Generator().manual_seed(1)
-size = 25 + 5 * (os.environ.get("OTHER_DATA") == str(rank))
+size = 25
+if os.environ.get("OTHER_DATA") == str(rank):
+    generator.manual_seed(2)
 train = {n: batches(size, generator) for n in range(6)}
 test = {n: batches(10, generator) for n in range(6)}
 test_global = batches(40, generator)
@@ -83,6 +85,8 @@ if rank == 0:
 runner = FedMLRunner(args, fedml.device.get_device(args), dataset, model)
 runner.run()
 print(f"rank {rank} has come to the end")
+if os.environ.get("AFTER") == str(rank):
+    raise ValueError("what comes after a run")
 """
 
 CONFIG: dict[str, Any] = {
@@ -281,6 +285,17 @@ def test_a_job_can_be_planned_without_a_launcher(job: Job) -> None:
     assert plans[0] == plans[1] == plans[2] and plans[0]["classes"]
 
 
+def test_a_run_that_is_watched_throughout_and_what_comes_after_it(job: Job) -> None:
+    """Rank 0 makes all steps and the other ranks none; an error after the run takes nothing of it away."""
+    for backend in ("sp", "MPI"):
+        job.configure(backend, run_name=backend, probe=True, probe_interval=1)
+        status, output = job.run(launcher(backend, 2), **{"AFTER": "1"} if backend == "MPI" else {})
+        assert (status != 0) == (backend == "MPI"), output
+        assert ("ValueError: what comes after a run" in output) == (backend == "MPI")
+    assert job.log("sp") == job.log("MPI") and job.log("MPI")[-1]["type"] == "end"
+    assert (job.folder / "fedgmr_runs" / "MPI" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("backend", ["MPI", "NCCL"])
 def test_an_error_on_a_rank_ends_the_job_with_its_traceback(job: Job, backend: str) -> None:
     job.configure(backend, run_name="run")
@@ -362,15 +377,16 @@ def test_more_ranks_than_clients_are_refused(job: Job) -> None:
     assert status != 0 and output.count("GMR-510 3 ranks for client_num_in_total=2 clients") == 1
 
 
-def test_an_error_of_the_script_on_one_rank_ends_an_mpi_job(job: Job) -> None:
+@pytest.mark.parametrize(("error", "said"), [("1 / 0", "ZeroDivisionError"), ("exit('no data')", "no data")])
+def test_an_error_of_the_script_on_one_rank_ends_an_mpi_job(job: Job, error: str, said: str) -> None:
     """Where FedML's own would hang: the other ranks wait in a constructor."""
     job.configure("MPI")
     text = (job.folder / "main.py").read_text()
     (job.folder / "main.py").write_text(
-        text.replace("generator = ", "if rank == 1:\n    1 / 0\ngenerator = ")
+        text.replace("generator = ", f"if rank == 1:\n    {error}\ngenerator = ")
     )
     status, output = job.run(launcher("MPI", 3))
-    assert status != 0 and "ZeroDivisionError" in output
+    assert status != 0 and said in output
 
 
 SILENT = """

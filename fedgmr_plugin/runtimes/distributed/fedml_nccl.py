@@ -75,8 +75,8 @@ class FedAvg:
     """FedML's ``FedAvg`` over the ranks of the process group; `train` carries it out.
 
     Arguments are those with which FedML constructs it. Rounds, clients a round, epochs and batch size are
-    FedML's; so is the trainer, unless one is given. Which clients a round has, and the order of their samples,
-    are drawn by our seed tree. Of `fedgmr_args` those count that say where the run is written.
+    FedML's; so is the trainer, unless one is given. Which clients a round has, and in which order their
+    samples come, is drawn by our seed tree. Of `fedgmr_args` those count that say where the run is written.
     """
 
     def __init__(
