@@ -16,7 +16,7 @@ import click
 from fedgmr_plugin import __version__
 from fedgmr_plugin.errors import FedGMRError
 from fedgmr_plugin.runtimes.distributed import job
-from fedgmr_plugin.runtimes.uncaught import report
+from fedgmr_plugin.runtimes.uncaught import tell
 
 
 class Entry(NamedTuple):
@@ -85,7 +85,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except FedGMRError as error:
-            report(error)
+            tell(error)
             job.abandon(2)
             ctx.exit(2)
 

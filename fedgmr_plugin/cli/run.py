@@ -12,7 +12,7 @@ import click
 from fedgmr_plugin.errors import FedGMRError
 from fedgmr_plugin.runtimes.config_file import path_from
 from fedgmr_plugin.runtimes.distributed import job
-from fedgmr_plugin.runtimes.uncaught import report
+from fedgmr_plugin.runtimes.uncaught import tell
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -26,7 +26,7 @@ def run(script: str, arguments: tuple[str, ...]) -> None:
     try:
         run_script(script, arguments)
     except FedGMRError as error:
-        report(error)
+        tell(error)
         job.abandon(2)
         sys.exit(2)
     except Exception:

@@ -34,7 +34,7 @@ def describe(error: FedGMRError) -> str:
     return str(error)
 
 
-def report(error: FedGMRError) -> None:
+def tell(error: FedGMRError) -> None:
     """Print the error by `describe`; where several ranks have the same one, once."""
     job.after_rank_0()
     click.echo(describe(error), err=True)
@@ -46,7 +46,7 @@ def wrap(hook: Hook) -> Hook:
     @functools.wraps(hook)
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, FedGMRError):
-            report(error)
+            tell(error)
         else:
             hook(kind, error, trace)
         if isinstance(error, FedGMRError) or job.is_ours():
