@@ -201,7 +201,9 @@ def job(tmp_path: Path, repository: Path) -> Job:
     return Job(tmp_path / "job", repository)
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [("MPI", 3), ("NCCL", 1), ("NCCL", 2), ("NCCL", 3)])
+@pytest.mark.parametrize(
+    ("backend", "ranks"), [("MPI", 3), ("MPI", 4), ("NCCL", 1), ("NCCL", 2), ("NCCL", 3)]
+)
 def test_the_bits_do_not_depend_on_the_number_of_ranks(reference: Job, backend: str, ranks: int) -> None:
     """The log of one process: every record, the SHA-256 of the model among them; and every rank returns."""
     name = f"{backend}-{ranks}"

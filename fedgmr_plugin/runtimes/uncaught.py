@@ -20,7 +20,7 @@ from fedgmr_plugin.runtimes.distributed import job
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
-#: Codes of errors that a user's own code caused: only its traceback says where.
+#: Codes of errors whose cause is the user's own code, here or on another rank: only its traceback says where.
 OF_USERS_CODE = frozenset({"GMR-506", "GMR-507"})
 
 #: Our hook, and the one in whose place it stands, while it is installed.

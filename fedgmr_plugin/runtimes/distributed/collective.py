@@ -33,8 +33,6 @@ class TorchRanks:
         why: what decided that, where not every rank has a GPU of its own.
     """
 
-    backend = "NCCL"
-
     def __init__(self, device: torch.device, silence: float = 300.0) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._device = device

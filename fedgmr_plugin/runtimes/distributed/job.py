@@ -32,7 +32,7 @@ _HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 #: Seconds that other ranks leave to rank 0 to say what all of them would say.
 _COURTESY = 2.0
 
-_unfinished: list[str] = []
+_unfinished: list[bool] = []
 _rehearsing: list[bool] = []
 _ours: list[str] = []
 
@@ -90,7 +90,7 @@ def check(backend: str, settings: Mapping[Any, Any], path: str) -> None:
     require_launcher(backend)
     if not _rehearsing:
         _ours.append(backend)
-        must_finish(backend)
+        must_finish()
     if backend != "MPI":
         return
     wanted = ["gpu_mapping_key"] + ["gpu_mapping_file"] * bool(settings.get("using_gpu"))
@@ -128,16 +128,17 @@ def is_ours() -> bool:
     return bool(_ours)
 
 
-def must_finish(what: str) -> None:
+def must_finish() -> None:
     """From now on, a process that ends without `finished` takes its job with it: the others would wait."""
     if not _unfinished:
         atexit.register(_at_exit)
-    _unfinished.append(what)
+        _unfinished.append(True)
 
 
 def finished() -> None:
     """The run that `must_finish` announced is over, in all ranks."""
     _unfinished.clear()
+    atexit.unregister(_at_exit)
 
 
 def _at_exit() -> None:

@@ -31,8 +31,6 @@ class MPIRanks:
         HostError: GMR-509 if MPI does not allow a thread to use it.
     """
 
-    backend = "MPI"
-
     def __init__(self, comm: Any, silence: float = 300.0) -> None:
         from mpi4py import MPI
 

@@ -8,7 +8,6 @@ that takes them in: nothing of the run's result depends on who trained what, or 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import Counter, OrderedDict, defaultdict
@@ -25,8 +24,6 @@ from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.runtimes.distributed.channel import Channel, Frame, Gone, frame, text_of
 from fedgmr_plugin.runtimes.distributed.payloads import Remembered
 from fedgmr_plugin.runtimes.distributed.tasks import Tasks, Work
-
-_log = logging.getLogger(__name__)
 
 Train = Callable[[Dispatch], LocalUpdate]
 

@@ -97,7 +97,7 @@ class Helper:
             with _deaf_to_interrupts(), threads(self.setup.config.cpu_threads):
                 serve(channel, bench.train, self.setup.device)
         except Gone as gone:
-            raise HostError("GMR-507", f"rank 0 is gone: {gone}", where=f"rank {self.ranks.rank}") from gone
+            raise HostError("GMR-507", f"rank 0 is gone: {gone}", where=f"rank {self.ranks.rank}") from None
         except Failed as failed:
             _log.error("rank %d: %s", self.ranks.rank, failed)
             with suppress(Gone):
@@ -130,7 +130,7 @@ def build(
         HostError: GMR-508 without a launcher; GMR-510 if the ranks do not have one and the same job.
     """
     job.require_launcher(backend)
-    job.must_finish(backend)
+    job.must_finish()
     setup = prepare(args, _device(args, device), dataset, model, client_trainer)
     if setup.config.workers > 1:
         raise ConfigError(
