@@ -148,6 +148,9 @@ class FedGMRConfig(BaseModel):
     )
     hinge_slope: Positive = Field(10.0, description="a of 1/(a (tau - b) + 1).")
     hinge_delay: NonNegative = Field(4.0, description="b: windows without penalty.")
+    staleness_limit: int | None = Field(
+        None, ge=0, description="Windows after which an upload is refused instead; null takes every one."
+    )
     min_updates: int = Field(1, ge=1, description="Uploads that a window waits for at least.")
     evaluate: Literal["coverage_scaled", "global", "validation"] = Field(
         "coverage_scaled",
@@ -237,6 +240,20 @@ class FedGMRConfig(BaseModel):
         True,
         description="IMS: each density increment leaves the server once; false sends every sub-model "
         "by itself.",
+    )
+
+    # -- real devices and silos --------------------------------------------------------------------
+    answer_deadline: Positive = Field(
+        600.0,
+        description="Seconds after which a device's slot is free again; a later answer still counts, by its "
+        "staleness.",
+    )
+    window_limit: Positive | None = Field(
+        None,
+        description="Seconds after its first upload at which a window closes without waiting for anybody.",
+    )
+    retry_seconds: NonNegative = Field(
+        30.0, description="Seconds until a device whose answer was refused gets another sub-model."
     )
 
     # -- records -----------------------------------------------------------------------------------

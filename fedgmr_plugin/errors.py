@@ -158,6 +158,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "An upload names a dispatch that was made to another client.",
         "Check the client; the upload is counted and ignored.",
     ),
+    "GMR-407": CatalogueEntry(
+        "too stale",
+        "An upload answers a dispatch that is more than `staleness_limit` windows old.",
+        "Raise `staleness_limit`, or leave it out: late work then counts by its staleness weight.",
+    ),
     "GMR-501": CatalogueEntry(
         "unsupported FedML version",
         "fedgmr wraps FedML's internals and is tested with 0.9.6 only.",
@@ -241,6 +246,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "The script does not describe the run that it is to continue: options, seed, layers or numbers of "
         "samples differ.",
         "Undo the changes that the message names, or start a new run.",
+    ),
+    "GMR-607": CatalogueEntry(
+        "journal damaged",
+        "An event that a run with real devices had written down was changed on the disk afterwards.",
+        "Check the disk. To go on from the last checkpoint alone, move the journal away.",
     ),
     "GMR-701": CatalogueEntry(
         "message cut short",
@@ -361,6 +371,42 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "increment out of order",
         "An increment starts beyond what the receiver holds, so coordinates would be missing in between.",
         "Apply increments in order; ask for those that were lost.",
+    ),
+    "GMR-741": CatalogueEntry(
+        "device message not understood",
+        "A message of a device (or of the server to a device) is no JSON object, is too long, or has fields "
+        "that are missing, unknown or of another type.",
+        "Run the same release of fedgmr on both sides; see docs/device-protocol.md.",
+    ),
+    "GMR-742": CatalogueEntry(
+        "unknown device",
+        "A message came on a topic that is no device's of this run.",
+        "Add the device to `client_id_list`, or stop it.",
+    ),
+    "GMR-743": CatalogueEntry(
+        "message not authentic",
+        "A message is not signed with the key of its device, or was changed on its way.",
+        "Give the device the same key as the server has in `device_keys`.",
+    ),
+    "GMR-744": CatalogueEntry(
+        "message replayed",
+        "A message has a sequence number that was seen before, or is too old to tell.",
+        "Nothing to do; it is counted and ignored. If it repeats, two devices share one id.",
+    ),
+    "GMR-745": CatalogueEntry(
+        "too many messages",
+        "A device sends more messages than it may.",
+        "Nothing to do; what is beyond the rate is ignored. If it repeats, look at the device.",
+    ),
+    "GMR-746": CatalogueEntry(
+        "object not as announced",
+        "An object of the store is missing, longer or shorter than announced, or has another SHA-256.",
+        "The device sends it again; if it repeats, look at the store and at who may write to it.",
+    ),
+    "GMR-747": CatalogueEntry(
+        "message for somebody else",
+        "A message names another device or another run than its topic does.",
+        "Stop the processes of the other run, and give every device its own id.",
     ),
 }
 

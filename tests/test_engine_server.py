@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.events import (
-    ClientLost,
+    ClientJoined,
+    ClientLeft,
     Dispatch,
+    DispatchOverdue,
     Effect,
     Evaluate,
     Event,
@@ -327,16 +329,49 @@ def test_events_out_of_order_are_errors_and_change_nothing() -> None:
     assert world.server.phase == "collecting" and world.server.version == 1
 
 
-def test_a_lost_clients_upload_is_not_awaited_nor_taken() -> None:
+def test_an_overdue_dispatch_frees_its_slot_and_its_answer_is_still_merged() -> None:
     world = World().start()
+    late = world.upload(1)
+    (record,) = records(world.handle(DispatchOverdue(1, 5.0)), "client")
+    assert (record["state"], record["client"], record["dispatch"]) == ("overdue", 1, 1)
+    assert world.handle(DispatchOverdue(1, 6.0)) == world.handle(DispatchOverdue(55, 6.0)) == []
     world.handle(world.upload(2))
-    for dispatch in (1, 2, 55):
-        assert world.handle(ClientLost(dispatch)) == []
-    (record,) = records(world.handle(world.upload(1)), "rejected")
-    assert record["code"] == "GMR-401"
+    assert dispatched(world.close()) == [2]  # the client that was lost is away until it is heard of
+    assert dispatched(world.handle(ClientJoined(1, 7.0))) == [1]
     w_D = world.server.w_D.clone()
-    effects = world.close()
-    assert torch.equal(world.server.w_D, w_D) and dispatched(effects) == [1, 2]
+    assert world.handle(late) == []
+    (arrival,) = records(world.close(), "arrival")
+    assert arrival["dispatch"] == 1 and arrival["staleness"] == 1
+    assert not torch.equal(world.server.w_D, w_D)
+
+
+def test_one_late_answer_of_each_client_is_waited_for() -> None:
+    world = World().start()
+    first = world.upload(1)
+    world.handle(DispatchOverdue(1, 5.0))
+    (again,) = [e for e in world.handle(ClientJoined(1, 6.0)) if isinstance(e, Dispatch)]
+    world.handle(DispatchOverdue(again.dispatch, 9.0))
+    (record,) = records(world.handle(first), "rejected")
+    assert record["code"] == "GMR-401"
+
+
+def test_an_answer_older_than_the_limit_is_refused() -> None:
+    world = World(staleness_limit=1).start()
+    late = world.upload(1)
+    for _ in range(2):
+        world.close()
+    (record,) = records(world.handle(late), "rejected")
+    assert record["code"] == "GMR-407"
+    assert 1 in dispatched(world.close())
+
+
+def test_a_client_that_left_gets_nothing_until_it_joins() -> None:
+    world = World().start()
+    world.handle(world.upload(1))
+    world.handle(ClientLeft(1, 3.0))
+    assert dispatched(world.close()) == []
+    effects = world.handle(ClientJoined(1, 4.0, samples=3))
+    assert dispatched(effects) == [1] and world.server.samples[1] == 3
 
 
 # -- merging ---------------------------------------------------------------------------------------

@@ -24,11 +24,12 @@ from fedgmr_plugin.engine.client import (
     Metrics,
     TensorSamples,
 )
+from fedgmr_plugin.engine.course import model_sha256
 from fedgmr_plugin.engine.events import Dispatch, UploadArrived
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
-from fedgmr_plugin.engine.simulate import Simulation, model_sha256
+from fedgmr_plugin.engine.simulate import Simulation
 from fedgmr_plugin.engine.snapshot import Snapshot, restore, snapshot
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.errors import WireError
@@ -558,9 +559,9 @@ def test_the_candidate_is_the_better_one_on_validation(metric: Any, better: str)
     world = World(evaluate="validation", trigger_metric=metric)
     good, bad = Metrics(0.9, 0.1, 5), Metrics(0.2, 3.0, 5)
     both = {"global": good if better == "global" else bad, "scaled": good if better == "scaled" else bad}
-    assert world.simulation._choose(both) == better  # type: ignore[arg-type]
+    assert world.simulation.examiner.choose(both) == better  # type: ignore[arg-type]
     fixed = World(evaluate="global", trigger_metric=metric)
-    assert fixed.simulation._choose(both) == "global"  # type: ignore[arg-type]
+    assert fixed.simulation.examiner.choose(both) == "global"  # type: ignore[arg-type]
 
 
 def test_the_shipped_metrics_are_those_of_the_candidate() -> None:
@@ -745,7 +746,7 @@ def test_the_log_names_only_documented_types() -> None:
     world = World(windows=10, probe=True, trigger="mixed", patience=1, interval=1, trainer=Poisonous())
     world.run()
     kinds = {r["type"] for r in world.log}
-    assert kinds == set(RECORDS) - {"header", "end"}
+    assert kinds == set(RECORDS) - {"header", "client", "end"}
 
 
 # -- stopping and going on -------------------------------------------------------------------------
@@ -806,7 +807,7 @@ def test_gradient_votes_compare_the_masked_gradients_by_brute_force(monkeypatch:
     monkeypatch.setattr("fedgmr_plugin.engine.probing.restoring_pays", spy)
     world = World((1.0, 0.5, 0.1), windows=4, trigger="gradient", validation_fraction=0.2, probe_samples=1000)
     server = world.server
-    assert world.simulation._gradient_votes() == [False, True, True]  # nothing is left at density 1
+    assert world.simulation._votes() == [False, True, True]  # nothing is left at density 1
     model = mlp().eval()
     loss = torch.zeros(())
     for n in range(3):
@@ -839,7 +840,7 @@ def test_gradient_votes_compare_the_seconds_of_the_clients_own_device(
     world = World(
         (1.0, 0.5, 0.1), trigger="gradient", compute_slowdown=(1.0, 40.0, 7.0), compute_density_exponent=0.5
     )
-    world.simulation._gradient_votes()
+    world.simulation._votes()
     wanted = [
         37.2 * d * (1 / min(10.0, 20 * d0) + 1 / (5 * d0)) + 0.5 * slow * d**0.5
         for d0, slow, densities in ((0.5, 40.0, (0.5, 1.0)), (0.1, 7.0, (0.1, 0.2)))

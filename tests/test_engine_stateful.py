@@ -14,8 +14,10 @@ from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.events import (
-    ClientLost,
+    ClientJoined,
+    ClientLeft,
     Dispatch,
+    DispatchOverdue,
     Effect,
     Record,
     UploadArrived,
@@ -55,6 +57,7 @@ class ServerMachine(RuleBasedStateMachine):
                 {"staleness": "hinge", "hinge_delay": 1.0, "trigger": "mixed"},
                 {"score": "weight_change", "layer_floor": 0.0},
                 {"score": "random", "prune_biases": False, "trigger": "none"},
+                {"staleness_limit": 1},
             ]
         ),
     )
@@ -71,6 +74,8 @@ class ServerMachine(RuleBasedStateMachine):
         self.applied: list[int] = []
         self.history: list[UploadArrived] = []
         self.rejected = 0
+        self.away: set[int] = set()
+        self.overdue: set[int] = set()  # among the open ones
         self.densities = self.server.gmr.densities
         self.floor = self.server.gmr.floor
         self.clock = 0.0
@@ -93,8 +98,13 @@ class ServerMachine(RuleBasedStateMachine):
     def arrive(self, data: st.DataObject, seed: int) -> None:
         dispatch = data.draw(st.sampled_from(sorted(self.open)))
         upload = self._upload(dispatch, seed)
+        limit = self.config.staleness_limit
+        if limit is not None and self.server.version - self.sent[dispatch].version > limit:
+            self._refused(upload, "GMR-407")
+            self._close_flight(dispatch)
+            return
         assert self.server.handle(upload) == []
-        self.open.remove(dispatch)
+        self._close_flight(dispatch)
         self.arrived[dispatch] = upload
         self.history.append(upload)
 
@@ -130,8 +140,11 @@ class ServerMachine(RuleBasedStateMachine):
             "samples": {"samples": 0},
         }[kind]
         code = {"nan": "GMR-403", "short": "GMR-402", "samples": "GMR-404"}[kind]
+        limit = self.config.staleness_limit
+        if limit is not None and self.server.version - self.sent[dispatch].version > limit:
+            code = "GMR-407"
         self._refused(self._upload(dispatch, 2, **changes), code)
-        self.open.remove(dispatch)
+        self._close_flight(dispatch)
 
     def _refused(self, upload: UploadArrived, code: str) -> None:
         w_D = self.server.w_D.clone()
@@ -140,13 +153,49 @@ class ServerMachine(RuleBasedStateMachine):
         assert torch.equal(w_D, self.server.w_D)
         self.rejected += 1
 
+    def _close_flight(self, dispatch: int) -> None:
+        self.open.remove(dispatch)
+        self.overdue.discard(dispatch)
+
     @precondition(lambda self: self.open or self.arrived)
     @rule(data=st.data())
-    def lose(self, data: st.DataObject) -> None:
+    def wait_in_vain(self, data: st.DataObject) -> None:
+        """The slot is free; one late answer of each client is still taken."""
         dispatch = data.draw(st.sampled_from(sorted(self.open | set(self.arrived))))
-        assert self.server.handle(ClientLost(dispatch)) == []
-        self.open.discard(dispatch)
-        self.arrived.pop(dispatch, None)
+        effects = self.server.handle(DispatchOverdue(dispatch, self.clock))
+        if dispatch in self.arrived or dispatch in self.overdue:
+            assert effects == []
+            return
+        client = self.sent[dispatch].client
+        for older in [d for d in self.overdue if self.sent[d].client == client]:
+            self._close_flight(older)
+        self.overdue.add(dispatch)
+        self.away.add(client)
+        (effect,) = effects
+        assert isinstance(effect, Record) and effect.fields["state"] == "overdue"
+
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        client = data.draw(st.integers(0, len(self.densities) - 1))
+        self.server.handle(ClientLeft(client, self.clock))
+        self.away.add(client)
+
+    @precondition(lambda self: self.server.phase != "finished")
+    @rule(data=st.data(), density=st.none() | st.sampled_from([0.3, 0.7]), samples=st.none() | st.just(9))
+    def join(self, data: st.DataObject, density: float | None, samples: int | None) -> None:
+        client = data.draw(st.integers(0, len(self.densities) - 1))
+        first = self.server.counts[client] == 0
+        if density is not None and first:
+            self.densities = tuple(
+                min(d, density) if n == client else d for n, d in enumerate(self.densities)
+            )
+        effects = self.server.handle(ClientJoined(client, self.clock, density, samples))
+        self.away.discard(client)
+        if density is not None and first:
+            assert self.server.gmr.densities[client] == max(density, self.server.gmr.floor)
+        if samples is not None:
+            assert self.server.samples[client] == samples
+        self._note(effects)
 
     # -- what the clock does -----------------------------------------------------------------------
 
@@ -171,7 +220,7 @@ class ServerMachine(RuleBasedStateMachine):
         self._compare(old_D, version, merged)
         (window,) = (e.fields for e in effects if isinstance(e, Record) and e.fields["type"] == "window")
         assert window["arrivals"] == len(merged) and window["window"] == version
-        assert window["in_flight"] == len(self.open)
+        assert window["in_flight"] == len(self.open - self.overdue)
         assert self.server.version == version + 1
         self._note(effects)
 
@@ -224,7 +273,8 @@ class ServerMachine(RuleBasedStateMachine):
             if not isinstance(e, Dispatch):
                 continue
             assert e.dispatch not in self.sent and e.version == self.server.version
-            assert e.client not in {self.sent[d].client for d in self.open}
+            assert e.client not in {self.sent[d].client for d in self.open - self.overdue}
+            assert e.client not in self.away
             assert e.density == self.server.gmr.densities[e.client]
             assert e.count == sum(s.client == e.client for s in self.sent.values())
             assert torch.equal(e.values_S, self.server.w_D[e.index_S])
@@ -239,8 +289,12 @@ class ServerMachine(RuleBasedStateMachine):
         assert set(server.flights) == self.open | set(self.arrived)
         assert set(server.staged) == set(self.arrived)
         assert server.rejected == self.rejected and server.dispatches == len(self.sent)
-        busy = [f.client for f in server.flights.values()]
-        assert len(busy) == len(set(busy)) <= self.plan.in_flight
+        training = [self.sent[d].client for d in self.open - self.overdue]
+        assert len(training) == len(set(training)) <= self.plan.in_flight
+        assert server.overdue == self.overdue
+        assert server.away == self.away
+        late = [self.sent[d].client for d in self.overdue]
+        assert len(late) == len(set(late))
         assert len(self.applied) == len(set(self.applied))
         assert server.candidate == self.candidate and server.time == self.clock
 

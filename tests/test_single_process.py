@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fedgmr_plugin.cli.plan import table
 from fedgmr_plugin.config import parse
-from fedgmr_plugin.engine.simulate import model_sha256
+from fedgmr_plugin.engine.course import model_sha256
 from fedgmr_plugin.errors import ConfigError, DataError, FedGMRError, HostError, ModelError
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.protocol.runlog import read_run

@@ -14,7 +14,7 @@ from fedgmr_plugin.errors import UpdateRejected
 from fedgmr_plugin.kernels.masks import Ranking
 
 #: Refusals that still answer their dispatch: the client is free again.
-ANSWERED = frozenset({"GMR-402", "GMR-403", "GMR-404"})
+ANSWERED = frozenset({"GMR-402", "GMR-403", "GMR-404", "GMR-407"})
 #: Largest sample count that is believed: integers up to it are exact in float64.
 MOST_SAMPLES = 2.0**53
 
@@ -44,7 +44,12 @@ class Admitted:
 
 
 def admit(
-    upload: UploadArrived, flights: Mapping[int, InFlight], staged: Container[int], dtype: torch.dtype
+    upload: UploadArrived,
+    flights: Mapping[int, InFlight],
+    staged: Container[int],
+    dtype: torch.dtype,
+    *,
+    oldest: int = 0,
 ) -> Admitted:
     """Check an upload.
 
@@ -52,9 +57,10 @@ def admit(
         flights: dispatches not answered yet, by number.
         staged: dispatches whose upload waits for the window's close.
         dtype: type of the global vector.
+        oldest: first version whose answers are merged.
 
     Raises:
-        UpdateRejected: GMR-401, GMR-402, GMR-403, GMR-404 or GMR-406.
+        UpdateRejected: GMR-401 to GMR-404, GMR-406 or GMR-407.
     """
     flight = flights.get(upload.dispatch)
     if flight is None or upload.dispatch in staged:
@@ -63,6 +69,8 @@ def admit(
         raise UpdateRejected(
             "GMR-406", f"client={upload.client} answers dispatch={upload.dispatch} of client {flight.client}"
         )
+    if flight.version < oldest:
+        raise UpdateRejected("GMR-407", f"version={flight.version} is older than {oldest}")
     wanted = (flight.ranking.ends[flight.rung],)
     if tuple(upload.values_S.shape) != wanted:
         raise UpdateRejected("GMR-402", f"shape={tuple(upload.values_S.shape)} instead of {wanted}")

@@ -45,10 +45,39 @@ class UploadArrived:
 
 
 @dataclass(frozen=True)
-class ClientLost:
-    """A dispatch will not be answered; its client becomes idle."""
+class ClientJoined:
+    """A client can be reached and may be dispatched to.
+
+    Attributes:
+        client: its number.
+        time: second at which it was heard of.
+        density: initial density, where it was measured and nothing was dispatched to the client yet.
+        samples: its training samples, where it said so.
+    """
+
+    client: int
+    time: float
+    density: float | None = None
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class ClientLeft:
+    """A client cannot be reached: nothing is dispatched to it; what it trains may still arrive."""
+
+    client: int
+    time: float
+
+
+@dataclass(frozen=True)
+class DispatchOverdue:
+    """A dispatch was not answered in time: its slot is free, and its client counts as away.
+
+    An answer that arrives later is still merged, with the weight of its staleness.
+    """
 
     dispatch: int
+    time: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +106,7 @@ class Validated:
     gradient: Sequence[bool] = ()
 
 
-Event = UploadArrived | ClientLost | WindowClosed | Validated
+Event = UploadArrived | ClientJoined | ClientLeft | DispatchOverdue | WindowClosed | Validated
 
 # -- effects -----------------------------------------------------------------------------------------
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from fedgmr_plugin.engine.seeds import numpy_generator
 
 
-def choose_idle(seed: int, window: int, clients: int, busy: Iterable[int], in_flight: int) -> list[int]:
+def choose_idle(
+    seed: int,
+    window: int,
+    clients: int,
+    busy: Collection[int],
+    in_flight: int,
+    away: Collection[int] = (),
+) -> list[int]:
     """Idle clients to dispatch to, increasing, so that at most `in_flight` train at the same time.
 
     All of them where there is room; else a sample without replacement, drawn from the seed tree.
@@ -18,10 +25,11 @@ def choose_idle(seed: int, window: int, clients: int, busy: Iterable[int], in_fl
         clients: N.
         busy: clients that train already.
         in_flight: most clients that may train.
+        away: clients that cannot be reached.
     """
-    taken = sorted(set(busy))
+    taken = sorted({*busy, *away})
     free = clients - len(taken)
-    slots = max(min(in_flight - len(taken), free), 0)
+    slots = max(min(in_flight - len(set(busy)), free), 0)
     chosen: Iterable[int] = range(free)
     if slots < free:
         chosen = numpy_generator(seed, "sampling", window).choice(free, size=slots, replace=False).tolist()

@@ -8,6 +8,9 @@ Legend: D coordinates of the global vector, N clients, S support of one sub-mode
              Validated    -> restore densities, rebuild masks, Dispatch ...
              ... until the budget is spent: Finish.
 
+Real clients come and go: ClientJoined dispatches to a client at once, DispatchOverdue frees the slot of one
+that does not answer.
+
 Uploads are merged in the order (client, dispatch), whatever order they arrived in. An upload is merged by
 the first window that closes after its arrival and by no other; with `update_scope` ``buffer``, every
 client's last upload takes part in every merge. See the method page, sections 3 to 6.
@@ -26,8 +29,10 @@ from torch import Tensor
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.admission import ANSWERED, Admitted, InFlight, admit
 from fedgmr_plugin.engine.events import (
-    ClientLost,
+    ClientJoined,
+    ClientLeft,
     Dispatch,
+    DispatchOverdue,
     Effect,
     Evaluate,
     Event,
@@ -59,7 +64,8 @@ class Plan:
         windows: windows after which the run ends.
         in_flight: clients that train at the same time, at most N.
         test_interval: windows between evaluations.
-        client_samples: training samples of each client, the weights of coverage [N].
+        client_samples: training samples of each client, the weights of coverage [N]; a client that joins
+            may say otherwise.
         layer_costs: c_layer of each prunable layer, for the ``per_cost`` score.
     """
 
@@ -110,7 +116,10 @@ class Server:
         self.dispatches = 0
         self.rejected = 0
         self.counts = [0] * clients  # dispatches made to each client
+        self.samples = list(plan.client_samples)
+        self.away: set[int] = set()  # clients that cannot be reached
         self.flights: dict[int, InFlight] = {}
+        self.overdue: set[int] = set()  # dispatches whose slot is free, and whose answer would be merged
         self.staged: dict[int, Admitted] = {}
         self.buffer: dict[int, Admitted] = {}
         self.interval_start_D = w_D.clone() if config.score == "weight_change" else None
@@ -153,10 +162,13 @@ class Server:
         """
         if isinstance(event, UploadArrived):
             return self._upload(event)
-        if isinstance(event, ClientLost):
-            self.flights.pop(event.dispatch, None)
-            self.staged.pop(event.dispatch, None)
-            return []
+        if isinstance(event, ClientJoined):
+            return self._joined(event)
+        if isinstance(event, ClientLeft):
+            self.away.add(event.client)
+            return [self._client("left", event.client, event.time)]
+        if isinstance(event, DispatchOverdue):
+            return self._overdue(event)
         if isinstance(event, WindowClosed):
             self._expect("collecting", "WindowClosed")
             return self._close(event)
@@ -167,16 +179,67 @@ class Server:
         if self.phase != phase:
             raise UpdateRejected("GMR-405", f"{what} while the server is {self.phase}")
 
+    # -- clients that come and go -----------------------------------------------------------------------
+
+    def _joined(self, event: ClientJoined) -> list[Effect]:
+        client = event.client
+        self.away.discard(client)
+        self.time = max(self.time, event.time)
+        if event.samples is not None:
+            self.samples[client] = event.samples
+        if event.density is not None and self.counts[client] == 0:
+            self._start_at(client, event.density)
+        record = self._client("joined", client, event.time)
+        return [record, *self._dispatch()] if self.phase == "collecting" else [record]
+
+    def _start_at(self, client: int, density: float) -> None:
+        """Give a client that has no sub-model yet another initial density."""
+        densities = list(self.gmr.densities)
+        densities[client] = max(density, self.gmr.floor)
+        self.gmr = self.gmr._replace(densities=tuple(densities))
+        if densities[client] not in self.ranking.densities:
+            self.put(self.w_D, self._rank())
+
+    def _overdue(self, event: DispatchOverdue) -> list[Effect]:
+        flight = self.flights.get(event.dispatch)
+        if flight is None or event.dispatch in self.staged or event.dispatch in self.overdue:
+            return []
+        before = [d for d in self.overdue if self.flights[d].client == flight.client]
+        for d in before:  # one late answer of each client is waited for: what is remembered stays bounded
+            self._forget(d)
+        self.overdue.add(event.dispatch)
+        self.away.add(flight.client)
+        return [self._client("overdue", flight.client, event.time, event.dispatch)]
+
+    def _forget(self, dispatch: int) -> None:
+        self.flights.pop(dispatch, None)
+        self.overdue.discard(dispatch)
+
+    def _client(self, state: str, client: int, time: float, dispatch: int | None = None) -> Record:
+        return _record(
+            "client",
+            window=self.version,
+            time=time,
+            client=client,
+            state=state,
+            dispatch=dispatch,
+            density=self.gmr.densities[client],
+        )
+
     # -- uploads --------------------------------------------------------------------------------------
 
     def _upload(self, upload: UploadArrived) -> list[Effect]:
+        limit = self.config.staleness_limit
+        oldest = 0 if limit is None else self.version - limit
         try:
-            self.staged[upload.dispatch] = admit(upload, self.flights, self.staged, self.layout.dtype)
+            admitted = admit(upload, self.flights, self.staged, self.layout.dtype, oldest=oldest)
         except UpdateRejected as refusal:
             self.rejected += 1
             if refusal.code in ANSWERED:
-                self.flights.pop(upload.dispatch, None)
+                self._forget(upload.dispatch)
             return [self._rejected(upload, refusal.code, refusal.message)]
+        self.staged[upload.dispatch] = admitted
+        self.overdue.discard(upload.dispatch)
         return []
 
     def _rejected(self, upload: UploadArrived, code: str, message: str) -> Record:
@@ -295,7 +358,7 @@ class Server:
             uncovered=coverage.uncovered if updates else parameters,
             coverage=coverage.held / (parameters * updates) if updates else 0.0,
             step_sq=moved,
-            in_flight=len(self.flights),
+            in_flight=len(self.flights) - len(self.overdue),
             mean_density=self._mean_density(),
             density_floor=self.gmr.floor,
         )
@@ -394,8 +457,10 @@ class Server:
 
     def _dispatch(self) -> list[Effect]:
         """Sub-models for idle clients, as many as may be in flight."""
-        busy = {f.client for f in self.flights.values()}
-        idle = choose_idle(self.plan.seed, self.version, len(self.counts), busy, self.plan.in_flight)
+        busy = {f.client for d, f in self.flights.items() if d not in self.overdue}
+        idle = choose_idle(
+            self.plan.seed, self.version, len(self.counts), busy, self.plan.in_flight, self.away
+        )
         if not idle:
             return []
         prunable, parameters = self._norms()
@@ -466,7 +531,7 @@ class Server:
     def coverage(self) -> Tensor:
         """float32 [D]: share of the clients, weighted by their samples, that hold a coordinate."""
         weight_R = [0.0] * len(self.ranking.densities)
-        for density, samples in zip(self.gmr.densities, self.plan.client_samples, strict=True):
+        for density, samples in zip(self.gmr.densities, self.samples, strict=True):
             weight_R[self.ranking.rung(density)] += samples
         return self.ranking.coverage(weight_R)
 

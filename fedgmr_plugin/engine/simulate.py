@@ -7,26 +7,16 @@ come from callables, and how a window's clients are trained (here, in other proc
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import Batch, LocalUpdate, Metrics, in_batches
-from fedgmr_plugin.engine.events import (
-    Dispatch,
-    Effect,
-    Evaluate,
-    Finish,
-    Record,
-    UploadArrived,
-    Validate,
-    Validated,
-    WindowClosed,
-)
+from fedgmr_plugin.engine.client import Batch, LocalUpdate
+from fedgmr_plugin.engine.course import Course
+from fedgmr_plugin.engine.events import Dispatch, Effect, Record, UploadArrived, WindowClosed
+from fedgmr_plugin.engine.examiner import Examiner
 from fedgmr_plugin.engine.network import (
     Arrival,
     Transfer,
@@ -40,9 +30,6 @@ from fedgmr_plugin.engine.probing import Probing
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.engine.workbench import Evaluator, Workbench
-from fedgmr_plugin.kernels.layout import ModelLayout
-
-Which = Literal["global", "scaled"]
 
 
 class Executor(Protocol):
@@ -71,7 +58,7 @@ class InTurn:
         return [self.train(dispatch) for dispatch in sent]
 
 
-class Simulation:
+class Simulation(Course):
     """One run.
 
     Args:
@@ -96,17 +83,12 @@ class Simulation:
         evaluate: Evaluator | None = None,
         sizes: Callable[[Dispatch], Transfer | None] = lambda sent: None,
     ) -> None:
-        self.server, self.network, self.bench = server, network, bench
+        super().__init__(server, Examiner(server, bench, test_batches, evaluate), record)
+        self.network = network
         self.clients, self.training = bench.clients, bench.training
-        self.config: FedGMRConfig = server.config
-        self.layout: ModelLayout = server.layout
-        self._test_batches, self._record = test_batches, record
         self._executor = executor or InTurn(bench.train)
         self._sizes = sizes
-        self._evaluator = evaluate or self.training.trainer.evaluate
         self.pending: dict[int, Dispatch] = {}
-        self.bytes_up = self.bytes_down = 0.0
-        self._window_down = 0.0
         self._probing = self._make_probing()
 
     def run(self) -> dict[str, Any]:
@@ -126,13 +108,7 @@ class Simulation:
         window = self.network.close_window()
         up = sum(arrival.megabytes for arrival in window.arrivals) * 1e6
         self.bytes_up += up
-        totals = {
-            "bytes_up": up,
-            "bytes_down": self._window_down,
-            "server_bytes_down": server_bytes_down,
-            "learning_rate": self.training.learning_rate * self.server.learning_rate_scale,
-        }
-        self._window_down = 0.0
+        totals = self._totals(up, server_bytes_down)
         effects = self._take_in(window)
         for effect in effects:
             if isinstance(effect, Record) and effect.fields["type"] == "window":
@@ -165,15 +141,6 @@ class Simulation:
     # -- state ----------------------------------------------------------------------------------------
 
     @property
-    def traffic(self) -> list[float]:
-        """Bytes up and down so far, and down in the present window."""
-        return [self.bytes_up, self.bytes_down, self._window_down]
-
-    @traffic.setter
-    def traffic(self, values: Sequence[float]) -> None:
-        self.bytes_up, self.bytes_down, self._window_down = values
-
-    @property
     def probed_starts(self) -> dict[int, Tensor]:
         """w_s of the versions in flight, which the probe remembers; empty without one."""
         return {} if self._probing is None else self._probing.starts
@@ -194,130 +161,13 @@ class Simulation:
         if self._probing is None or not self._probing.watches:
             self._executor.begin(sent)
 
-    # -- effects --------------------------------------------------------------------------------------
-
-    def _carry_out(self, effects: Sequence[Effect]) -> dict[str, Any] | None:
-        """Carry `effects` out, and those that follow from them."""
-        queue = list(effects)
-        dispatch_record: dict[str, Any] = {}
-        while queue:
-            effect = queue.pop(0)
-            if isinstance(effect, Record) and effect.fields["type"] == "dispatch":
-                dispatch_record = effect.fields
-            elif isinstance(effect, Record):
-                self._record(effect.fields)
-            elif isinstance(effect, Dispatch):
-                share = len(effect.values_S) / self.layout.size
-                megabytes = self.network.dispatch(
-                    effect.dispatch, effect.client, effect.density, share, self._sizes(effect)
-                )
-                self._await(effect)
-                if self._probing is not None:
-                    self._probing.dispatched(effect)
-                self._window_down += megabytes * 1e6
-                self.bytes_down += megabytes * 1e6
-                self._record({**dispatch_record, "bytes_down": megabytes * 1e6})
-            elif isinstance(effect, Validate):
-                queue += self.server.handle(self._validate())
-            elif isinstance(effect, Evaluate):
-                self._evaluate()
-            else:
-                return self._end(effect)
-        return None
-
-    def _end(self, effect: Finish) -> dict[str, Any]:
-        return {
-            "type": "end",
-            "windows": self.server.version,
-            "time": self.server.time,
-            "reason": effect.reason,
-            "model_sha256": model_sha256(self.server.w_D),
-            "shipped": self.server.candidate,
-            "rejected": self.server.rejected,
-        }
-
-    # -- measuring ------------------------------------------------------------------------------------
-
-    def _both(
-        self, batches: Callable[[], Iterable[Batch]], evaluate: Evaluator | None = None
-    ) -> dict[Which, Metrics]:
-        """Metrics of w and of the coverage-scaled model."""
-        plain = self.bench.measure(self.server.w_D, batches(), evaluate)
-        if min(self.server.gmr.densities) >= 1.0:
-            return {"global": plain, "scaled": plain}
-        return {
-            "global": plain,
-            "scaled": self.bench.measure(self.server.model("scaled"), batches(), evaluate),
-        }
-
-    def _evaluate(self) -> None:
-        metrics = self._both(self._test_batches, self._evaluator)
-        shipped = metrics[self.server.candidate]
-        self._record(
-            {
-                "type": "evaluation",
-                "window": self.server.version,
-                "time": self.server.time,
-                "candidate": self.server.candidate,
-                "accuracy": shipped.accuracy,
-                "loss": shipped.loss,
-                "global": _short(metrics["global"]),
-                "scaled": _short(metrics["scaled"]),
-                "samples": shipped.samples,
-                "bytes_up": self.bytes_up,
-                "bytes_down": self.bytes_down,
-                "metrics": dict(shipped.extra),
-            }
-        )
-
-    def _validation_batches(self) -> Iterator[Batch]:
-        for n in range(self.clients.count):
-            held_out = self.clients.validation(n)
-            if held_out is not None:
-                yield from in_batches(held_out, 512)
-
-    def _validate(self) -> Validated:
-        server, metric = self.server, self.config.trigger_metric
-        if not self.clients.anything_held_out:
-            return Validated(server.candidate, None, (), self._gradient_votes())
-        both = self._both(self._validation_batches)
-        candidate = self._choose(both)
-        clients = [self._client_metrics(n) for n in range(self.clients.count)]
-        self._record(
-            {
-                "type": "validation",
-                "window": server.version,
-                "time": server.time,
-                "global": _short(both["global"]),
-                "scaled": _short(both["scaled"]),
-                "clients": [None if c is None else _short(c) for c in clients],
-                "candidate": candidate,
-            }
-        )
-        return Validated(
-            candidate,
-            getattr(both[candidate], metric),
-            [None if c is None else getattr(c, metric) for c in clients],
-            self._gradient_votes(),
-        )
-
-    def _choose(self, both: dict[Which, Metrics]) -> Which:
-        """The model to ship: fixed by `evaluate`, or the better one on the validation split."""
-        if self.config.evaluate != "validation":
-            return self.server.candidate
-        plain, scaled = (getattr(both[w], self.config.trigger_metric) for w in ("global", "scaled"))
-        if plain is None or scaled is None:
-            return "scaled"
-        better = plain > scaled if self.config.trigger_metric == "accuracy" else plain < scaled
-        return "global" if better else "scaled"
-
-    def _client_metrics(self, client: int) -> Metrics | None:
-        """Metrics of m_n w on the client's own validation samples."""
-        held_out = self.clients.validation(client)
-        if held_out is None:
-            return None
-        mask_D = self.server.ranking.mask(self.server.ranking.rung(self.server.gmr.densities[client]))
-        return self.bench.measure(self.server.w_D * mask_D, in_batches(held_out, 512))
+    def _send(self, sent: Dispatch) -> float:
+        share = len(sent.values_S) / self.layout.size
+        megabytes = self.network.dispatch(sent.dispatch, sent.client, sent.density, share, self._sizes(sent))
+        self._await(sent)
+        if self._probing is not None:
+            self._probing.dispatched(sent)
+        return megabytes * 1e6
 
     # -- the theory's probe ---------------------------------------------------------------------------
 
@@ -335,7 +185,7 @@ class Simulation:
         probe = Probe(self.bench.model, self.layout, self.training.trainer, data)  # type: ignore[arg-type]
         return Probing(self.server, probe, self.training.learning_rate)
 
-    def _gradient_votes(self) -> list[bool]:
+    def _votes(self) -> list[bool]:
         return [] if self._probing is None else self._probing.gradient_votes(self._mean_seconds)
 
     def _mean_seconds(self, client: int, density: float) -> float:
@@ -344,12 +194,6 @@ class Simulation:
         share = ranking.ends[ranking.rung(density)] / self.layout.size
         megabytes = payload_megabytes(self.config, network.model_megabytes, density, share)
         return mean_flight_seconds(self.config, megabytes, client, density, network.densities[client])
-
-
-def model_sha256(w_D: Tensor) -> str:
-    """SHA-256 of the vector's little-endian bytes in layout order."""
-    array = w_D.detach().cpu().contiguous().numpy()
-    return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()
 
 
 def _upload(arrival: Arrival, update: LocalUpdate) -> UploadArrived:
@@ -366,7 +210,3 @@ def _upload(arrival: Arrival, update: LocalUpdate) -> UploadArrived:
         drift_sq=stats.drift_sq,
         change_sq=update.change_sq,
     )
-
-
-def _short(metrics: Metrics) -> dict[str, float | None]:
-    return {"accuracy": metrics.accuracy, "loss": metrics.loss}

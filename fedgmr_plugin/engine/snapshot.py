@@ -2,7 +2,7 @@
 
 The pair (meta, tensors) holds everything that changes: a server made with the same configuration, plan and
 layout continues from it, at any event, to the same bits; so does a simulation between two windows. Tensors
-may be written with safetensors; meta with `json`.
+may be written with safetensors; meta with `json`. A run with real clients (`Live`) continues at any event.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedgmr_plugin.engine.admission import Admitted, InFlight
 from fedgmr_plugin.engine.events import Dispatch, UploadArrived
+from fedgmr_plugin.engine.live import Live
 from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.engine.simulate import Simulation
 from fedgmr_plugin.kernels.density import GMRState, Plateau
@@ -57,6 +58,9 @@ def snapshot(server: Server) -> Snapshot:
         "dispatches": server.dispatches,
         "rejected": server.rejected,
         "counts": list(server.counts),
+        "samples": list(server.samples),
+        "away": sorted(server.away),
+        "overdue": sorted(server.overdue),
         "gmr": {
             "densities": list(server.gmr.densities),
             "floor": server.gmr.floor,
@@ -95,7 +99,8 @@ def restore(server: Server, state: Snapshot) -> None:
     server.version, server.time = meta["version"], meta["time"]
     server.phase, server.candidate = meta["phase"], meta["candidate"]
     server.dispatches, server.rejected = meta["dispatches"], meta["rejected"]
-    server.counts = list(meta["counts"])
+    server.counts, server.samples = list(meta["counts"]), list(meta["samples"])
+    server.away, server.overdue = set(meta["away"]), set(meta["overdue"])
     gmr = meta["gmr"]
     server.gmr = GMRState(
         tuple(gmr["densities"]),
@@ -148,3 +153,15 @@ def restore_simulation(simulation: Simulation, state: Snapshot) -> None:
     simulation.wait_for(pending)
     simulation.probed_starts = {version: tensors[f"start.{version}"] for version in meta["starts"]}
     simulation.traffic = meta["traffic"]
+
+
+def snapshot_live(live: Live) -> Snapshot:
+    """The state of a run with real clients; tensors are copies."""
+    meta, tensors = snapshot(live.server)
+    return Snapshot({"server": meta, "live": live.state()}, tensors)
+
+
+def restore_live(live: Live, state: Snapshot) -> None:
+    """Put a `live` run that has not started into `state`."""
+    restore(live.server, Snapshot(state.meta["server"], state.tensors))
+    live.load_state(state.meta["live"])

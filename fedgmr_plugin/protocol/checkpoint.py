@@ -23,7 +23,7 @@ from fedgmr_plugin.errors import RunLogError
 
 #: Folder of the checkpoints in a run's directory.
 FOLDER = "checkpoints"
-FORMAT = "fedgmr checkpoint 1"
+FORMAT = "fedgmr checkpoint 2"
 _KEPT = 2
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})\.safetensors")
 

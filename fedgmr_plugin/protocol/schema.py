@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 #: Version that the writer writes; the reader accepts every version with the same major number.
-SCHEMA = "1.0"
+SCHEMA = "1.1"
 
 #: Record type to its keys, in the order in which they are written (`type` comes first everywhere).
 RECORDS: dict[str, dict[str, str]] = {
@@ -72,6 +72,14 @@ RECORDS: dict[str, dict[str, str]] = {
         "client": "int",
         "code": "string",
         "message": "string",
+    },
+    "client": {
+        "window": "int",
+        "time": "number",
+        "client": "int",
+        "state": "string",
+        "dispatch": "int or null",
+        "density": "number",
     },
     "window": {
         "window": "int",
