@@ -81,6 +81,21 @@ class DispatchOverdue:
 
 
 @dataclass(frozen=True)
+class UploadRefused:
+    """A client answered its dispatch with something that could not be read; the dispatch is over.
+
+    Attributes:
+        code, message: of the error.
+    """
+
+    dispatch: int
+    client: int
+    time: float
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
 class WindowClosed:
     """The window is over: merge what has arrived. Times in seconds, `end` includes the aggregation."""
 
@@ -106,7 +121,7 @@ class Validated:
     gradient: Sequence[bool] = ()
 
 
-Event = UploadArrived | ClientJoined | ClientLeft | DispatchOverdue | WindowClosed | Validated
+Event = UploadArrived | UploadRefused | ClientJoined | ClientLeft | DispatchOverdue | WindowClosed | Validated
 
 # -- effects -----------------------------------------------------------------------------------------
 

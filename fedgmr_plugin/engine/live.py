@@ -27,6 +27,7 @@ from fedgmr_plugin.engine.events import (
     Effect,
     Record,
     UploadArrived,
+    UploadRefused,
     WindowClosed,
 )
 from fedgmr_plugin.engine.examiner import Examiner
@@ -40,7 +41,7 @@ class Tick:
     time: float
 
 
-LiveEvent = ClientJoined | ClientLeft | UploadArrived | Tick
+LiveEvent = ClientJoined | ClientLeft | UploadArrived | UploadRefused | Tick
 
 
 class Live(Course):
@@ -92,9 +93,11 @@ class Live(Course):
 
     # -- events ---------------------------------------------------------------------------------------
 
-    def _of(self, event: ClientJoined | ClientLeft | UploadArrived) -> list[Effect]:
+    def _of(self, event: ClientJoined | ClientLeft | UploadArrived | UploadRefused) -> list[Effect]:
         if isinstance(event, UploadArrived):
             return self._uploaded(event)
+        if isinstance(event, UploadRefused):
+            return self.server.handle(event) + self._try_again(event.dispatch, event.client)
         if isinstance(event, ClientJoined):
             if event.client not in self.server.away or event.client in self.retries:
                 return []
@@ -108,12 +111,17 @@ class Live(Course):
         self.window_up += upload.bytes_up
         effects = self.server.handle(upload)
         refused = next((e.fields["code"] for e in effects if isinstance(e, Record)), None)
-        if refused is None or refused in ANSWERED:
+        if refused is None:
             self.deadlines.pop(upload.dispatch, None)
-        if refused in ANSWERED:
-            self.retries[upload.client] = self.now + self.config.retry_seconds
-            self.server.away.add(upload.client)
+        elif refused in ANSWERED:
+            effects += self._try_again(upload.dispatch, upload.client)
         return effects
+
+    def _try_again(self, dispatch: int, client: int) -> list[Effect]:
+        """A client answered with nothing of use: it gets another sub-model, but not at once."""
+        self.deadlines.pop(dispatch, None)
+        self.retries[client] = self.now + self.config.retry_seconds
+        return self.server.handle(ClientLeft(client, self.now))
 
     def _due(self) -> list[Effect]:
         """What has become due by now: deadlines, and second attempts."""

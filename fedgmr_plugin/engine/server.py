@@ -39,6 +39,7 @@ from fedgmr_plugin.engine.events import (
     Finish,
     Record,
     UploadArrived,
+    UploadRefused,
     Validate,
     Validated,
     WindowClosed,
@@ -162,6 +163,8 @@ class Server:
         """
         if isinstance(event, UploadArrived):
             return self._upload(event)
+        if isinstance(event, UploadRefused):
+            return self._refused(event)
         if isinstance(event, ClientJoined):
             return self._joined(event)
         if isinstance(event, ClientLeft):
@@ -224,6 +227,7 @@ class Server:
             state=state,
             dispatch=dispatch,
             density=self.gmr.densities[client],
+            samples=self.samples[client],
         )
 
     # -- uploads --------------------------------------------------------------------------------------
@@ -237,17 +241,24 @@ class Server:
             self.rejected += 1
             if refusal.code in ANSWERED:
                 self._forget(upload.dispatch)
-            return [self._rejected(upload, refusal.code, refusal.message)]
+            return [self._rejected(upload.dispatch, upload.client, refusal.code, refusal.message)]
         self.staged[upload.dispatch] = admitted
         self.overdue.discard(upload.dispatch)
         return []
 
-    def _rejected(self, upload: UploadArrived, code: str, message: str) -> Record:
+    def _refused(self, event: UploadRefused) -> list[Effect]:
+        self.rejected += 1
+        flight = self.flights.get(event.dispatch)
+        if flight is not None and flight.client == event.client and event.dispatch not in self.staged:
+            self._forget(event.dispatch)
+        return [self._rejected(event.dispatch, event.client, event.code, event.message)]
+
+    def _rejected(self, dispatch: int, client: int, code: str, message: str) -> Record:
         return _record(
             "rejected",
             window=self.version,
-            dispatch=upload.dispatch,
-            client=upload.client,
+            dispatch=dispatch,
+            client=client,
             code=code,
             message=message,
         )
@@ -338,7 +349,12 @@ class Server:
         """Finite uploads added up to something that is not: none is merged, and the buffer stays."""
         self.rejected += len(arrived)
         refused: list[Effect] = [
-            self._rejected(a.upload, "GMR-403", "the merged model would hold NaN or infinity")
+            self._rejected(
+                a.upload.dispatch,
+                a.upload.client,
+                "GMR-403",
+                "the merged model would hold NaN or infinity",
+            )
             for a in arrived
         ]
         return [*refused, self._window([], 0, _NOBODY, 0.0, event)]

@@ -77,6 +77,34 @@ class Training:
     learning_rate: float
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Validation data of the server's own, the same for every client, whose training data are elsewhere.
+
+    Attributes:
+        samples: None for none.
+        seed: root of the seed tree.
+        count: N.
+    """
+
+    samples: Samples | None
+    seed: int
+    count: int
+
+    def train(self, client: int) -> Samples:
+        """Not here."""
+        raise RuntimeError(f"client {client} trains somewhere else")
+
+    def validation(self, client: int) -> Samples | None:
+        """What the server holds."""
+        return self.samples
+
+    @property
+    def anything_held_out(self) -> bool:
+        """Whether there are validation samples."""
+        return self.samples is not None and len(self.samples) > 0
+
+
 class Workbench:
     """A scratch model on which clients are trained and models are measured, one after another.
 
@@ -85,7 +113,7 @@ class Workbench:
         layout: map of the global vector.
         model: the scratch model; overwritten. Its modes and the buffers that are not in the layout are those
             of every training.
-        clients: training data.
+        clients: training and validation data.
         training: trainer, batch plan, learning rate.
     """
 
@@ -94,7 +122,7 @@ class Workbench:
         config: FedGMRConfig,
         layout: ModelLayout,
         model: nn.Module,
-        clients: Clients,
+        clients: Clients | HeldOut,
         training: Training,
     ) -> None:
         self.config, self.layout, self.model = config, layout, model

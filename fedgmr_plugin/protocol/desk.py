@@ -176,7 +176,7 @@ class Desk:
             if self._keys is not None:
                 raise WireError("GMR-743", "the message has no note")
             return self._plain(device, kind, message)
-        if note.device != device or note.run != self.run:
+        if note.device != device or (isinstance(note, StatusNote) and note.run != self.run):
             raise WireError("GMR-747", f"device={note.device} of run={shown(note.run)} on topic={topic}")
         return note
 

@@ -39,6 +39,7 @@ class StatusNote:
     """A device says that it is there, and what it is doing; repeated while it is.
 
     Attributes:
+        run: FedML's ``run_id``; in the other notes the server's token, which no other run has.
         state: ``ONLINE``, ``OFFLINE`` or ``FINISHED``.
         working: dispatch that it works on.
         answered: last dispatch that it answered.
@@ -78,7 +79,7 @@ class TaskNote:
     """A dispatch to a device.
 
     Attributes:
-        dispatch, version, density, count, scale: as in `fedgmr_plugin.engine.events.Dispatch`.
+        dispatch, client, version, density, count, scale: as in `fedgmr_plugin.engine.events.Dispatch`.
         ranking: digest.
         size: coordinates of the model, D.
         cuts: ends of the increments.
@@ -89,6 +90,7 @@ class TaskNote:
     device: int
     sequence: int
     dispatch: int
+    client: int
     version: int
     density: float
     count: int
@@ -279,7 +281,7 @@ _RULES: dict[type[Any], dict[str, _Rule]] = {
     AnswerNote: {**_SENDER, "dispatch": _integer, "update": _piece},
     TaskNote: {
         **_SENDER,
-        **dict.fromkeys(("dispatch", "version", "count", "size"), _integer),
+        **dict.fromkeys(("dispatch", "client", "version", "count", "size"), _integer),
         "density": _density,
         "scale": _number,
         "ranking": _ranking,

@@ -61,7 +61,7 @@ class Pieces:
     """
 
     def __init__(self, run: str, dtype: torch.dtype | None = None) -> None:
-        self._run, self._dtype = run, dtype
+        self._run, self.dtype = run, dtype
         self._values: dict[tuple[int, str], list[Piece]] = {}  # (version, ranking) to its increments
         self._masks: dict[str, list[Piece]] = {}  # ranking to its masks
         self._held: dict[int, tuple[str, int]] = {}  # client to the ranking and segments of its masks
@@ -80,7 +80,7 @@ class Pieces:
         values = self._values.setdefault((sent.version, digest), [])
         if len(values) < count:
             messages = increment_messages(
-                sent.values_S, order, run=self._run, version=sent.version, dtype=self._dtype
+                sent.values_S, order, run=self._run, version=sent.version, dtype=self.dtype
             )
             for k in range(len(values), count):
                 new.append(self._object(f"values/{sent.version}-{digest}-{k}", encode(messages[k])))
@@ -90,6 +90,12 @@ class Pieces:
         self._held[sent.client] = digest, max(known, count)
         received = sum(p.size for p in values[:count]) + sum(p.size for p in masks[known:count])
         return Parcel(tuple(values[:count]), tuple(masks[:count]), tuple(new), received)
+
+    def found(self, version: int, ranking: Ranking, rung: int) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """Increments and masks of a dispatch that was made before."""
+        count = len(PayloadOrder.by_rung(ranking, rung).tops)
+        values, masks = self._values[version, ranking.digest], self._masks[ranking.digest]
+        return tuple(values[:count]), tuple(masks[:count])
 
     def forget_client(self, client: int) -> None:
         """The client holds no mask any more: it was started again."""

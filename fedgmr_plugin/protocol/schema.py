@@ -80,6 +80,7 @@ RECORDS: dict[str, dict[str, str]] = {
         "state": "string",
         "dispatch": "int or null",
         "density": "number",
+        "samples": "int",
     },
     "window": {
         "window": "int",

@@ -1,0 +1,53 @@
+"""The events of a run with real clients as entries of its journal, and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, UploadArrived, UploadRefused
+from fedgmr_plugin.engine.live import LiveEvent, Tick
+from fedgmr_plugin.errors import RunLogError
+from fedgmr_plugin.protocol.journal import Entry
+
+_EVENTS: dict[str, type[Any]] = {
+    "joined": ClientJoined,
+    "left": ClientLeft,
+    "refused": UploadRefused,
+    "tick": Tick,
+    "upload": UploadArrived,
+}
+_NAMES = {kind: name for name, kind in _EVENTS.items()}
+_TYPES = {"<f4": torch.float32, "<f8": torch.float64}
+
+
+def entry_of(event: LiveEvent) -> Entry:
+    """An event, to the bit: values as they are, numbers in their shortest form that reads back the same."""
+    if not isinstance(event, UploadArrived):
+        return Entry({"event": _NAMES[type(event)], **asdict(event)})
+    fields = {k: v for k, v in vars(event).items() if k != "values_S"}
+    values = event.values_S.detach().cpu().contiguous().numpy()
+    dtype = values.dtype.newbyteorder("<").str
+    return Entry({"event": "upload", "dtype": dtype, **fields}, values.astype(dtype).tobytes())
+
+
+def event_of(entry: Entry) -> LiveEvent:
+    """The event of an entry.
+
+    Raises:
+        RunLogError: GMR-607 if it is none.
+    """
+    head = dict(entry.head)
+    try:
+        kind = _EVENTS[head.pop("event")]
+        if kind is UploadArrived:
+            dtype = head.pop("dtype")
+            array = np.frombuffer(bytearray(entry.payload), dtype=dtype)
+            head["values_S"] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).to(_TYPES[dtype])
+        event: LiveEvent = kind(**head)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunLogError("GMR-607", f"an entry is no event of this release: {error}") from error
+    return event

@@ -1,0 +1,1 @@
+"""FedGMR on real devices: FedML's cross-device runtime, MQTT and an object store."""

@@ -1,0 +1,357 @@
+"""The server of a run with real devices, between their messages and the engine.
+
+    message -> Desk (authentic?) -> joined, left, or an answer to fetch
+    fetched object -> wire format (sound?) -> upload, or refused
+    event -> journal (on the disk) -> Live (windows, merges) -> dispatches -> objects and messages
+
+Everything here happens in one thread, and nothing here waits: what takes time is given to `Hands`, and comes
+back as another call. What is kept is the checkpoint and the journal since; see ``docs/guarantees.md``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadRefused
+from fedgmr_plugin.engine.examiner import Examiner
+from fedgmr_plugin.engine.live import Live, LiveEvent, Tick
+from fedgmr_plugin.engine.server import Server
+from fedgmr_plugin.errors import WireError
+from fedgmr_plugin.protocol.desk import Desk, PlainAnswer, PlainStatus
+from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
+from fedgmr_plugin.protocol.history import entry_of, event_of
+from fedgmr_plugin.protocol.journal import Entry, Journal
+from fedgmr_plugin.protocol.messages import PayloadOrder, upload
+from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote
+from fedgmr_plugin.protocol.pieces import Piece, Pieces
+from fedgmr_plugin.protocol.wire import Limits, decode
+
+_log = logging.getLogger(__name__)
+
+_UPDATES: tuple[Kind, ...] = ("update",)
+Content = bytes | bytearray | memoryview
+#: Called with an object's content, or with why there is none.
+Fetched = Callable[[bytearray | WireError], None]
+
+
+class Hands(Protocol):
+    """Carries things to and from the store and the devices, in the order given, as long as it takes."""
+
+    def put(self, piece: Piece, content: Content) -> None:
+        """Store an object."""
+        ...
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        """Send a message, after everything that was given before it."""
+        ...
+
+    def fetch(self, piece: Piece, then: Fetched) -> None:
+        """Get an object of exactly that length and digest; `then` is called in the server's thread."""
+        ...
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects, after everything that was given before."""
+        ...
+
+    def unsent(self) -> list[tuple[Piece, Content]]:
+        """Objects that have not been stored yet."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a dispatch says besides its sub-model; see `fedgmr_plugin.engine.events.Dispatch`."""
+
+    count: int
+    scale: float
+
+
+class Office:
+    """One run's server.
+
+    Args:
+        server: not started yet.
+        examiner: measures its models.
+        record: receives every record of the run log but the header, in order.
+        desk, pieces: of the run.
+        token: name of this run that no other has, 16 hex digits; first part of every object's key.
+        hands: carries objects and messages.
+        clock: seconds since the run began; does not decrease.
+        measured: density of a device from its bandwidth (up, down; MB/s); None where the configuration says.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        examiner: Examiner,
+        record: Callable[[dict[str, Any]], None],
+        desk: Desk,
+        pieces: Pieces,
+        token: str,
+        hands: Hands,
+        clock: Callable[[], float],
+        measured: Callable[[float | None, float | None], float | None] = lambda up, down: None,
+    ) -> None:
+        self.live = Live(server, examiner, record, self._send)
+        self.server, self.desk, self.pieces, self.token = server, desk, pieces, token
+        self.journal: Journal | None = None
+        self.end: dict[str, Any] | None = None
+        self.tasks: dict[int, Task] = {}
+        self.seen: dict[int, float] = {}  # client to the second of its last message
+        self.waiting: list[LiveEvent] = []  # what could not be written down yet
+        self.paused = ""  # why
+        self._hands, self._clock, self._measured = hands, clock, measured
+        self._fetching: set[int] = set()  # dispatches whose answer is on its way
+        self._needless: list[str] = []
+        self._version = server.version
+
+    # -- beginning ------------------------------------------------------------------------------------
+
+    def begin(self, journal: Journal) -> None:
+        """Begin a new run."""
+        self.end = self.live.start()
+        self.journal = journal
+
+    def resume(
+        self, entries: Iterable[Entry], journal: Journal, unsent: Sequence[tuple[Piece, Content]]
+    ) -> None:
+        """Go on: the engine is as at a checkpoint (or has not started), and `entries` happened since.
+
+        Args:
+            journal: where the next events are written.
+            unsent: objects that were not stored at the checkpoint.
+        """
+        for piece, content in unsent:
+            self._hands.put(piece, content)
+        if self.server.phase == "ready":
+            self.end = self.live.start()
+        for entry in entries:
+            self._take(event_of(entry))
+        self.journal = journal
+        for dispatch in list(self.live.deadlines):
+            self._tell(dispatch)
+
+    # -- what happens ---------------------------------------------------------------------------------
+
+    def message(self, topic: str, payload: bytes) -> None:
+        """A message of a device, or of a stranger."""
+        now = self._clock()
+        try:
+            client, said = self.desk.read(topic, payload, now)
+        except WireError as refusal:
+            _log.debug("%s", refusal)
+            return
+        self.seen[client] = now
+        if self.end is not None:
+            self._finish(client)
+        elif any(client == getattr(event, "client", None) for event in self.waiting):
+            return  # paused: what it said before comes first, and it will say this again
+        elif isinstance(said, StatusNote):
+            self._status(client, said, now)
+        elif isinstance(said, AnswerNote):
+            self._answer(client, said, now)
+        else:
+            self._plain(client, said, now)
+
+    def tick(self) -> None:
+        """Do what has become due."""
+        now = self._clock()
+        due = self.live.next_tick()
+        if self.waiting or (due is not None and due <= now):
+            self._apply([] if due is None or due > now else [Tick(now)])
+
+    def next_tick(self) -> float | None:
+        """Second at which `tick` is to be called at the latest; None while nothing is waited for."""
+        return self._clock() + 1.0 if self.waiting else self.live.next_tick()
+
+    def _status(self, client: int, note: StatusNote, now: float) -> None:
+        if note.state != "ONLINE":
+            self._apply([ClientLeft(client, now)])
+        elif client in self.server.away:
+            self._welcome(client, now, self._measured(note.up, note.down), note.samples)
+        else:
+            self._remind(client, note.working)
+
+    def _welcome(
+        self, client: int, now: float, density: float | None = None, samples: int | None = None
+    ) -> None:
+        if client not in self.live.retries:
+            self._apply([ClientJoined(client, now, density, samples)])
+
+    def _answer(self, client: int, note: AnswerNote, now: float) -> None:
+        flight = self.server.flights.get(note.dispatch)
+        if note.run != self.token:
+            self.desk.count(client, "GMR-713")
+        elif flight is not None and flight.client != client:
+            self.desk.count(client, "GMR-406")
+        elif flight is None:
+            self._remind(client, note.dispatch)
+            if client in self.server.away:
+                self._welcome(client, now)
+        elif note.dispatch not in self.server.staged and note.dispatch not in self._fetching:
+            most = 8 + MOST_HEADER + flight.ranking.ends[flight.rung] * self._dtype.itemsize
+            if note.update.size > most:
+                problem = f"bytes={note.update.size} of an update that has {most} at most"
+                self._refuse(client, note.dispatch, WireError("GMR-710", problem))
+                return
+            self._fetching.add(note.dispatch)
+            self._hands.fetch(note.update, lambda content: self._fetched(client, note, content))
+
+    def _plain(self, client: int, said: PlainStatus | PlainAnswer, now: float) -> None:
+        """A device that knows nothing of masks."""
+        raise NotImplementedError
+
+    def _fetched(self, client: int, note: AnswerNote, content: bytearray | WireError) -> None:
+        self._fetching.discard(note.dispatch)
+        flight = self.server.flights.get(note.dispatch)
+        if flight is None or note.dispatch in self.server.staged or self.end is not None:
+            return
+        if isinstance(content, WireError):
+            self.desk.count(client, content.code)  # the device announces it again
+            return
+        now = self._clock()
+        try:
+            message = decode(content, self._limits(note.dispatch))
+            order = PayloadOrder.by_rung(flight.ranking, flight.rung)
+            arrived = upload(message, order, dtype=self.server.layout.dtype, time=now)
+            if (arrived.dispatch, arrived.client) != (note.dispatch, client):
+                raise WireError(
+                    "GMR-747", f"an update of dispatch={arrived.dispatch}, client={arrived.client}"
+                )
+        except WireError as refusal:
+            self._refuse(client, note.dispatch, refusal)
+            return
+        events: list[LiveEvent] = [arrived]
+        if client in self.server.away:
+            events.append(ClientJoined(client, now))
+        self._apply(events, [note.update.key])
+
+    def _limits(self, dispatch: int) -> Limits:
+        flight = self.server.flights[dispatch]
+        cuts = PayloadOrder.by_rung(flight.ranking, flight.rung).cuts
+        return Limits(
+            size=self.server.layout.size,
+            dtypes=(self._dtype,),
+            kinds=_UPDATES,
+            run=self.token,
+            known={flight.ranking.digest: cuts},
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Type in which values travel."""
+        return self.pieces.dtype or self.server.layout.dtype
+
+    def _refuse(self, client: int, dispatch: int, refusal: WireError) -> None:
+        self.desk.count(client, refusal.code)
+        self._apply([UploadRefused(dispatch, client, self._clock(), refusal.code, refusal.message)])
+
+    # -- events ---------------------------------------------------------------------------------------
+
+    def _apply(self, events: Sequence[LiveEvent], needless: Sequence[str] = ()) -> None:
+        """Write events down, then let them happen; where the disk is full they wait, in their order.
+
+        Args:
+            needless: objects that are not needed once the events are written down.
+        """
+        if self.journal is None:
+            raise RuntimeError("the run has not begun")
+        self.waiting += events
+        self._needless += needless
+        try:
+            self.journal.append([entry_of(event) for event in self.waiting])
+        except OSError as error:
+            if not self.paused:
+                _log.warning("paused: %s; events wait until they can be written", error)
+            self.paused = str(error)
+            return
+        if self.paused:
+            _log.warning("the journal can be written again: going on")
+        self.paused = ""
+        ready, self.waiting = self.waiting, []
+        needless, self._needless = self._needless, []
+        for event in ready:
+            self._take(event)
+        self._hands.delete(needless)
+
+    def _take(self, event: LiveEvent) -> None:
+        if self.end is not None:
+            return
+        if isinstance(event, ClientJoined) and event.client in self.server.away:
+            self.pieces.forget_client(event.client)
+        self.end = self.live.handle(event)
+        if self.server.version != self._version:
+            self._version = self.server.version
+            self.tasks = {d: task for d, task in self.tasks.items() if d in self.server.flights}
+            used = {(f.version, f.ranking.digest) for f in self.server.flights.values()}
+            self._hands.delete(self.pieces.drop_unused(used))
+        if self.end is not None:
+            for client in range(len(self.desk.devices)):
+                self._finish(client)
+
+    # -- to devices -----------------------------------------------------------------------------------
+
+    def _send(self, sent: Dispatch) -> tuple[float, float]:
+        parcel = self.pieces.of(sent)
+        self.tasks[sent.dispatch] = Task(sent.count, sent.learning_rate_scale)
+        for piece, content in parcel.new:
+            self._hands.put(piece, content)
+        if self.journal is not None:  # else the past is repeated, and what is still out is told at its end
+            self._tell(sent.dispatch)
+        return float(parcel.received), float(sum(piece.size for piece, _ in parcel.new))
+
+    def _remind(self, client: int, knows: int | None) -> None:
+        """Tell a device its dispatch again if it knows of another one or of none."""
+        for dispatch in self.live.deadlines:
+            flight = self.server.flights[dispatch]
+            if flight.client == client and dispatch != knows and dispatch not in self._fetching:
+                self._tell(dispatch)
+
+    def _tell(self, dispatch: int) -> None:
+        flight, task = self.server.flights[dispatch], self.tasks[dispatch]
+        values, masks = self.pieces.found(flight.version, flight.ranking, flight.rung)
+        note = TaskNote(
+            run=self.token,
+            device=self.desk.devices[flight.client],
+            sequence=self.desk.next_sequence(),
+            dispatch=dispatch,
+            client=flight.client,
+            version=flight.version,
+            density=flight.density,
+            count=task.count,
+            scale=task.scale,
+            ranking=flight.ranking.digest,
+            size=self.server.layout.size,
+            cuts=PayloadOrder.by_rung(flight.ranking, flight.rung).cuts,
+            values=values,
+            masks=masks,
+        )
+        fields = {"model_params": values[0].key, "client_idx": str(flight.client)}
+        self._hands.publish(*self.desk.write(note, flight.client, fields))
+
+    def _finish(self, client: int) -> None:
+        note = FinishNote(self.token, self.desk.devices[client], self.desk.next_sequence())
+        self._hands.publish(*self.desk.write(note, client, {"client_idx": str(client)}))
+
+    # -- state ----------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able state beyond the engine's; `load_state` restores it."""
+        return {
+            "token": self.token,
+            "desk": self.desk.state(),
+            "pieces": self.pieces.state(),
+            "tasks": [[d, task.count, task.scale] for d, task in self.tasks.items()],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.desk.load_state(state["desk"])
+        self.pieces.load_state(state["pieces"])
+        self.tasks = {d: Task(count, scale) for d, count, scale in state["tasks"]}
+        self._version = self.server.version

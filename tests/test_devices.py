@@ -1,0 +1,115 @@
+"""Real devices on a loopback world: the whole protocol, with every fault of a field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
+from fedgmr_plugin.engine.replay import Comparison, Replay
+from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.protocol.schema import problems
+from fedgmr_plugin.runtimes.devices.field import Field, Problem
+from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
+
+KEYS = {n: bytes([n]) * 32 for n in range(1, 9)}
+
+
+def mlp() -> nn.Module:
+    with isolated_rng(5):
+        return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def samples(client: int, count: int = 60) -> TensorSamples:
+    """The class is where a random projection is largest."""
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(100 + client))
+    teacher = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    return TensorSamples(x, (x @ teacher).argmax(1))
+
+
+PROBLEM = Problem(mlp, samples, samples(999, 150), samples(998, 200), BatchPlan(8, 4, 1, True, 3), 0.3)
+
+
+def make(
+    folder: Path,
+    devices: int = 4,
+    windows: int = 12,
+    faults: Faults | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Field:
+    common: dict[str, Any] = {
+        "densities": (1.0, 0.5, 0.2, 0.1)[:devices],
+        "interval": 3,
+        "patience": 1,
+        "window_slack": 0.1,
+        "answer_deadline": 10.0,
+        "retry_seconds": 3.0,
+    }
+    config = FedGMRConfig(**{**common, **options})
+    world = Loopback(seed, faults)
+    return Field(
+        PROBLEM, config, folder, devices, windows, world, KEYS, seconds=lambda n: 0.2 + 0.3 * n, rate=100.0
+    )
+
+
+def start(field: Field) -> Field:
+    field.begin()
+    for n in range(field.count):
+        field.device(n)
+    return field
+
+
+def test_devices_train_to_the_end(tmp_path: Path) -> None:
+    field = start(make(tmp_path))
+    end = field.run()
+    assert end["windows"] == 12 and end["rejected"] == 0
+    assert [p for r in field.log for p in problems(r)] == []
+    accuracy = [r["accuracy"] for r in field.records("evaluation")]
+    assert accuracy[-1] > 0.8 > accuracy[0]
+    assert len(field.trained) == len(set(field.trained))
+    arrivals = [r["dispatch"] for r in field.records("arrival")]
+    assert len(arrivals) == len(set(arrivals))
+    assert field.records("restoration")
+
+
+def replayed(field: Field) -> Comparison:
+    """The run's log through the engine in one process, as another process would read it."""
+    other = make(field.folder, field.count, field.windows)
+    other.config = field.config
+    server, examiner = other.parts()
+    bench = other.trainer_bench()
+    return Replay(server, examiner, bench.train).run(json.loads(json.dumps(field.log)))
+
+
+@pytest.mark.parametrize("options", [{}, {"update_form": "replacement", "update_scope": "buffer"}])
+def test_the_log_replayed_gives_the_same_model(tmp_path: Path, options: dict[str, Any]) -> None:
+    field = make(tmp_path, faults=Faults(loss=0.2, duplicate=0.2), **options).begin()
+    for n in range(4):
+        field.device(n)
+    field.until(lambda: field.office.server.version == 3)
+    field.stop(2)
+    field.until(lambda: len(field.records("client")) > 6)
+    field.device(2)
+    end = field.run()
+    found = replayed(field)
+    assert (found.where, found.differences) == ("", [])
+    assert found.end is not None and found.end["model_sha256"] == end["model_sha256"]
+    assert found.records > 60
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.1, 0.3, 0.5])
+def test_a_lossy_field_comes_to_its_end(tmp_path: Path, loss: float) -> None:
+    faults = Faults(loss=loss, duplicate=loss, most=2.0)
+    field = start(make(tmp_path, faults=faults, seed=round(10 * loss), answer_deadline=60.0))
+    field.run(20_000)
+    arrivals = [r["dispatch"] for r in field.records("arrival")]
+    assert len(arrivals) == len(set(arrivals))
+    assert len(field.trained) == len(set(field.trained)), "a dispatch was trained twice"
+    assert field.records("evaluation")[-1]["accuracy"] > 0.6
