@@ -256,6 +256,24 @@ class FedGMRConfig(BaseModel):
         30.0, description="Seconds until a device whose answer was refused gets another sub-model."
     )
 
+    heartbeat_seconds: Positive = Field(
+        15.0, description="Seconds after which a device repeats what it said last."
+    )
+    measured_densities: bool = Field(
+        False,
+        description="Give each device the largest rung of the ladder that its measured upload bandwidth "
+        "reaches, `client_upload` being density 1, instead of what `densities` or `heterogeneity` say.",
+    )
+    device_authentication: Literal["hmac", "off"] = Field(
+        "hmac",
+        description="`hmac`: every message is signed with its device's key; `off`: whoever reaches the "
+        "broker is believed, and FedML's own devices can take part.",
+    )
+    device_keys: str | None = Field(
+        None,
+        description="JSON file of the devices' keys, as `fedgmr keys` writes it; a device's has its own.",
+    )
+
     # -- records -----------------------------------------------------------------------------------
     run_name: str | None = Field(None, description="Name of the run's directory; numbered when absent.")
     output_dir: str = Field("fedgmr_runs", description="Directory that holds the runs' directories.")

@@ -82,6 +82,17 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "`run_name` names a directory that holds a finished or interrupted run; nothing is overwritten.",
         "Choose another `run_name`, leave it out to number runs, or move the old directory away.",
     ),
+    "GMR-111": CatalogueEntry(
+        "device keys missing",
+        "Devices are authenticated, and the file of their keys is not given, cannot be read, or lacks a device.",
+        "Make one with `fedgmr keys`, name it in `device_keys`, or say `device_authentication: off` where "
+        "nobody but the devices can reach the broker.",
+    ),
+    "GMR-112": CatalogueEntry(
+        "connection not configured",
+        "The keys that name the broker and the object store are missing or wrong.",
+        "See docs/devices.md for `customized_training_mqtt_config` and `customized_training_s3_config`.",
+    ),
     "GMR-201": CatalogueEntry(
         "no prunable weights",
         "No convolution, linear or embedding weight is left to prune, so every sub-model is the model.",
@@ -215,6 +226,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "There are more ranks than clients, or the ranks of a job have another model, other data, another "
         "configuration or other versions than rank 0.",
         "Start every rank with the same script, arguments, data and environment, and no more than clients.",
+    ),
+    "GMR-514": CatalogueEntry(
+        "broker or store refuses",
+        "The MQTT broker or the object store was reached and refuses: a wrong password, no such bucket, TLS.",
+        "Check the keys of `customized_training_mqtt_config` and `customized_training_s3_config`.",
     ),
     "GMR-601": CatalogueEntry(
         "run log not found",

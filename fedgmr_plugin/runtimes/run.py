@@ -1,4 +1,4 @@
-"""One run of the method, whoever trains: its log, its checkpoints, its progress, its model.
+"""A simulated run: the engine on its virtual clock, with checkpoints on the way.
 
 FedML constructs a runtime with its five objects and calls it; `fedgmr_plugin.runtimes.setup` has translated
 them, and the engine does the work.
@@ -7,20 +7,14 @@ them, and the engine does the work.
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import platform
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import click
-import torch
-import yaml
-from safetensors.torch import save_file
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig, effective
@@ -33,113 +27,43 @@ from fedgmr_plugin.engine.snapshot import Snapshot, restore_simulation, snapshot
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels.cost import cost_of_layer, macs_per_weight
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
-from fedgmr_plugin.protocol.checkpoint import FOLDER, Checkpoint, save
+from fedgmr_plugin.protocol.checkpoint import FOLDER, Checkpoint
 from fedgmr_plugin.protocol.runlog import LOG_NAME, RunLogWriter
 from fedgmr_plugin.protocol.schema import SCHEMA
 from fedgmr_plugin.protocol.sizes import MessageSizes
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.aggregator import AggregatorBridge
-from fedgmr_plugin.runtimes.command import Command, next_run
+from fedgmr_plugin.runtimes.command import next_run
 from fedgmr_plugin.runtimes.distributed.pool import PATIENCE, Workers
 from fedgmr_plugin.runtimes.merge_hooks import MergeHooks
-from fedgmr_plugin.runtimes.progress import Progress
+from fedgmr_plugin.runtimes.recorded import RecordedRun
 from fedgmr_plugin.runtimes.settings import as_mapping
 from fedgmr_plugin.runtimes.setup import Setup, dense_megabytes, links
 from fedgmr_plugin.runtimes.trainer import is_known
 
-_log = logging.getLogger(__name__)
 _PACKAGES = ("fedgmr", "fedml", "torch", "torchvision", "numpy")
 
 
 @dataclass
-class Run:
-    """One run, constructed and validated; `train` carries it out.
+class Run(RecordedRun):
+    """A simulated run.
 
     Attributes:
-        directory: where the run log, the effective configuration and the model are written.
-        resumed: whether it goes on with an interrupted run.
+        sizes: what dispatches move.
         workers: who trains, where it is not this process alone.
-        again: the command that continues it.
-        end: the run's `end` record after `train`.
     """
 
-    simulation: Simulation
-    model: nn.Module
-    header: dict[str, Any]
-    directory: Path
-    on_record: Callable[[dict[str, Any]], None]
-    sizes: MessageSizes
-    command: Command
-    resumed: bool = False
-    again: str = "fedgmr resume"
+    sizes: MessageSizes = field(default_factory=MessageSizes)
     workers: Workers | None = None
-    end: dict[str, Any] | None = None
-    _writer: RunLogWriter | None = None
 
-    def train(self) -> None:
-        """Run to the end of the budget; the model given to FedML then holds what is shipped.
-
-        Where `fedgmr resume` goes on with an interrupted run, from its last checkpoint.
-
-        Raises:
-            RunLogError: GMR-604 if another process trains in the run's directory; GMR-604 to GMR-606 if the
-                run to go on with cannot be continued.
-        """
-        started = time.monotonic()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with resume.locked(self.directory):
-            checkpoint = self._prepare()
-            writer = RunLogWriter(
-                self.directory,
-                overwrite=self.resumed,
-                resume_at=None if checkpoint is None else checkpoint.meta["log_bytes"],
-            )
-            with writer, Progress(self.header) as progress:
-                self._writer, self._progress = writer, progress
-                with threads(self.simulation.config.cpu_threads), self._workers_ended(), self._way_on():
-                    end = self._advance(writer, checkpoint)
-                    self._save_model()
-                    self.end = {**end, "wall_seconds": time.monotonic() - started}
-                    writer.write(self.end)
-        _log.info("model sha256: %s", end["model_sha256"])
-        progress.close_with(self.end, self.directory)
-
-    def _save_model(self) -> None:
-        """What is shipped, in the model that FedML was given and in the run's directory."""
-        server = self.simulation.server
-        shipped = server.model(server.candidate)
-        self.simulation.bench.place(shipped)
-        state = server.layout.state_dict(self.model, shipped)
-        draft = self.directory / "model.draft"
-        save_file({k: v.cpu().contiguous() for k, v in state.items()}, str(draft))
-        draft.rename(self.directory / "model.safetensors")
-
-    @contextmanager
-    def _way_on(self) -> Iterator[None]:
-        """Say how to continue where training is interrupted."""
-        try:
-            yield
-        except BaseException:
-            if self.command.script and self.command.run == 1:
-                path = shlex.quote(str(self.directory))
-                click.echo(f"interrupted; to continue: {self.again} {path}", err=True)
-            raise
-
-    def _prepare(self) -> Checkpoint | None:
-        """Make the run's directory ready; the checkpoint to go on from, if there is one."""
-        checkpoint = None
-        if self.resumed:
-            checkpoint = resume.checkpoint_of(self.directory, self.header)
-        else:
-            resume.remember(self.directory, self.command)
-        self._write_config()
-        return checkpoint
+    @property
+    def simulation(self) -> Simulation:
+        """The engine."""
+        return cast(Simulation, self.course)
 
     def _advance(self, writer: RunLogWriter, checkpoint: Checkpoint | None) -> dict[str, Any]:
-        """The run from its beginning or from `checkpoint`, with checkpoints on the way; its `end` record."""
         seconds = self.simulation.config.checkpoint_seconds
         if checkpoint is None:
-            writer.write(self.header)
             end = self.simulation.start()
         else:
             restore_simulation(self.simulation, Snapshot(checkpoint.meta["simulation"], checkpoint.tensors))
@@ -149,22 +73,13 @@ class Run:
         while end is None:
             end = self.simulation.step()
             if end is None and seconds is not None and time.monotonic() - saved >= seconds:
-                self._save_checkpoint(writer)
+                meta, tensors = snapshot_simulation(self.simulation)
+                self._save_checkpoint(writer, {"simulation": meta, "sizes": self.sizes.state()}, tensors)
                 saved = time.monotonic()
         return end
 
-    def _save_checkpoint(self, writer: RunLogWriter) -> None:
-        """A run goes on without a checkpoint that cannot be written."""
-        meta, tensors = snapshot_simulation(self.simulation)
-        size, digest = writer.sync()
-        state = {"simulation": meta, "sizes": self.sizes.state(), "log_bytes": size, "log_sha256": digest}
-        try:
-            save(self.directory, self.simulation.server.version, state, tensors)
-        except OSError as error:
-            _log.warning("%s", error)
-
     @contextmanager
-    def _workers_ended(self) -> Iterator[None]:
+    def _helped(self) -> Iterator[None]:
         """End the processes that train with the run: at leisure, or at once where it failed."""
         patience: float | None = PATIENCE
         try:
@@ -173,19 +88,6 @@ class Run:
         finally:
             if self.workers is not None:
                 self.workers.close(patience)
-
-    def record(self, fields: dict[str, Any]) -> None:
-        """Observer of the simulation: the run log, the progress line, FedML's own metrics."""
-        if self._writer is not None:
-            self._writer.write(fields)
-            self._progress.record(fields)
-        self.on_record(fields)
-
-    def _write_config(self) -> None:
-        fedml = {key: value for key, value in self.header["fedml"].items() if key != "aggregation_hooks"}
-        content = {"fedml": fedml, "fedgmr_args": self.header["config"]}
-        text = yaml.safe_dump(content, sort_keys=False)
-        (self.directory / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | None = None) -> Run:
@@ -238,17 +140,17 @@ def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | Non
         evaluate=evaluate if bridge.user_defined else None,
         sizes=sizes if config.payload_rule == "encoded" else lambda sent: None,
     )
-    header = _header(setup, directory.name, megabytes, hooked=hooks is not None)
-    report = _fedml_metrics(setup.args)
+    header = run_header(setup, directory.name, megabytes, hooked=hooks is not None)
+    report = fedml_metrics(setup.args)
     run = Run(
         simulation,
         model,
         header,
         directory,
         report,
-        sizes,
         next_run(),
         resumed=resumed is not None,
+        sizes=sizes,
         workers=workers,
     )
     return run
@@ -263,7 +165,7 @@ def _layer_costs(setup: Setup) -> tuple[float, ...] | None:
         return tuple(cost_of_layer(setup.layout, macs_per_weight(setup.model, setup.layout, example)))
 
 
-def _header(setup: Setup, name: str, megabytes: float, *, hooked: bool) -> dict[str, Any]:
+def run_header(setup: Setup, name: str, megabytes: float, *, hooked: bool) -> dict[str, Any]:
     """The run log's first record."""
     config, keys, layout = setup.config, setup.keys, setup.layout
     return {
@@ -311,7 +213,7 @@ def run_directory(config: FedGMRConfig) -> Path:
     return parent / f"run-{max(taken, default=0) + 1:03d}"
 
 
-def _fedml_metrics(args: Any) -> Callable[[dict[str, Any]], None]:
+def fedml_metrics(args: Any) -> Callable[[dict[str, Any]], None]:
     """Evaluations go where FedML's own algorithms send theirs: its tracking, and wandb if enabled."""
 
     def report(fields: dict[str, Any]) -> None:
@@ -329,17 +231,6 @@ def _fedml_metrics(args: Any) -> Callable[[dict[str, Any]], None]:
             wandb.log({**metrics, "round": fields["window"]})
 
     return report
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch use `count` CPU threads; 0 changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _versions() -> dict[str, str]:

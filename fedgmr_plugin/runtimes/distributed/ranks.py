@@ -36,7 +36,8 @@ from fedgmr_plugin.runtimes.distributed import job
 from fedgmr_plugin.runtimes.distributed.channel import Channel, Gone
 from fedgmr_plugin.runtimes.distributed.pool import PATIENCE, Pool, Workers
 from fedgmr_plugin.runtimes.distributed.worker import Failed, serve
-from fedgmr_plugin.runtimes.run import Run, assemble, threads
+from fedgmr_plugin.runtimes.recorded import threads
+from fedgmr_plugin.runtimes.run import Run, assemble
 from fedgmr_plugin.runtimes.settings import as_mapping
 from fedgmr_plugin.runtimes.setup import Setup, prepare
 

@@ -1,0 +1,147 @@
+"""Where a run with devices meets: FedML's keys for the broker and the object store, and the devices' keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.errors import ConfigError
+
+MQTT, S3 = "customized_training_mqtt_config", "customized_training_s3_config"
+
+
+class Broker(NamedTuple):
+    """An MQTT broker: ``BROKER_HOST``, ``BROKER_PORT``, ``MQTT_USER``, ``MQTT_PWD``, ``MQTT_KEEPALIVE`` (seconds), and
+    for TLS ``MQTT_TLS_CA``, ``MQTT_TLS_CERT``, ``MQTT_TLS_KEY`` (files)."""
+
+    host: str
+    port: int
+    user: str | None = None
+    password: str | None = None
+    keepalive: int = 60
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+
+class Bucket(NamedTuple):
+    """A bucket of an S3 store: ``CN_S3_ENDPOINT``, ``BUCKET_NAME``, ``CN_S3_AKI``, ``CN_S3_SAK``, ``CN_REGION_NAME``."""
+
+    endpoint: str | None
+    name: str
+    key_id: str
+    secret: str
+    region: str | None = None
+
+
+class Connection(NamedTuple):
+    """What a process of the run has to know of the others.
+
+    Attributes:
+        run, server: FedML's ``run_id`` and ``server_id``.
+        devices: ``client_id_list``, in the order of the clients.
+    """
+
+    run: str
+    server: int
+    devices: tuple[int, ...]
+    broker: Broker
+    bucket: Bucket
+
+
+def connection(args: Any) -> Connection:
+    """The connection that FedML's arguments describe.
+
+    Raises:
+        ConfigError: GMR-112.
+    """
+    where = getattr(args, "yaml_config_file", "") or "args"
+    mqtt, s3 = (_section(args, name, where) for name in (MQTT, S3))
+    broker = Broker(
+        _required(mqtt, "BROKER_HOST", MQTT, where),
+        _port(mqtt, where),
+        mqtt.get("MQTT_USER") or None,
+        mqtt.get("MQTT_PWD") or None,
+        int(mqtt.get("MQTT_KEEPALIVE") or 60),
+        mqtt.get("MQTT_TLS_CA"),
+        mqtt.get("MQTT_TLS_CERT"),
+        mqtt.get("MQTT_TLS_KEY"),
+    )
+    bucket = Bucket(
+        s3.get("CN_S3_ENDPOINT"),
+        _required(s3, "BUCKET_NAME", S3, where),
+        _required(s3, "CN_S3_AKI", S3, where),
+        _required(s3, "CN_S3_SAK", S3, where),
+        s3.get("CN_REGION_NAME"),
+    )
+    run = str(getattr(args, "run_id", "0"))
+    if not re.fullmatch(r"[\w.-]{1,64}", run):
+        raise ConfigError("GMR-112", f"run_id={run!r} is no name of letters, digits, _, . and -", where=where)
+    return Connection(run, int(getattr(args, "server_id", 0) or 0), device_ids(args), broker, bucket)
+
+
+def device_ids(args: Any) -> tuple[int, ...]:
+    """FedML's ``client_id_list``: a list, or the text of one.
+
+    Raises:
+        ConfigError: GMR-112.
+    """
+    given = getattr(args, "client_id_list", None)
+    where = f"{getattr(args, 'yaml_config_file', '') or 'args'}: client_id_list"
+    try:
+        found = json.loads(given.replace("'", '"')) if isinstance(given, str) else given
+        ids = tuple(int(item) for item in found)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "GMR-112", f"client_id_list={given!r} is no list of whole numbers", where=where
+        ) from error
+    if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
+        raise ConfigError("GMR-112", f"client_id_list={given!r} has no id, or one twice", where=where)
+    return ids
+
+
+def device_keys(config: FedGMRConfig, devices: tuple[int, ...], where: str) -> dict[int, bytes] | None:
+    """The key of each device; None where devices are not authenticated.
+
+    Raises:
+        ConfigError: GMR-111.
+    """
+    if config.device_authentication == "off":
+        return None
+    if config.device_keys is None:
+        raise ConfigError("GMR-111", "device_keys is not given", where=f"{where}: fedgmr_args.device_keys")
+    try:
+        found = json.loads(Path(config.device_keys).read_text(encoding="utf-8"))
+        keys = {device: bytes.fromhex(found[str(device)]) for device in devices}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"device {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ConfigError("GMR-111", f"device_keys={config.device_keys}: {what}", where=where) from error
+    short = [device for device, key in keys.items() if len(key) < 16]
+    if short:
+        raise ConfigError("GMR-111", f"the key of device {short[0]} has fewer than 16 bytes", where=where)
+    return keys
+
+
+def _section(args: Any, name: str, where: str) -> Mapping[str, Any]:
+    section = getattr(args, name, None)
+    if not isinstance(section, Mapping):
+        raise ConfigError("GMR-112", f"{name} is missing", where=where)
+    return section
+
+
+def _required(section: Mapping[str, Any], key: str, name: str, where: str) -> str:
+    value = section.get(key)
+    if value in (None, ""):
+        raise ConfigError("GMR-112", f"{key} is missing", where=f"{where}: {name}")
+    return str(value)
+
+
+def _port(section: Mapping[str, Any], where: str) -> int:
+    value = section.get("BROKER_PORT", 1883)
+    if isinstance(value, bool) or not str(value).isdecimal() or not 0 < int(value) < 65_536:
+        raise ConfigError("GMR-112", f"BROKER_PORT={value!r} is no port", where=f"{where}: {MQTT}")
+    return int(value)

@@ -1,0 +1,149 @@
+"""What takes time, in threads: storing and sending in their order, fetching several at once."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from fedgmr_plugin.errors import FedGMRError, WireError
+from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.runtimes.devices.office import Content, Fetched
+from fedgmr_plugin.runtimes.devices.store import Unreachable
+
+_log = logging.getLogger(__name__)
+_FIRST_WAIT, _LONGEST_WAIT = 0.25, 15.0
+
+
+class Store(Protocol):
+    """As `S3Store`."""
+
+    def put(self, piece: Piece, content: Content) -> None: ...
+    def get(self, piece: Piece) -> bytearray: ...
+    def delete(self, keys: Sequence[str]) -> None: ...
+
+
+class Link(Protocol):
+    """As `MqttLink`."""
+
+    def publish(self, topic: str, payload: bytes) -> None: ...
+
+
+class ThreadedHands:
+    """See `fedgmr_plugin.runtimes.devices.office.Hands`; what is unreachable is tried again for ever.
+
+    Args:
+        store, link: where to.
+        inbox: calls that are to be made in the owner's thread are put here.
+        fetches: objects fetched at the same time.
+    """
+
+    def __init__(self, store: Store, link: Link, inbox: queue.Queue[Any], fetches: int = 8) -> None:
+        self._store, self._link, self._inbox = store, link, inbox
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._unsent: dict[int, tuple[Piece, Content]] = {}
+        self._changed = threading.Condition()
+        self._stopped = threading.Event()
+        self._puts = 0
+        self._pool = ThreadPoolExecutor(fetches, thread_name_prefix="fedgmr-fetch")
+        self._thread = threading.Thread(target=self._work, name="fedgmr-outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, piece: Piece, content: Content) -> None:
+        number = self._puts = self._puts + 1
+        with self._changed:
+            self._unsent[number] = piece, content
+
+        def store() -> None:
+            self._patiently(lambda: self._store.put(piece, content))
+            with self._changed:
+                del self._unsent[number]
+
+        self._give(store)
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        self._give(lambda: self._link.publish(topic, payload))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        if keys:
+            self._give(lambda: self._patiently(lambda: self._store.delete(list(keys))))
+
+    def fetch(self, piece: Piece, then: Fetched) -> None:
+        def get() -> None:
+            found: list[bytearray | WireError] = []
+            try:
+                self._patiently(lambda: found.append(self._store.get(piece)))
+            except WireError as error:
+                found.append(error)
+            except FedGMRError as error:
+                self._fail(error)
+                return
+            if found:
+                self._inbox.put(lambda: then(found[0]))
+
+        self._pool.submit(get)
+
+    def unsent(self) -> list[tuple[Piece, Content]]:
+        with self._changed:
+            return list(self._unsent.values())
+
+    def flush(self, patience: float) -> bool:
+        """Wait until everything given has been carried out, `patience` seconds at most."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._jobs, patience)
+
+    def close(self) -> None:
+        """Stop; what was not carried out is forgotten."""
+        self._stopped.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._thread.join(timeout=5)
+
+    def _give(self, job: Callable[[], None]) -> None:
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._stopped.is_set())
+                if self._stopped.is_set():
+                    return
+                job = self._jobs[0]
+            try:
+                job()
+            except FedGMRError as error:
+                self._fail(error)
+            with self._changed:
+                self._jobs.popleft()
+                self._changed.notify_all()
+
+    def _fail(self, error: FedGMRError) -> None:
+        """Have the owner raise `error`."""
+
+        def fail() -> None:
+            raise error
+
+        self._inbox.put(fail)
+
+    def _patiently(self, action: Callable[[], None]) -> None:
+        """Do something until it works, ever more rarely."""
+        wait = 0.0
+        while not self._stopped.is_set():
+            try:
+                action()
+            except Unreachable as error:
+                if wait == 0.0:
+                    _log.warning("the store cannot be reached, trying again: %s", error)
+                wait = min(max(2 * wait, _FIRST_WAIT), _LONGEST_WAIT)
+                self._stopped.wait(wait)
+                continue
+            if wait:
+                _log.warning("the store can be reached again")
+            return

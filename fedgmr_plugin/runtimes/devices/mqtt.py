@@ -1,0 +1,100 @@
+"""The MQTT connection of one process: it stays, or comes back."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import paho.mqtt.client as mqtt
+
+from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.protocol.notes import MOST_MESSAGE
+from fedgmr_plugin.runtimes.devices.connection import Broker
+
+_log = logging.getLogger(__name__)
+#: At least once: the protocol does not mind duplicates, and half the packets of FedML's "exactly once".
+_QOS = 1
+_REFUSALS = {1: "protocol version", 2: "client identifier", 4: "user or password", 5: "not authorised"}
+
+
+class MqttLink:
+    """Publishes, and puts what arrives into a queue as (topic, payload).
+
+    Args:
+        broker: where.
+        topics: to subscribe to.
+        inbox: gets the messages; what does not fit into it is dropped, for its sender to repeat.
+        will: topic and payload of what the broker says when the connection breaks.
+        on_connected: called in the connection's thread, at every connection.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        topics: Sequence[str],
+        inbox: queue.Queue[Any],
+        will: tuple[str, bytes] | None = None,
+    ) -> None:
+        self._broker, self._topics, self._inbox = broker, list(topics), inbox
+        self.refused: HostError | None = None
+        self.connected = threading.Event()
+        self._client = mqtt.Client(client_id=f"fedgmr-{uuid.uuid4().hex[:16]}", clean_session=True)
+        self._client.max_queued_messages_set(100_000)
+        self._client.reconnect_delay_set(1, 30)
+        if broker.user is not None:
+            self._client.username_pw_set(broker.user, broker.password)
+        if broker.ca is not None or broker.certificate is not None:
+            self._client.tls_set(broker.ca, broker.certificate, broker.key)
+        if will is not None:
+            self._client.will_set(*will, qos=_QOS)
+        self._client.on_connect = self._on_connect
+        self._client.on_disconnect = self._on_disconnect
+        self._client.on_message = self._on_message
+
+    def start(self) -> None:
+        """Connect, now or as soon as there is a broker; returns at once."""
+        self._client.connect_async(self._broker.host, self._broker.port, self._broker.keepalive)
+        self._client.loop_start()
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        """Send a message, now or when the connection is back."""
+        self._client.publish(topic, payload, qos=_QOS)
+
+    def stop(self, patience: float = 5.0) -> None:
+        """Disconnect when everything published has been acknowledged, or after `patience` seconds."""
+        deadline = threading.Event()
+        waited = 0.0
+        while self.connected.is_set() and self._client._out_messages and waited < patience:
+            deadline.wait(0.02)
+            waited += 0.02
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def _on_connect(self, client: Any, userdata: Any, flags: Any, code: int) -> None:
+        if code == 0:
+            for start in range(0, len(self._topics), 100):
+                client.subscribe([(topic, _QOS) for topic in self._topics[start : start + 100]])
+            self.connected.set()
+            self.refused = None
+            _log.info("connected to the broker at %s:%d", self._broker.host, self._broker.port)
+        elif code in _REFUSALS:
+            self.refused = HostError(
+                "GMR-514", f"the broker at {self._broker.host}:{self._broker.port} refuses: {_REFUSALS[code]}"
+            )
+
+    def _on_disconnect(self, client: Any, userdata: Any, code: int) -> None:
+        self.connected.clear()
+        if code != 0:
+            _log.warning("the broker is gone; reconnecting")
+
+    def _on_message(self, client: Any, userdata: Any, message: Any) -> None:
+        if message.retain or len(message.payload) > MOST_MESSAGE:
+            return  # retained: of another time, perhaps of another run
+        try:
+            self._inbox.put_nowait((message.topic, message.payload))
+        except queue.Full:
+            _log.warning("more messages than can be read: one is dropped")

@@ -1,0 +1,110 @@
+"""The object store: any S3, with private objects of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from fedgmr_plugin.errors import HostError, WireError
+from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.runtimes.devices.connection import Bucket
+from fedgmr_plugin.runtimes.devices.loopback import announced
+from fedgmr_plugin.runtimes.devices.office import Content
+
+_REFUSED = frozenset({"AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
+_MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+
+
+class Unreachable(Exception):
+    """The store cannot be reached now; it may be later."""
+
+
+class S3Store:
+    """Objects in one bucket. Safe for concurrent threads."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket.name
+        self._client: Any = boto3.client(
+            "s3",
+            endpoint_url=bucket.endpoint,
+            region_name=bucket.region or "us-east-1",
+            aws_access_key_id=bucket.key_id,
+            aws_secret_access_key=bucket.secret,
+            config=Config(
+                signature_version="s3v4",
+                connect_timeout=5,
+                read_timeout=30,
+                retries={"max_attempts": 1, "mode": "standard"},
+                max_pool_connections=16,
+            ),
+        )
+
+    def put(self, piece: Piece, content: Content) -> None:
+        """Store an object, for nobody but who has the bucket's keys.
+
+        Raises:
+            Unreachable: try again later.
+            HostError: GMR-514 if the store refuses.
+        """
+        body = content if isinstance(content, (bytes, bytearray)) else bytes(content)
+        self._call("put_object", Key=piece.key, Body=body)
+
+    def get(self, piece: Piece) -> bytearray:
+        """An object, if it is exactly the one that was announced.
+
+        Raises:
+            WireError: GMR-746 if it is missing or another one; no more than its announced length is read.
+            Unreachable, HostError: as `put`.
+        """
+        found = self._call("get_object", Key=piece.key)
+        if found is None:
+            raise WireError("GMR-746", f"key={piece.key} is not in the store")
+        with found["Body"] as body:
+            if found["ContentLength"] != piece.size:
+                length = found["ContentLength"]
+                raise WireError("GMR-746", f"key={piece.key} has {length} bytes instead of {piece.size}")
+            content = bytearray(piece.size)
+            view, filled = memoryview(content), 0
+            try:
+                while filled < piece.size:
+                    part = body.read(min(2**20, piece.size - filled))
+                    if not part:
+                        break
+                    view[filled : filled + len(part)] = part
+                    filled += len(part)
+            except (BotoCoreError, OSError) as error:
+                raise Unreachable(str(error)) from error
+        if filled < piece.size:
+            raise Unreachable(f"key={piece.key} ended after {filled} of {piece.size} bytes")
+        problem = announced(piece, content)
+        if problem is not None:
+            raise problem
+        return content
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects; missing ones are no error.
+
+        Raises:
+            Unreachable, HostError: as `put`.
+        """
+        for start in range(0, len(keys), 1000):
+            objects = [{"Key": key} for key in keys[start : start + 1000]]
+            self._call("delete_objects", Delete={"Objects": objects, "Quiet": True})
+
+    def _call(self, operation: str, **named: Any) -> Any:
+        """The store's answer; None where an object is missing."""
+        try:
+            return getattr(self._client, operation)(Bucket=self._bucket, **named)
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code"))
+            if code in _MISSING:
+                return None
+            if code in _REFUSED:
+                raise HostError("GMR-514", f"the store refuses {operation}: {error}") from error
+            raise Unreachable(str(error)) from error
+        except (BotoCoreError, OSError) as error:
+            raise Unreachable(str(error)) from error
