@@ -15,8 +15,11 @@ MQTT, S3 = "customized_training_mqtt_config", "customized_training_s3_config"
 
 
 class Broker(NamedTuple):
-    """An MQTT broker: ``BROKER_HOST``, ``BROKER_PORT``, ``MQTT_USER``, ``MQTT_PWD``, ``MQTT_KEEPALIVE`` (seconds), and
-    for TLS ``MQTT_TLS_CA``, ``MQTT_TLS_CERT``, ``MQTT_TLS_KEY`` (files)."""
+    """An MQTT broker.
+
+    FedML's keys are ``BROKER_HOST``, ``BROKER_PORT``, ``MQTT_USER``, ``MQTT_PWD`` and ``MQTT_KEEPALIVE``
+    (seconds); ours, for TLS, are the files ``MQTT_TLS_CA``, ``MQTT_TLS_CERT`` and ``MQTT_TLS_KEY``.
+    """
 
     host: str
     port: int
@@ -29,7 +32,10 @@ class Broker(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """A bucket of an S3 store: ``CN_S3_ENDPOINT``, ``BUCKET_NAME``, ``CN_S3_AKI``, ``CN_S3_SAK``, ``CN_REGION_NAME``."""
+    """A bucket of an S3 store.
+
+    FedML's keys are ``CN_S3_ENDPOINT``, ``BUCKET_NAME``, ``CN_S3_AKI``, ``CN_S3_SAK`` and ``CN_REGION_NAME``.
+    """
 
     endpoint: str | None
     name: str
