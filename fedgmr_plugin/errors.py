@@ -113,6 +113,12 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "Running statistics are averaged over the arriving clients (replacement form, never deltas).",
         "Nothing to do; group or layer normalisation is often better on non-IID clients.",
     ),
+    "GMR-207": CatalogueEntry(
+        "model without widths",
+        "Smaller stacks are cut from a Sequential of Conv2d and Linear layers with pointwise layers, "
+        "pooling, Flatten and norms of single channels between them; the model has something else.",
+        "Rewrite the model as an `nn.Sequential` of such layers, or use masks instead of widths.",
+    ),
     "GMR-301": CatalogueEntry(
         "client without training data",
         "A client has no training sample (or none is left after the validation split).",
