@@ -116,6 +116,8 @@ def _convolution(op: Operator, tensors: list[Tensor]) -> Iterator[nn.Module]:
     shape = tensors[0].shape if tensors else ()
     if len(shape) != 4 or len(tensors) > 2 or options.integer(9, default=1) != 1:
         raise Untranslated(f"convolution {op.name!r} has groups, or its weights are not tensors of the file")
+    if _pair(op, options, 3, 2, 1) != shape[2:]:
+        raise Untranslated(f"convolution {op.name!r} is of another size than its weights {shape}")
     if mode not in (0, _VALID) or options.integers(14, 8) or options.integers(15, 8):
         raise Untranslated(f"convolution {op.name!r} pads in a way that is not known")
     bias = len(tensors) == 2
