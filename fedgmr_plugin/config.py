@@ -271,7 +271,7 @@ class FedGMRConfig(BaseModel):
     )
     device_keys: str | None = Field(
         None,
-        description="JSON file of the devices' keys, as `fedgmr keys` writes it; a device needs its own only.",
+        description="JSON file of the devices' keys, as `fedgmr keys` writes it; a device needs its own.",
     )
 
     # -- records -----------------------------------------------------------------------------------

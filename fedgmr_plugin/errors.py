@@ -2,7 +2,7 @@
 
     FedGMRError
     |-- ConfigError        GMR-1xx   a key or value of the YAML is wrong
-    |-- ModelError         GMR-2xx   the model cannot be split into sub-models
+    |-- ModelError         GMR-2xx   the model, or a file of it, cannot be used
     |-- DataError          GMR-3xx   a client's data cannot be used
     |-- UpdateRejected     GMR-4xx   an upload was refused; the global model is untouched
     |-- HostError          GMR-5xx   FedML, Python or the machine is not as needed
@@ -125,6 +125,27 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "Running statistics are averaged over the arriving clients (replacement form, never deltas).",
         "Nothing to do; group or layer normalisation is often better on non-IID clients.",
     ),
+    "GMR-207": CatalogueEntry(
+        "model without widths",
+        "Smaller stacks are cut from a Sequential of Conv2d and Linear layers with pointwise layers, "
+        "pooling, Flatten and norms of single channels between them; the model has something else.",
+        "Rewrite the model as an `nn.Sequential` of such layers, or use masks instead of widths.",
+    ),
+    "GMR-208": CatalogueEntry(
+        "model file damaged",
+        "A device's model file (.mnn) is too large, cut short, or not such a file. Nothing of it was used.",
+        "Send it again; if it repeats, look for a size limit of the storage or the transport.",
+    ),
+    "GMR-209": CatalogueEntry(
+        "model file of another model",
+        "A device's model file (.mnn) has other parameters than the model that it is to be loaded into.",
+        "Give server and devices the same model; a device must return the file that it got, trained.",
+    ),
+    "GMR-210": CatalogueEntry(
+        "layer that does not translate",
+        "A layer of the model has no counterpart in a device's model file (.mnn), or the other way round.",
+        "Use the layers that the message lists.",
+    ),
     "GMR-301": CatalogueEntry(
         "client without training data",
         "A client has no training sample (or none is left after the validation split).",
@@ -227,6 +248,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "There are more ranks than clients, or the ranks of a job have another model, other data, another "
         "configuration or other versions than rank 0.",
         "Start every rank with the same script, arguments, data and environment, and no more than clients.",
+    ),
+    "GMR-511": CatalogueEntry(
+        "MNN missing",
+        "Model files for devices (.mnn) are written by the package MNN, which is missing or cannot be used.",
+        'Run `pip install "fedgmr[device]"`.',
     ),
     "GMR-514": CatalogueEntry(
         "broker or store refuses",
@@ -457,7 +483,7 @@ class ConfigError(FedGMRError):
 
 
 class ModelError(FedGMRError):
-    """The model cannot be split into sub-models (GMR-2xx)."""
+    """The model cannot be split into sub-models, or a file of it cannot be used (GMR-2xx)."""
 
 
 class DataError(FedGMRError):

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedgmr_plugin.engine.compact import Masks, drift_sq, is_chain, leaves_of
+from fedgmr_plugin.engine.compact import Masks, drift_sq, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.formats import fast_formats
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
 from fedgmr_plugin.kernels.blocks import sum_sq
+from fedgmr_plugin.kernels.chain import is_chain
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.kernels.rounding import travelled

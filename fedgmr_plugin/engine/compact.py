@@ -144,7 +144,7 @@ def leaves_of(
     """The leaves of `model`, which holds x_0; on leaving it holds what they do, and computes as before.
 
     Args:
-        watched: somebody looks at the model between steps, or it has code of its own (see `is_chain`).
+        watched: somebody looks at the model between steps, or it has code of its own (not `kernels.chain`).
     """
     known = masks if isinstance(masks, Masks) else Masks(masks or {})
     thin = {
@@ -250,17 +250,6 @@ def _sparse_layers(model: nn.Module, names: Set[str]) -> dict[str, list[nn.Linea
 def _holders(model: nn.Module, parameter: nn.Parameter) -> int:
     """How many modules of `model` have `parameter`."""
     return sum(any(p is parameter for p in m._parameters.values()) for m in model.modules())
-
-
-def is_chain(model: nn.Module) -> bool:
-    """Whether `model` is torch's own layers in sequence, without hooks: no code but theirs sees a weight."""
-    return all(
-        type(m).__module__.startswith("torch.nn.modules.")
-        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-        and (type(m) is nn.Sequential or not any(True for _ in m.children()))
-        and "forward" not in m.__dict__
-        for m in model.modules()
-    )
 
 
 class _OnValues:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedgmr_plugin.engine.compact import is_chain
+from fedgmr_plugin.kernels.chain import is_chain, layers
 
 #: Convolutions of at least this many input channels keep channels first (benchmarks/NOTES.md, "Client step").
 WIDE_CHANNELS = 32
@@ -58,7 +58,7 @@ def fast_formats(model: nn.Module) -> Iterator[None]:
 def _images(model: nn.Module) -> list[nn.Module]:
     """The layers before the first ``Flatten``, in order, with repetitions; none if some layer might mind."""
     head: list[nn.Module] = []
-    stack = list(_in_order(model))
+    stack = [layer for _, layer in layers(model)]
     for layer in stack:
         kind = type(layer)
         if kind is nn.Flatten:
@@ -70,15 +70,6 @@ def _images(model: nn.Module) -> list[nn.Module]:
             break
         head.append(layer)
     return []
-
-
-def _in_order(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of nested ``Sequential`` modules, as they are called."""
-    if type(model) is not nn.Sequential:
-        yield model
-        return
-    for child in model:
-        yield from _in_order(child)
 
 
 def _replace(layer: nn.Module, forward: Forward) -> None:

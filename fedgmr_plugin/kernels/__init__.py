@@ -18,6 +18,7 @@ from fedgmr_plugin.kernels.density import (
 from fedgmr_plugin.kernels.layout import Entry, Finding, ModelLayout, build_layout, validate
 from fedgmr_plugin.kernels.masks import Ranking, Segment, rank, scores
 from fedgmr_plugin.kernels.staleness import staleness_weight
+from fedgmr_plugin.kernels.width import Narrow, narrow, rank_widths, widths
 
 __all__ = [
     "Coverage",
@@ -28,18 +29,22 @@ __all__ = [
     "MaskedUpdate",
     "Merge",
     "ModelLayout",
+    "Narrow",
     "Observation",
     "Ranking",
     "Restoration",
     "Segment",
     "build_layout",
     "merge",
+    "narrow",
     "next_density",
     "rank",
+    "rank_widths",
     "restoring_pays",
     "scores",
     "staleness_weight",
     "start",
     "step",
     "validate",
+    "widths",
 ]

@@ -100,7 +100,7 @@ def device_ids(args: Any) -> tuple[int, ...]:
     where = f"{getattr(args, 'yaml_config_file', '') or 'args'}: client_id_list"
     try:
         found = json.loads(given.replace("'", '"')) if isinstance(given, str) else given
-        ids = tuple(int(item) for item in found)
+        ids = tuple(int(item) for item in found or ())
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "GMR-112", f"client_id_list={given!r} is no list of whole numbers", where=where
