@@ -166,7 +166,7 @@ def _model(tree: Any, expected: Expected, budget: Budget) -> dict[str, Tensor]:
 
 def _plain(value: Any, budget: Budget, depth: int) -> Any:
     """A value of a message; the budget bounds what containers that hold each other multiply to."""
-    budget.spend("opcodes", 1)
+    budget.spend_opcode()
     if value is None or type(value) in (bool, int, float, str):
         return value
     if depth > MOST_DEPTH:

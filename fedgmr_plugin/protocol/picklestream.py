@@ -76,6 +76,12 @@ class Budget:
     depth: int
     transcoded: int
 
+    def spend_opcode(self) -> None:
+        """The same for one opcode, which is asked most often."""
+        self.opcodes -= 1
+        if self.opcodes < 0:
+            raise WireError("GMR-727", "opcodes of the pickle are more than its model needs")
+
     def spend(self, name: str, amount: int) -> None:
         """Take `amount` off, or raise GMR-727."""
         left = getattr(self, name) - amount
@@ -110,6 +116,7 @@ class _Walker:
     def __init__(self, view: memoryview, at: int, vocabulary: Vocabulary, budget: Budget) -> None:
         self.view = view.toreadonly()
         self.at = at
+        self.end = len(view)
         self.vocabulary = vocabulary
         self.budget = budget
         self.stack: list[Any] = []
@@ -122,7 +129,7 @@ class _Walker:
         if code != _PROTO or not 2 <= protocol <= 5:
             raise WireError("GMR-725", f"no pickle of protocol 2 to 5 at byte {self.at - 2}")
         while True:
-            self.budget.spend("opcodes", 1)
+            self.budget.spend_opcode()
             code = self.byte()
             if code == _STOP:
                 break
@@ -139,13 +146,16 @@ class _Walker:
 
     def take(self, length: int) -> memoryview:
         """The next `length` bytes, as a view."""
-        if length > len(self.view) - self.at:
-            raise WireError("GMR-724", f"{length} bytes at byte {self.at} of {len(self.view)}")
+        if length > self.end - self.at:
+            raise WireError("GMR-724", f"{length} bytes at byte {self.at} of {self.end}")
         self.at += length
         return self.view[self.at - length : self.at]
 
     def byte(self) -> int:
-        return self.take(1)[0]
+        if self.at >= self.end:
+            raise WireError("GMR-724", f"the pickle ends at byte {self.at}")
+        self.at += 1
+        return self.view[self.at - 1]
 
     def natural(self, width: int) -> int:
         return int.from_bytes(self.take(width), "little")
@@ -199,8 +209,8 @@ class _Walker:
 
     def frame(self) -> None:
         length = self.natural(8)
-        if length > len(self.view) - self.at:
-            raise WireError("GMR-724", f"frame={length} bytes at byte {self.at} of {len(self.view)}")
+        if length > self.end - self.at:
+            raise WireError("GMR-724", f"frame={length} bytes at byte {self.at} of {self.end}")
 
     def long1(self) -> None:
         length = self.byte()
