@@ -31,7 +31,6 @@ from fedgmr_plugin.protocol.picklestream import (
     read_pickle,
 )
 from fedgmr_plugin.protocol.pickletensor import (
-    LATE_TYPES,
     Storage,
     TensorView,
     copy,
@@ -155,10 +154,9 @@ def _model(tree: Any, expected: Expected, budget: Budget) -> dict[str, Tensor]:
         found = tree[name]
         if type(found) is not TensorView:
             raise refused(f"{name} is {kind(found)} instead of a tensor")
-        if found.shape != tuple(shape) or found.dtype != dtype:
-            raise WireError(
-                "GMR-730", f"{name} is {found.dtype} {found.shape[:8]} instead of {dtype} {tuple(shape)}"
-            )
+        if found.shape != tuple(shape) or found.storage.dtype != dtype:
+            had = f"{found.storage.dtype} {found.shape[:8]}"
+            raise WireError("GMR-730", f"{name} is {had} instead of {dtype} {tuple(shape)}")
         if type(found.storage.data) is LongText and found.storage.length > whole:
             raise WireError("GMR-727", f"{name} lies in a storage of {found.storage.length} bytes")
     return {name: copy(tree[name], budget) for name in expected}
@@ -275,8 +273,7 @@ def _vocabulary(budget: Budget) -> Vocabulary:
         call={
             "collections.OrderedDict": _ordered,
             "torch.storage._load_from_bytes": storage,
-            "torch._utils._rebuild_tensor_v2": lambda arguments: rebuild(arguments, typed=True),
-            "torch._utils._rebuild_tensor_v3": lambda arguments: rebuild(arguments, typed=False),
+            "torch._utils._rebuild_tensor_v2": rebuild,
             "torch._utils._rebuild_parameter": rebuild_parameter,
             "_codecs.encode": _encode,
             "numpy.dtype": _numpy_type,
@@ -284,6 +281,6 @@ def _vocabulary(budget: Budget) -> Vocabulary:
             "numpy._core.multiarray.scalar": _scalar,
         },
         create={_MESSAGE: _Message},
-        values=LATE_TYPES,
+        values={},
         build=_build,
     )

@@ -250,6 +250,8 @@ class _Walker:
     def symbol(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise WireError("GMR-724", f"a global of {kind(module)} and {kind(name)} at byte {self.at}")
+        if "." in name:  # Python would look for attributes of attributes
+            raise WireError("GMR-726", f"global={name[:60]!r} of {module[:60]!r}")
         full = f"{module}.{name}"
         known = self.vocabulary
         if full in known.values:
@@ -289,6 +291,8 @@ class _Walker:
         self.push(self.vocabulary.persistent(self.pop()))
 
     def put(self, index: int) -> None:
+        if index != len(self.memo):  # CPython counts; its reader would make room up to any index
+            raise WireError("GMR-724", f"memo={index} instead of {len(self.memo)} at byte {self.at}")
         self.memo[index] = self.top()
 
     def get(self, index: int) -> None:

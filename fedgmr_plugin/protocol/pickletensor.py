@@ -37,7 +37,7 @@ _VERSION = 1001
 #: Where the storage was. Its elements are written from the CPU in any case, so they are read as such.
 _LOCATION = re.compile(r"(cpu|cuda|mps|xpu|hpu)(:[0-9]{1,4})?")
 
-_STORAGES: dict[str, torch.dtype | None] = {
+_STORAGES = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
     "torch.HalfStorage": torch.float16,
@@ -50,12 +50,6 @@ _STORAGES: dict[str, torch.dtype | None] = {
     "torch.BoolStorage": torch.bool,
     "torch.ComplexFloatStorage": torch.complex64,
     "torch.ComplexDoubleStorage": torch.complex128,
-    "torch.storage.UntypedStorage": None,
-}
-#: Types whose storages are untyped, so that the type is an argument of the tensor.
-LATE_TYPES = {
-    f"torch.{name}": getattr(torch, name)
-    for name in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
 }
 #: A plain NumPy type per width: elements are moved, never computed with.
 _WIDTHS = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}
@@ -65,13 +59,13 @@ class Storage(NamedTuple):
     """The elements of one storage, in the buffer.
 
     Attributes:
-        dtype: None of an untyped storage, whose elements are bytes.
+        dtype: their type.
         length: of its elements, bytes.
         data: the stream that holds them.
         start: byte of the stream where they begin.
     """
 
-    dtype: torch.dtype | None
+    dtype: torch.dtype
     length: int
     data: memoryview | LongText
     start: int
@@ -81,22 +75,15 @@ class TensorView(NamedTuple):
     """A tensor whose elements lie within its storage; offset and strides in elements."""
 
     storage: Storage
-    dtype: torch.dtype
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-class _Element(NamedTuple):
-    """A type of storage; a NamedTuple, so that None may stand for untyped."""
-
-    dtype: torch.dtype | None
-
-
 class _Claim(NamedTuple):
     """What the persistent id of a storage says."""
 
-    dtype: torch.dtype | None
+    dtype: torch.dtype
     key: str
     elements: int
 
@@ -138,7 +125,7 @@ def read_storage(data: Any, budget: Budget) -> Storage:
     count = int.from_bytes(head[at : at + 8], "little")
     if count != claim.elements:
         raise WireError("GMR-729", f"elements={count} instead of {claim.elements}")
-    length = count * (claim.dtype.itemsize if claim.dtype else 1)
+    length = count * claim.dtype.itemsize
     # A text has at least as many bytes as it stands for; `_transcode` finds out whether it has them all.
     if length > len(data if isinstance(data, memoryview) else data.view) - (at + 8):
         raise WireError("GMR-724", f"elements={count} are more than the bytes that are there")
@@ -151,14 +138,14 @@ def _persistent(value: Any) -> _Claim:
     """The meaning of ``("storage", type, key, location, elements, None)``."""
     if type(value) is not tuple or len(value) != 6:
         raise WireError("GMR-729", "a persistent id that is no storage")
-    word, element, key, location, count, view = value
-    if type(word) is not str or word != "storage" or type(element) is not _Element or view is not None:
-        raise WireError("GMR-729", f"a persistent id of {kind(word)}, {kind(element)}, {kind(view)}")
+    word, dtype, key, location, count, view = value
+    if type(word) is not str or word != "storage" or type(dtype) is not torch.dtype or view is not None:
+        raise WireError("GMR-729", f"a persistent id of {kind(word)}, {kind(dtype)}, {kind(view)}")
     if type(key) is not str or type(location) is not str or not _LOCATION.fullmatch(location):
         raise WireError("GMR-729", f"key={kind(key)}, location={kind(location)}")
     if not _natural(count):
         raise WireError("GMR-729", f"elements={kind(count)}")
-    return _Claim(element.dtype, key, count)
+    return _Claim(dtype, key, count)
 
 
 def _no_build(target: Any, state: Any) -> None:
@@ -166,36 +153,34 @@ def _no_build(target: Any, state: Any) -> None:
 
 
 _NO_GLOBALS = Vocabulary({}, {}, {}, _no_build)
-_STORAGE = Vocabulary(
-    {}, {}, {name: _Element(dtype) for name, dtype in _STORAGES.items()}, _no_build, _persistent
-)
+_STORAGE = Vocabulary({}, {}, _STORAGES, _no_build, _persistent)
 
 
 # -- tensors -----------------------------------------------------------------------------------------------
 
 
-def rebuild(arguments: tuple[Any, ...], *, typed: bool) -> TensorView:
-    """``torch._utils._rebuild_tensor_v2`` (`typed`) or ``_v3``, which is told the type.
+def rebuild(arguments: tuple[Any, ...]) -> TensorView:
+    """``torch._utils._rebuild_tensor_v2``.
+
+    Not read: ``_rebuild_tensor_v3``, by which torch pickles its youngest types (uint16, float8): torch itself
+    cannot load such a storage from a pickle.
 
     Raises:
         WireError: GMR-728.
     """
-    if len(arguments) != (6 if typed else 7):
+    if len(arguments) != 6:
         raise refused(f"a tensor of {len(arguments)} arguments")  # one more says conjugate or negative
-    storage, offset, shape, strides, requires_grad, hooks = arguments[:6]
+    storage, offset, shape, strides, requires_grad, hooks = arguments
     if type(storage) is not Storage or type(requires_grad) is not bool:
         raise refused(f"a tensor of {kind(storage)}, requires_grad={kind(requires_grad)}")
-    dtype = storage.dtype if typed else arguments[6]
-    if type(dtype) is not torch.dtype or (storage.dtype is not None) != typed:
-        raise refused(f"a tensor of {kind(dtype)} in a storage of {kind(storage.dtype)}")
     _no_hooks(hooks)
     if not _natural(offset) or not _naturals(shape) or not _naturals(strides) or len(shape) != len(strides):
         raise refused(f"a tensor with offset={kind(offset)}, {kind(shape)}, {kind(strides)}")
     count = math.prod(shape)
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if count >= _MOST_SIZE or (count and (last + 1) * dtype.itemsize > storage.length):
+    if count >= _MOST_SIZE or (count and (last + 1) * storage.dtype.itemsize > storage.length):
         raise refused(f"shape={shape[:8]}, strides={strides[:8]}, offset={offset} beyond its storage")
-    return TensorView(storage, dtype, offset, shape, strides)
+    return TensorView(storage, offset, shape, strides)
 
 
 def rebuild_parameter(arguments: tuple[Any, ...]) -> TensorView:
@@ -212,27 +197,29 @@ def copy(view: TensorView, budget: Budget) -> Tensor:
     Raises:
         WireError: GMR-724 or GMR-727.
     """
-    storage, width = view.storage, view.dtype.itemsize
+    count = math.prod(view.shape)
+    if not count:
+        return torch.empty(view.shape, dtype=view.storage.dtype)
+    storage, width = view.storage, view.storage.dtype.itemsize
     source: memoryview | NDArray[np.uint8]
     if isinstance(storage.data, memoryview):
         source = storage.data[storage.start :]
     else:
         budget.spend("transcoded", len(storage.data.view))
         source = _transcode(storage.data.view, storage.start, storage.length)
-    count = math.prod(view.shape)
     flat = np.empty(count * width, dtype=np.uint8)
-    if count and _contiguous(view.shape, view.strides):
+    if _contiguous(view.shape, view.strides):
         begin = view.offset * width
         flat[:] = np.frombuffer(source, np.uint8, count * width, begin)
-    elif count:
+    else:
         # NumPy checks shape and strides against the buffer again, and reads elements wherever they lie.
         strides = [n * width if size > 1 else 0 for size, n in zip(view.shape, view.strides, strict=True)]
         element = np.dtype(_WIDTHS[width])
         elements: NDArray[Any] = np.ndarray(view.shape, element, source, view.offset * width, strides)
         np.copyto(flat.view(element).reshape(view.shape), elements)
-    if view.dtype is torch.bool:
+    if storage.dtype is torch.bool:
         np.not_equal(flat, 0, out=flat.view(np.bool_))  # any other byte would be neither true nor false
-    return torch.from_numpy(flat).view(view.dtype).reshape(view.shape)
+    return torch.from_numpy(flat).view(storage.dtype).reshape(view.shape)
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
