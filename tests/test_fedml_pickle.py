@@ -139,7 +139,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def raw(tensor: Tensor) -> bytes:
-    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    return bytes(flat.view(torch.uint8).numpy())
 
 
 def same_model(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
@@ -847,11 +848,12 @@ def test_storages_as_texts_are_bounded() -> None:
     ):
         with pytest.raises(WireError, match="GMR-724 a text"):
             read_model(changed, expected)
+    big = {"w": torch.zeros(300_000)}
     part = {"w": big["w"][:7]}
     with pytest.raises(WireError, match="GMR-727"):
-        read_model(pickle.dumps(part, 2), expectation(part), most=10**6)
+        read_model(pickle.dumps(part, 2), expectation(part), most=10**7)
     shared = pickle.dumps(part, 4)
-    assert same_model(read_model(shared, expectation(part), most=10**6), part)
+    assert same_model(read_model(shared, expectation(part), most=10**7), part)
     with pytest.raises(WireError, match="GMR-727 bytes="):
         read_model(shared, expectation(part), most=1000)
     names = {f"w{i}": big["w"] for i in range(9)}
@@ -896,7 +898,7 @@ def test_no_mutation_escapes(storage: Any) -> None:
         start = time.perf_counter()
         found = fuzz_pickle.check(data, read=read, memory=number % 32 == 0)
         slowest = max(slowest, time.perf_counter() - start)
-        if found is not None and read is read_model and number % 4 == 0:
+        if found is not None and read is read_model and number % 8 == 0:
             wanted = fedml_reads(storage, data)
             wanted["flag"] = wanted["flag"].view(torch.uint8) != 0
             assert same_model(found, {name: wanted[name] for name in found}), number

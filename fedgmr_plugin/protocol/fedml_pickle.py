@@ -129,7 +129,7 @@ def _read(buffer: Buffer, expected: Expected, most: int | None) -> tuple[Any, Bu
         raise WireError("GMR-727", f"bytes={len(view)} of a pickle, but {limit} are the most")
     texts = sum(256 + 8 * len(name) for name in expected)
     opcodes = _OPCODES[0] + _OPCODES[1] * len(expected)
-    budget = Budget(opcodes, text=texts + 2 * _SLACK, depth=MOST_DEPTH + 2, transcoded=2 * len(view))
+    budget = Budget(opcodes, text=texts + 2 * _SLACK, depth=MOST_DEPTH + 2, transcoded=2 * len(view) + 2**20)
     tree, end = read_pickle(view, 0, _vocabulary(budget), budget)
     if end != len(view):
         raise WireError("GMR-724", f"bytes={len(view)} of a pickle that ends at {end}")
@@ -149,7 +149,7 @@ def _model(tree: Any, expected: Expected, budget: Budget) -> dict[str, Tensor]:
     if missing or unknown:
         named = [f"lacks {name}" for name in missing[:4]] + [f"has {name[:60]!r}" for name in unknown[:4]]
         raise WireError("GMR-730", f"the model {', '.join(named)}")
-    whole = _model_bytes(expected)
+    largest = max(_model_bytes(expected), _SLACK)
     for name, (shape, dtype) in expected.items():
         found = tree[name]
         if type(found) is not TensorView:
@@ -157,7 +157,7 @@ def _model(tree: Any, expected: Expected, budget: Budget) -> dict[str, Tensor]:
         if found.shape != tuple(shape) or found.storage.dtype != dtype:
             had = f"{found.storage.dtype} {found.shape[:8]}"
             raise WireError("GMR-730", f"{name} is {had} instead of {dtype} {tuple(shape)}")
-        if type(found.storage.data) is LongText and found.storage.length > whole:
+        if type(found.storage.data) is LongText and found.storage.length > largest:
             raise WireError("GMR-727", f"{name} lies in a storage of {found.storage.length} bytes")
     return {name: copy(tree[name], budget) for name in expected}
 
