@@ -415,6 +415,50 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "An increment starts beyond what the receiver holds, so coordinates would be missing in between.",
         "Apply increments in order; ask for those that were lost.",
     ),
+    "GMR-724": CatalogueEntry(
+        "pickle damaged",
+        "A pickle of a FedML client ends too early, goes on behind its end, or its opcodes do not fit "
+        "together.",
+        "Send it again; if it repeats, look for a size limit of the transport.",
+    ),
+    "GMR-725": CatalogueEntry(
+        "pickle opcode not allowed",
+        "A pickle of a FedML client uses an opcode that none of FedML's messages needs, or is not of "
+        "protocol 2 to 5. Nothing of it was run.",
+        "Let the client send plain values and a state dict of tensors, as FedML's own clients do. If it "
+        "does, somebody else sent this.",
+    ),
+    "GMR-726": CatalogueEntry(
+        "pickle global not allowed",
+        "A pickle of a FedML client names a function or class that is not on the list of those that are "
+        "read. It was neither imported nor called.",
+        "Let the client send plain values and a state dict of tensors, as FedML's own clients do. If it "
+        "does, somebody else sent this.",
+    ),
+    "GMR-727": CatalogueEntry(
+        "pickle too large",
+        "A pickle of a FedML client has more bytes, opcodes, text or depth than the server's model needs.",
+        "Build the same model on both sides. Where tensors are parts of one large storage, let the client "
+        "send clones of them.",
+    ),
+    "GMR-728": CatalogueEntry(
+        "pickled object not as FedML sends it",
+        "A pickle of a FedML client puts allowed parts together in a way that FedML and torch do not, or "
+        "holds a value that is neither plain nor a tensor.",
+        "Let the client send plain values and a state dict of tensors, as FedML's own clients do.",
+    ),
+    "GMR-729": CatalogueEntry(
+        "torch storage not readable",
+        "The elements of a tensor are not in the format that torch writes within a pickle, are big-endian, "
+        "or lie on a device that is not known.",
+        "Move the client's model to the CPU before it is sent, and use torch's own pickling.",
+    ),
+    "GMR-730": CatalogueEntry(
+        "pickled model of other names or shapes",
+        "The tensors of a FedML client's model are not those of the server's: a name, a shape or a type "
+        "differs.",
+        "Build the same model on both sides.",
+    ),
     "GMR-741": CatalogueEntry(
         "device message not understood",
         "A message of a device (or of the server to a device) is no JSON object, is too long, or has fields "
