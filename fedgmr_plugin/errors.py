@@ -254,7 +254,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "Model files for devices (.mnn) are written by the package MNN, which is missing or cannot be used.",
         'Run `pip install "fedgmr[device]"`.',
     ),
-    "GMR-514": CatalogueEntry(
+    "GMR-515": CatalogueEntry(
         "broker or store refuses",
         "The MQTT broker or the object store was reached and refuses: a wrong password, no such bucket, TLS.",
         "Check the keys of `customized_training_mqtt_config` and `customized_training_s3_config`.",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -24,6 +24,7 @@ from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Simulation
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_simulation, snapshot_simulation
+from fedgmr_plugin.engine.workbench import Evaluator
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels.cost import cost_of_layer, macs_per_weight
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
@@ -90,15 +91,27 @@ class Run(RecordedRun):
                 self.workers.close(patience)
 
 
-def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | None = None) -> Run:
-    """The run, with its server in this process.
+class Serving(NamedTuple):
+    """A run's server and what of the user's takes part in it.
+
+    Attributes:
+        evaluate: with the user's ServerAggregator; None without one.
+        hooked: whether FedML's or the user's hooks may change uploads or the merged vector.
+    """
+
+    server: Server
+    evaluate: Evaluator | None
+    hooked: bool
+
+
+def serving(setup: Setup, server_aggregator: Any = None) -> Serving:
+    """The server of a run.
 
     Args:
         server_aggregator: a user's own, honoured.
-        workers: who trains; this process where None.
 
     Raises:
-        ConfigError, HostError: what the aggregator is refused for, or a directory that is taken.
+        ConfigError, HostError: what the aggregator is refused for.
     """
     config, keys, layout, model, data = setup.config, setup.keys, setup.layout, setup.model, setup.data
     bridge = AggregatorBridge(
@@ -119,14 +132,29 @@ def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | Non
         before_merge=hooks.before if hooks else None,
         after_merge=hooks.after if hooks else None,
     )
-    megabytes = dense_megabytes(config, layout)
-    sizes = MessageSizes(PAYLOAD_TYPES[config.payload_dtype])
 
     def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
-        """With the user's ServerAggregator; with the trainer where its `test` returns no metrics."""
+        """The trainer measures where the user's `test` returns no metrics."""
         metrics = bridge.test(model, batches, round_index=server.version - 1)
         return metrics if is_known(metrics) else setup.trainer.evaluate(model, batches)
 
+    return Serving(server, evaluate if bridge.user_defined else None, hooks is not None)
+
+
+def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | None = None) -> Run:
+    """The run, with its server in this process.
+
+    Args:
+        server_aggregator: a user's own, honoured.
+        workers: who trains; this process where None.
+
+    Raises:
+        ConfigError, HostError: what the aggregator is refused for, or a directory that is taken.
+    """
+    config, keys, data = setup.config, setup.keys, setup.data
+    server, evaluate, hooked = serving(setup, server_aggregator)
+    megabytes = dense_megabytes(config, setup.layout)
+    sizes = MessageSizes(PAYLOAD_TYPES[config.payload_dtype])
     resumed = resume.take()
     directory = resumed or run_directory(config)
     run: Run
@@ -137,14 +165,14 @@ def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | Non
         lambda: data.test,
         lambda fields: run.record(fields),
         executor=workers,
-        evaluate=evaluate if bridge.user_defined else None,
+        evaluate=evaluate,
         sizes=sizes if config.payload_rule == "encoded" else lambda sent: None,
     )
-    header = run_header(setup, directory.name, megabytes, hooked=hooks is not None)
+    header = run_header(setup, directory.name, megabytes, hooked=hooked)
     report = fedml_metrics(setup.args)
     run = Run(
         simulation,
-        model,
+        setup.model,
         header,
         directory,
         report,

@@ -83,7 +83,7 @@ class MqttLink:
             _log.info("connected to the broker at %s:%d", self._broker.host, self._broker.port)
         elif code in _REFUSALS:
             self.refused = HostError(
-                "GMR-514", f"the broker at {self._broker.host}:{self._broker.port} refuses: {_REFUSALS[code]}"
+                "GMR-515", f"the broker at {self._broker.host}:{self._broker.port} refuses: {_REFUSALS[code]}"
             )
 
     def _on_disconnect(self, client: Any, userdata: Any, code: int) -> None:

@@ -48,7 +48,7 @@ class S3Store:
 
         Raises:
             Unreachable: try again later.
-            HostError: GMR-514 if the store refuses.
+            HostError: GMR-515 if the store refuses.
         """
         body = content if isinstance(content, (bytes, bytearray)) else bytes(content)
         self._call("put_object", Key=piece.key, Body=body)
@@ -104,7 +104,7 @@ class S3Store:
             if code in _MISSING:
                 return None
             if code in _REFUSED:
-                raise HostError("GMR-514", f"the store refuses {operation}: {error}") from error
+                raise HostError("GMR-515", f"the store refuses {operation}: {error}") from error
             raise Unreachable(str(error)) from error
         except (BotoCoreError, OSError) as error:
             raise Unreachable(str(error)) from error
