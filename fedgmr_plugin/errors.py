@@ -211,6 +211,23 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "configuration or other versions than rank 0.",
         "Start every rank with the same script, arguments, data and environment, and no more than clients.",
     ),
+    "GMR-512": CatalogueEntry(
+        "MQTT broker missing",
+        "Mosquitto, which a local stack starts, is not installed, ends at once or does not answer.",
+        "Install it: on Debian `sudo apt-get install mosquitto`, on macOS `brew install mosquitto`; if it is "
+        "installed, read the log that the message names.",
+    ),
+    "GMR-513": CatalogueEntry(
+        "object storage missing",
+        "moto's S3 server, which a local stack starts, is not installed, ends at once or does not answer.",
+        'Run `pip install "fedgmr[local]"`; if it is installed, read the log that the message names.',
+    ),
+    "GMR-514": CatalogueEntry(
+        "local process in the wrong state",
+        "A process of a local stack cannot be started, runs already or does not run; or the record of the "
+        "processes in its folder is damaged.",
+        "Read the process's log, stop what still runs in the folder, or use another folder.",
+    ),
     "GMR-601": CatalogueEntry(
         "run log not found",
         "The path is neither a run directory with `run.jsonl` nor a log file.",
