@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import secrets
 import socket
+import ssl
 import struct
+from contextlib import ExitStack
 
 _CONNACK = 0x20
 
 
-def handshake(port: int, user: str = "", password: str = "", *, timeout: float = 1.0) -> int | None:
-    """What a broker on the loopback interface answers to a client, over plain TCP.
+def handshake(
+    port: int,
+    user: str = "",
+    password: str = "",
+    *,
+    host: str = "127.0.0.1",
+    context: ssl.SSLContext | None = None,
+    timeout: float = 0.5,
+) -> int | None:
+    """What a broker answers to a client.
 
     Args:
         user: name; "" connects anonymously.
-        timeout: seconds.
+        context: TLS; plain TCP where None.
+        timeout: seconds for each step.
 
     Returns:
         CONNACK's return code (0 accepted, 5 not authorised, others as in MQTT 3.1.1, 3.2.2.3), or None if
-        nothing answers, or something that does not speak MQTT.
+        nothing answers in time, or something that does not speak MQTT, or TLS fails.
     """
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout) as connection:
-            connection.settimeout(timeout)
+        with ExitStack() as opened:
+            connection = opened.enter_context(socket.create_connection((host, port), timeout))
+            if context is not None:
+                connection = opened.enter_context(context.wrap_socket(connection, server_hostname=host))
             connection.sendall(_connect(user, password))
             answer = connection.recv(4)
             if len(answer) < 4 or answer[0] != _CONNACK:
                 return None
             connection.sendall(b"\xe0\x00")
             return answer[3]
-    except OSError:
+    except OSError:  # ssl.SSLError and timeouts are of this kind
         return None
 
 

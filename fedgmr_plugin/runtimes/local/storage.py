@@ -185,9 +185,8 @@ class Storage:
         self._post(f"/moto-api/seed?a={self._seed}")
         everything = [f"arn:aws:s3:::{self.bucket}", f"arn:aws:s3:::{self.bucket}/*"]
         statement = {"Effect": "Allow", "Action": "s3:*", "Resource": everything}
-        users = self._users or {"fedgmr": {"Version": "2012-10-17", "Statement": [statement]}}
-        self._users = {}
-        for name, policy in users.items():
+        self._users = self._users or {"fedgmr": {"Version": "2012-10-17", "Statement": [statement]}}
+        for name, policy in tuple(self._users.items()):
             self._make_user(name, policy)
         s3 = self.client()
         s3.create_bucket(Bucket=self.bucket)
