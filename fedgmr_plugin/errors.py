@@ -254,6 +254,23 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "Model files for devices (.mnn) are written by the package MNN, which is missing or cannot be used.",
         'Run `pip install "fedgmr[device]"`.',
     ),
+    "GMR-512": CatalogueEntry(
+        "MQTT broker missing",
+        "Mosquitto, which a local stack starts, is not installed, ends at once or does not answer.",
+        "Install it: on Debian `sudo apt-get install mosquitto`, on macOS `brew install mosquitto`; if it is "
+        "installed, read the log that the message names.",
+    ),
+    "GMR-513": CatalogueEntry(
+        "object storage missing",
+        "moto's S3 server, which a local stack starts, is not installed, ends at once or does not answer.",
+        'Run `pip install "fedgmr[local]"`; if it is installed, read the log that the message names.',
+    ),
+    "GMR-514": CatalogueEntry(
+        "local process in the wrong state",
+        "A process of a local stack cannot be started, runs already or does not run; or the record of the "
+        "processes in its folder is damaged.",
+        "Read the process's log, stop what still runs in the folder, or use another folder.",
+    ),
     "GMR-515": CatalogueEntry(
         "broker or store refuses",
         "The MQTT broker or the object store was reached and refuses: a wrong password, no such bucket, TLS.",

@@ -366,12 +366,12 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
 @pytest.mark.usefixtures("registered")
 def test_the_log_ends_when_the_model_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose model could not be written is not finished, and can be resumed."""
-    from fedgmr_plugin.runtimes import run
+    from fedgmr_plugin.runtimes import recorded
 
     whole = build(tmp_path / "whole")
     whole.train()
     with monkeypatch.context() as patch:
-        patch.setattr(run, "save_file", lambda *_: 1 / 0)
+        patch.setattr(recorded, "save_file", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(tmp_path / "parts").train()
     assert not (tmp_path / "parts" / "run" / "model.safetensors").exists()
