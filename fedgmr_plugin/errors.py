@@ -94,6 +94,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "The keys that name the broker and the object store are missing or wrong.",
         "See docs/devices.md for `customized_training_mqtt_config` and `customized_training_s3_config`.",
     ),
+    "GMR-113": CatalogueEntry(
+        "script without its functions",
+        "The script of a run with devices does not define what a device or a replay needs.",
+        "Define make_model(args), train_data(args, client) and test_data(args); see docs/devices.md.",
+    ),
     "GMR-201": CatalogueEntry(
         "no prunable weights",
         "No convolution, linear or embedding weight is left to prune, so every sub-model is the model.",

@@ -139,7 +139,8 @@ def check_command_line(arguments: Sequence[str]) -> None:
     settings = config_file.flatten(sections)
     if is_fedgmr(settings.get("federated_optimizer")):
         training_type, backend = settings.get("training_type"), settings.get("backend")
-        if training_type not in (None, "simulation") or backend not in (None, "sp", *job.LAUNCH):
+        is_simulation = training_type in (None, "simulation") and backend in (None, "sp", *job.LAUNCH)
+        if not is_simulation and (training_type, backend) != ("cross_device", "MQTT_S3_MNN"):
             raise _unsupported(training_type, backend, where=path)
         if backend in job.LAUNCH:
             job.check(backend, settings, path)
@@ -193,6 +194,20 @@ def _nccl(simulator: Any, *given: Any, **named: Any) -> None:
     simulator.simulator = ranks.build("NCCL", *given, **named)
 
 
+def _devices(
+    server: Any,
+    args: Any,
+    device: Any,
+    test_dataloader: Any,
+    model: Any,
+    server_aggregator: Any = None,
+) -> None:
+    from fedgmr_plugin.runtimes.devices.server import build
+
+    run = build(args, device, test_dataloader, model, server_aggregator)
+    server.run = run.train  # FedML's own does nothing: its server runs while it is built
+
+
 def _refuse(instance: Any, args: Any, *_: Any, **__: Any) -> None:
     where = f"{type(instance).__module__}.{type(instance).__name__}"
     raise _unsupported(getattr(args, "training_type", None), getattr(args, "backend", None), where=where)
@@ -209,5 +224,5 @@ TABLE = (
     Dispatch("fedml.simulation.simulator", "SimulatorNCCL", _nccl),
     Dispatch("fedml.cross_silo.fedml_server", "FedMLCrossSiloServer", _refuse),
     Dispatch("fedml.cross_silo.fedml_client", "FedMLCrossSiloClient", _refuse),
-    Dispatch("fedml.cross_device.mnn_server", "ServerMNN", _refuse),
+    Dispatch("fedml.cross_device.mnn_server", "ServerMNN", _devices),
 )

@@ -51,6 +51,9 @@ class ThreadedHands:
         self._puts = 0
         self._pool = ThreadPoolExecutor(fetches, thread_name_prefix="fedgmr-fetch")
         self._thread = threading.Thread(target=self._work, name="fedgmr-outbox", daemon=True)
+
+    def start(self) -> None:
+        """Begin to carry out what was given."""
         self._thread.start()
 
     def put(self, piece: Piece, content: Content) -> None:
@@ -102,7 +105,8 @@ class ThreadedHands:
         with self._changed:
             self._changed.notify_all()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._thread.join(timeout=5)
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
 
     def _give(self, job: Callable[[], None]) -> None:
         with self._changed:

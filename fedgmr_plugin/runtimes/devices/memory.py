@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedgmr_plugin.protocol.pieces import Piece
@@ -56,7 +56,12 @@ class Memory:
         self.folder.mkdir(parents=True, exist_ok=True)
         if with_answer:
             _write(self.folder / _ANSWER, self.content)
-        kept = {k: v for k, v in asdict(self).items() if k not in ("folder", "content")}
+        kept = {
+            "token": self.token,
+            "sequence": self.sequence,
+            "answered": self.answered,
+            "update": self.update,
+        }
         _write(self.folder / _STATE, json.dumps(kept).encode())
 
 

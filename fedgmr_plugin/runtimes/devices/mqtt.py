@@ -28,17 +28,9 @@ class MqttLink:
         broker: where.
         topics: to subscribe to.
         inbox: gets the messages; what does not fit into it is dropped, for its sender to repeat.
-        will: topic and payload of what the broker says when the connection breaks.
-        on_connected: called in the connection's thread, at every connection.
     """
 
-    def __init__(
-        self,
-        broker: Broker,
-        topics: Sequence[str],
-        inbox: queue.Queue[Any],
-        will: tuple[str, bytes] | None = None,
-    ) -> None:
+    def __init__(self, broker: Broker, topics: Sequence[str], inbox: queue.Queue[Any]) -> None:
         self._broker, self._topics, self._inbox = broker, list(topics), inbox
         self.refused: HostError | None = None
         self.connected = threading.Event()
@@ -49,8 +41,6 @@ class MqttLink:
             self._client.username_pw_set(broker.user, broker.password)
         if broker.ca is not None or broker.certificate is not None:
             self._client.tls_set(broker.ca, broker.certificate, broker.key)
-        if will is not None:
-            self._client.will_set(*will, qos=_QOS)
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
@@ -59,6 +49,10 @@ class MqttLink:
         """Connect, now or as soon as there is a broker; returns at once."""
         self._client.connect_async(self._broker.host, self._broker.port, self._broker.keepalive)
         self._client.loop_start()
+
+    def say_when_gone(self, topic: str, payload: bytes) -> None:
+        """What the broker is to publish when the connection breaks; to be told before `start`."""
+        self._client.will_set(topic, payload, qos=_QOS)
 
     def publish(self, topic: str, payload: bytes) -> None:
         """Send a message, now or when the connection is back."""

@@ -105,6 +105,8 @@ class Office:
         self.seen: dict[int, float] = {}  # client to the second of its last message
         self.waiting: list[LiveEvent] = []  # what could not be written down yet
         self.paused = ""  # why
+        self.received: dict[int, int] = {}  # client to the bytes of its updates, since this server began
+        self._farewells: set[int] = set()
         self._hands, self._clock, self._measured = hands, clock, measured
         self._fetching: set[int] = set()  # dispatches whose answer is on its way
         self._needless: list[str] = []
@@ -148,7 +150,10 @@ class Office:
             return
         self.seen[client] = now
         if self.end is not None:
-            self._finish(client)
+            if isinstance(said, (StatusNote, PlainStatus)) and said.state != "ONLINE":
+                self._farewells.add(client)
+            else:
+                self._finish(client)
         elif any(client == getattr(event, "client", None) for event in self.waiting):
             return  # paused: what it said before comes first, and it will say this again
         elif isinstance(said, StatusNote):
@@ -226,6 +231,7 @@ class Office:
         except WireError as refusal:
             self._refuse(client, note.dispatch, refusal)
             return
+        self.received[client] = self.received.get(client, 0) + len(content)
         events: list[LiveEvent] = [arrived]
         if client in self.server.away:
             events.append(ClientJoined(client, now))
@@ -337,6 +343,44 @@ class Office:
     def _finish(self, client: int) -> None:
         note = FinishNote(self.token, self.desk.devices[client], self.desk.next_sequence())
         self._hands.publish(*self.desk.write(note, client, {"client_idx": str(client)}))
+
+    # -- what is seen from outside ---------------------------------------------------------------------
+
+    def unsent(self) -> list[tuple[Piece, Content]]:
+        """Objects that are not in the store yet."""
+        return self._hands.unsent()
+
+    def somebody_works(self) -> bool:
+        """Whether a device that was heard of has not said that it knows of the end."""
+        return bool(set(self.seen) - self._farewells)
+
+    def status(self) -> list[dict[str, Any]]:
+        """One row for each device: what a display shows."""
+        flights = {f.client: (d, f) for d, f in self.server.flights.items() if d not in self.server.overdue}
+        now = self._clock()
+        rows = []
+        for client, device in enumerate(self.desk.devices):
+            dispatch, flight = flights.get(client, (None, None))
+            if client in self._farewells:
+                state = "finished"
+            elif dispatch in self.server.staged:
+                state = "uploaded"
+            elif flight is not None and client not in self.server.away:
+                state = "training"
+            else:
+                state = "away" if client in self.server.away else "idle"
+            rows.append(
+                {
+                    "device": device,
+                    "state": state,
+                    "density": self.server.gmr.densities[client],
+                    "staleness": None if flight is None else self.server.version - flight.version,
+                    "bytes_up": self.received.get(client, 0),
+                    "refused": sum(self.desk.refused[client].values()),
+                    "seen": None if client not in self.seen else now - self.seen[client],
+                }
+            )
+        return rows
 
     # -- state ----------------------------------------------------------------------------------------
 

@@ -1,0 +1,237 @@
+"""One run with real clients: its office, its journal, its loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
+from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.protocol.checkpoint import Checkpoint
+from fedgmr_plugin.protocol.journal import Entry, Journal, read
+from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.protocol.runlog import RunLogWriter
+from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
+from fedgmr_plugin.runtimes.devices.office import Content, Office
+from fedgmr_plugin.runtimes.recorded import RecordedRun
+
+_log = logging.getLogger(__name__)
+#: What a status display reads, in the run's directory.
+STATUS = "devices.json"
+TOKEN = "token"
+_JOURNALS = "journal"
+#: Seconds that devices are told of the end, at most.
+_FAREWELL = 10.0
+_STATUS_SECONDS = 1.0
+
+
+class Connected(Protocol):
+    """A link that can be started and stopped, as `fedgmr_plugin.runtimes.devices.mqtt.MqttLink`."""
+
+    refused: HostError | None
+
+    def publish(self, topic: str, payload: bytes) -> None: ...
+    def start(self) -> None: ...
+    def stop(self, patience: float = 5.0) -> None: ...
+
+
+class Clock:
+    """Seconds since a run began, without those in which there was no server."""
+
+    def __init__(self) -> None:
+        self.start(0.0)
+
+    def start(self, at: float) -> None:
+        """Go on from second `at`."""
+        self._at, self._then = at, time.monotonic()
+
+    def __call__(self) -> float:
+        return self._at + time.monotonic() - self._then
+
+
+@dataclass
+class LiveRun(RecordedRun):
+    """A run with devices.
+
+    Attributes:
+        office: its server.
+        hands, link: of the office; started and stopped here.
+        inbox: what comes from them.
+        clock: of the office.
+    """
+
+    office: Office = field(kw_only=True)
+    hands: ThreadedHands = field(kw_only=True)
+    link: Connected = field(kw_only=True)
+    inbox: queue.Queue[Any] = field(kw_only=True)
+    clock: Clock = field(kw_only=True)
+
+    def _advance(self, writer: RunLogWriter, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        office = self.office
+        _keep(self.directory / TOKEN, office.token)
+        self._journals = _Journals(self.directory / _JOURNALS)
+        first = 0
+        unsent: list[tuple[Piece, Content]] = []
+        if checkpoint is not None:
+            meta, tensors = checkpoint.meta, checkpoint.tensors
+            restore_live(office.live, Snapshot(meta["live"], tensors))
+            office.load_state(meta["office"])
+            first = meta["journal"]
+            contents = [tensors[f"unsent.{i}"].numpy().tobytes() for i in range(len(meta["unsent"]))]
+            unsent = [(Piece(*p), content) for p, content in zip(meta["unsent"], contents, strict=True)]
+        entries = list(self._journals.since(first)) if self.resumed else []
+        self.clock.start(max([office.live.now, *(float(entry.head["time"]) for entry in entries)]))
+        if self.resumed:
+            office.resume(entries, self._journals.next(), unsent)
+        else:
+            office.begin(self._journals.next())
+        self._loop(office, writer)
+        if office.end is None:
+            raise RuntimeError("the loop ended before the run")
+        return office.end
+
+    @contextmanager
+    def _helped(self) -> Iterator[None]:
+        self.link.start()
+        self.hands.start()
+        try:
+            yield
+        finally:
+            if self.office.end is not None:
+                self.hands.flush(_FAREWELL)
+            self.link.stop()
+            self.hands.close()
+            if self.office.journal is not None:
+                self.office.journal.close()
+
+    def _loop(self, office: Office, writer: RunLogWriter) -> None:
+        seconds = self.course.config.checkpoint_seconds
+        saved = shown = time.monotonic()
+        version = office.server.version
+        self._show(office)
+        while office.end is None:
+            self._next(office)
+            now = time.monotonic()
+            if office.server.version != version:
+                version = office.server.version
+                if seconds is not None and now - saved >= seconds and office.end is None:
+                    self._checkpoint(office, writer)
+                    saved = now
+            if now - shown >= _STATUS_SECONDS:
+                self._show(office)
+                shown = now
+        self._show(office)
+        deadline = time.monotonic() + _FAREWELL
+        while office.somebody_works() and time.monotonic() < deadline:
+            self._next(office)
+        self._show(office)
+
+    def _next(self, office: Office) -> None:
+        """Wait for the next thing that happens, a second at most, and let it happen."""
+        due = office.next_tick()
+        wait = _STATUS_SECONDS if due is None else min(max(due - self.clock(), 0.0), _STATUS_SECONDS)
+        try:
+            item = self.inbox.get(timeout=wait) if wait > 0 else self.inbox.get_nowait()
+            if callable(item):
+                item()
+            else:
+                office.message(*item)
+        except queue.Empty:
+            if self.link.refused is not None:
+                raise self.link.refused from None
+        if office.end is None:
+            office.tick()
+
+    def _checkpoint(self, office: Office, writer: RunLogWriter) -> None:
+        """A checkpoint, and a new journal behind it."""
+        journal = self._journals.next()
+        before, office.journal = office.journal, journal
+        if before is not None:
+            before.close()
+        meta, tensors = snapshot_live(office.live)
+        unsent = office.unsent()
+        for i, (_, content) in enumerate(unsent):
+            tensors[f"unsent.{i}"] = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
+        state = {
+            "live": meta,
+            "office": office.state(),
+            "journal": self._journals.last,
+            "unsent": [list(piece) for piece, _ in unsent],
+        }
+        if self._save_checkpoint(writer, state, tensors):
+            self._journals.checkpointed()
+
+    def _show(self, office: Office) -> None:
+        """Write what a status display reads."""
+        server = office.server
+        content = {
+            "run": self.directory.name,
+            "window": server.version,
+            "windows": server.plan.windows,
+            "time": office.live.now,
+            "paused": office.paused,
+            "ended": office.end is not None,
+            "devices": office.status(),
+        }
+        draft = self.directory / f"{STATUS}.draft"
+        try:
+            draft.write_text(json.dumps(content), encoding="utf-8")
+            draft.rename(self.directory / STATUS)
+        except OSError as error:
+            _log.debug("no status: %s", error)
+
+
+class _Journals:
+    """The journals of a run, numbered; those that no kept checkpoint needs are removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        numbers = [int(path.stem) for path in folder.glob("*.journal") if path.stem.isdecimal()]
+        self.last = max(numbers, default=-1)
+        self._needed = [min(numbers, default=0)]  # first journal behind each of the last checkpoints
+
+    def since(self, first: int) -> Iterator[Entry]:
+        """What happened since journal `first` began."""
+        for number in range(first, self.last + 1):
+            yield from read(self._path(number))
+
+    def next(self) -> Journal:
+        """A new journal behind those that are there."""
+        self.last += 1
+        return Journal(self._path(self.last))
+
+    def checkpointed(self) -> None:
+        """The last journal begins behind a checkpoint; two generations of them are kept."""
+        self._needed = [*self._needed, self.last][-2:]
+        for path in self._folder.glob("*.journal"):
+            if path.stem.isdecimal() and int(path.stem) < self._needed[0]:
+                path.unlink()
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:08d}.journal"
+
+
+def token_of(directory: Path, resumed: bool) -> str:
+    """Name of a run that no other has: drawn at its beginning, kept in its directory."""
+    path = directory / TOKEN
+    return path.read_text(encoding="ascii").strip() if resumed and path.exists() else secrets.token_hex(8)
+
+
+def _keep(path: Path, token: str) -> None:
+    with path.open("w", encoding="ascii") as file:
+        file.write(token)
+        file.flush()
+        os.fsync(file.fileno())

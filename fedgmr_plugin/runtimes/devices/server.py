@@ -1,0 +1,165 @@
+"""FedML's cross-device server, `ServerMNN`, as an asynchronous FedGMR server."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, in_batches, split
+from fedgmr_plugin.engine.examiner import Examiner
+from fedgmr_plugin.engine.workbench import HeldOut, Training, Workbench
+from fedgmr_plugin.errors import ConfigError
+from fedgmr_plugin.kernels.layout import build_layout, validate
+from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
+from fedgmr_plugin.protocol.desk import Desk
+from fedgmr_plugin.protocol.pieces import Pieces
+from fedgmr_plugin.runtimes import resume
+from fedgmr_plugin.runtimes.command import next_run
+from fedgmr_plugin.runtimes.data import ClientSamples, EvaluationBatches, FederatedData
+from fedgmr_plugin.runtimes.devices.connection import connection, device_ids, device_keys
+from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
+from fedgmr_plugin.runtimes.devices.live_run import Clock, LiveRun, token_of
+from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
+from fedgmr_plugin.runtimes.devices.office import Office
+from fedgmr_plugin.runtimes.devices.store import S3Store
+from fedgmr_plugin.runtimes.run import fedml_metrics, run_directory, run_header, serving
+from fedgmr_plugin.runtimes.samples import samples_of
+from fedgmr_plugin.runtimes.settings import fedml_keys, options
+from fedgmr_plugin.runtimes.setup import Setup, dense_megabytes
+
+_log = logging.getLogger(__name__)
+#: What needs the clients' data, or a clock that is simulated.
+_SIMULATED = ("bandwidth_traces", "compute_slowdown")
+
+
+def build(
+    args: Any, device: Any, test_dataloader: Any, model: nn.Module, server_aggregator: Any = None
+) -> LiveRun:
+    """A run with devices from what FedML's `ServerMNN` is constructed with.
+
+    Args:
+        args: FedML's arguments; see docs/devices.md.
+        device: where models are evaluated.
+        test_dataloader: the server's own data, of which `validation_fraction` serves triggers and model
+            choice, and the rest tests.
+        model: the global model; overwritten during the run, and holds the shipped model at its end.
+        server_aggregator: a user's own, honoured.
+
+    Raises:
+        ConfigError, ModelError, DataError, HostError: everything wrong with them, before anything is sent.
+    """
+    setup = prepare_server(args, device, test_dataloader, model)
+    config, keys = setup.config, setup.keys
+    here = connection(args)
+    server, evaluate, hooked = serving(setup, server_aggregator)
+    resumed = resume.take()
+    directory = resumed or run_directory(config)
+    token = token_of(directory, resumed is not None)
+    where = getattr(args, "yaml_config_file", "") or "args"
+    desk = Desk(here.run, here.server, here.devices, device_keys(config, here.devices, where))
+    inbox: queue.Queue[Any] = queue.Queue(100_000)
+    link = MqttLink(here.broker, desk.topics, inbox)
+    hands = ThreadedHands(S3Store(here.bucket), link, inbox)
+    clock = Clock()
+    run: LiveRun
+    office = Office(
+        server,
+        Examiner(server, setup.bench, lambda: setup.data.test, evaluate),
+        lambda fields: run.record(fields),
+        desk,
+        Pieces(token, PAYLOAD_TYPES[config.payload_dtype]),
+        token,
+        hands,
+        clock,
+        measured_by(config),
+    )
+    header = run_header(setup, directory.name, dense_megabytes(config, setup.layout), hooked=hooked)
+    run = LiveRun(
+        office.live,
+        model,
+        header,
+        directory,
+        fedml_metrics(args),
+        next_run(),
+        resumed=resumed is not None,
+        office=office,
+        hands=hands,
+        link=link,
+        inbox=inbox,
+        clock=clock,
+    )
+    _log.info("run %s waits for devices %s", keys.dataset, here.devices)
+    return run
+
+
+def prepare_server(args: Any, device: Any, test_dataloader: Any, model: nn.Module) -> Setup:
+    """The parts of a run whose clients' data are elsewhere.
+
+    Raises:
+        ConfigError, ModelError, DataError: everything wrong with them.
+    """
+    config, keys = options(args), fedml_keys(args)
+    _refuse_simulated(config)
+    ids = device_ids(args)
+    if len(ids) != keys.clients:
+        raise ConfigError(
+            "GMR-112", f"client_id_list has {len(ids)} ids for client_num_in_total={keys.clients}"
+        )
+    where = torch.device(device) if device is not None else torch.device("cpu")
+    model.to(where)
+    layout = build_layout(model, config.dense_layers)
+    for finding in validate(model, config.dense_layers):
+        _log.info("%s %s", finding.code, finding.message)
+    test, held = split(
+        samples_of(test_dataloader, "the server"), config.validation_fraction, keys.seed, client=-1
+    )
+    steps = config.local_steps if isinstance(config.local_steps, int) else None
+    plan = BatchPlan(keys.batch_size, steps, keys.epochs, config.shuffle, keys.seed)
+    trainer = BuiltinTrainer(
+        device=where,
+        loss=config.loss,
+        optimizer=keys.optimizer,
+        momentum=config.client_momentum,
+        weight_decay=keys.weight_decay,
+        gradient_clip=config.gradient_clip,
+    )
+    clients = HeldOut(held, keys.seed, keys.clients)
+    bench = Workbench(config, layout, model, clients, Training(trainer, plan, keys.learning_rate))
+    batches = EvaluationBatches([(list(in_batches(test, 256)), "the server's test data")])
+    data = FederatedData(ids, ClientSamples((), {}, {}), batches, {}, {}, None)
+    densities = config.initial_densities(keys.clients)
+    counts = (1,) * keys.clients
+    return Setup(args, config, keys, where, data, model, layout, counts, densities, bench)
+
+
+def _refuse_simulated(config: FedGMRConfig) -> None:
+    """What has no meaning without the clients' data, or on a real clock."""
+    wrong = [
+        f"{key} belongs to a simulated network" for key in _SIMULATED if getattr(config, key) is not None
+    ]
+    if config.probe:
+        wrong.append("probe=true needs the clients' data")
+    if config.trigger == "gradient":
+        wrong.append("trigger=gradient needs the clients' data")
+    if config.workers > 1:
+        wrong.append(f"workers={config.workers}: devices train")
+    if wrong:
+        raise ConfigError("GMR-106", "; ".join(wrong), where="fedgmr_args")
+
+
+def measured_by(config: FedGMRConfig) -> Callable[[float | None, float | None], float | None]:
+    """Initial density of a device by its measured bandwidth, where `measured_densities` asks for it."""
+
+    def density(up: float | None, down: float | None) -> float | None:
+        if not config.measured_densities or up is None:
+            return None
+        reached = [rung for rung in config.density_ladder if rung <= up / config.client_upload]
+        return max(reached, default=config.density_ladder[0])
+
+    return density
