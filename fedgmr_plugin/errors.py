@@ -317,6 +317,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "An event that a run with real devices had written down was changed on the disk afterwards.",
         "Check the disk. To go on from the last checkpoint alone, move the journal away.",
     ),
+    "GMR-608": CatalogueEntry(
+        "run cannot be replayed",
+        "The run is none with devices, or what it was started with is not there any more.",
+        "Replay on the machine of the server, with the script and the configuration where they were.",
+    ),
     "GMR-701": CatalogueEntry(
         "message cut short",
         "A message has fewer bytes than its own header claims, or not even a header.",

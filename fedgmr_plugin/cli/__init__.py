@@ -33,6 +33,7 @@ COMMANDS: dict[str, Entry] = {
     "resume": Entry("fedgmr_plugin.cli.resume:resume", "Continue a run that was interrupted."),
     "local": Entry("fedgmr_plugin.cli.local:local", "Broker, store, server and devices on this machine."),
     "device": Entry("fedgmr_plugin.cli.device:device", "Take part in a run as one device."),
+    "replay": Entry("fedgmr_plugin.cli.replay:replay", "Repeat a run with devices in one process."),
     "keys": Entry("fedgmr_plugin.cli.keys:keys", "Make the secret keys of devices."),
     "plan": Entry("fedgmr_plugin.cli.plan:plan", "Say what a configuration will cost before running it."),
     "report": Entry("fedgmr_plugin.cli.report:report", "Make one HTML page from one or more run logs."),

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
 from fedgmr_plugin.errors import HostError
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 #: What a status display reads, in the run's directory.
 STATUS = "devices.json"
 TOKEN = "token"
+#: The initial global vector, for a replay.
+INITIAL = "initial.safetensors"
 _JOURNALS = "journal"
 #: Seconds that devices are told of the end, at most.
 _FAREWELL = 10.0
@@ -81,6 +84,8 @@ class LiveRun(RecordedRun):
     def _advance(self, writer: RunLogWriter, checkpoint: Checkpoint | None) -> dict[str, Any]:
         office = self.office
         _keep(self.directory / TOKEN, office.token)
+        if not self.resumed:
+            save_file({"w": office.server.w_D.cpu().contiguous()}, str(self.directory / INITIAL))
         self._journals = _Journals(self.directory / _JOURNALS)
         first = 0
         unsent: list[tuple[Piece, Content]] = []

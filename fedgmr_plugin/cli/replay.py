@@ -1,0 +1,36 @@
+"""`fedgmr replay RUN`: whether a run with devices gives the same model in one process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def replay(run: Path) -> None:
+    """Repeat RUN, a run with devices, in this process: what arrived when is taken from its log.
+
+    Devices are trained here, from the data that the run's script gives for each. Every record of the log and
+    the model must come out the same; the first difference is told, and the status is then 1.
+    """
+    from fedgmr_plugin.protocol.runlog import read_run
+    from fedgmr_plugin.runtimes.devices.replaying import replay as replayed
+
+    run = run.absolute()
+    recorded = read_run(run).end
+    found = replayed(run)
+    if found.differences:
+        click.echo(f"record {found.records} differs: {found.where}")
+        for line in found.differences[:5]:
+            click.echo(f"  {line}")
+        sys.exit(1)
+    click.echo(f"the same {found.records} records")
+    if recorded is None or found.end is None:
+        click.echo("the run did not end by itself")
+        return
+    same = recorded["model_sha256"] == found.end["model_sha256"]
+    click.echo(f"model sha256: {found.end['model_sha256']} ({'the same' if same else 'ANOTHER'})")
+    sys.exit(0 if same else 1)
