@@ -74,10 +74,11 @@ class FedGMRConfig(BaseModel):
     )
 
     # -- masks ---------------------------------------------------------------------------------
-    score: Literal["magnitude", "weight_change", "per_cost", "random"] = Field(
+    score: Literal["magnitude", "weight_change", "per_cost", "random", "width"] = Field(
         "magnitude",
         description="Which weights a sub-model keeps: largest |w|; largest |w * change over the last "
-        "interval|; largest |w| per communication and computation cost; or random.",
+        "interval|; largest |w| per communication and computation cost; random; or those of the first units "
+        "of every hidden layer (`width`: a sub-model is then a smaller dense network).",
     )
     layer_floor: Fraction = Field(
         0.02,
@@ -264,6 +265,12 @@ class FedGMRConfig(BaseModel):
         description="Give each device the largest rung of the ladder that its measured upload bandwidth "
         "reaches, `client_upload` being density 1, instead of what `densities` or `heterogeneity` say.",
     )
+    device_submodel: Literal["wire", "width", "masked"] = Field(
+        "wire",
+        description="What devices are sent: compact messages for mask-aware devices (`wire`); or model files "
+        "for FedML's own devices, which know nothing of masks: smaller files of width sub-models (`width`, "
+        "needs `score: width`), or whole files with zeros, which save nothing (`masked`).",
+    )
     device_authentication: Literal["hmac", "off"] = Field(
         "hmac",
         description="`hmac`: every message is signed with its device's key; `off`: whoever reaches the "
@@ -338,6 +345,20 @@ class FedGMRConfig(BaseModel):
             problems.append(
                 f"GMR-106|model_megabytes|model_megabytes={self.model_megabytes} has no meaning with "
                 "payload_rule=encoded, which counts the model's own bytes"
+            )
+        if self.device_submodel == "width" and self.score != "width":
+            problems.append(
+                f"GMR-106|device_submodel|device_submodel=width needs score=width, but score={self.score}"
+            )
+        if self.device_submodel != "wire" and self.device_authentication != "off":
+            problems.append(
+                f"GMR-106|device_authentication|FedML's own devices sign nothing, so device_submodel="
+                f"{self.device_submodel} needs device_authentication=off"
+            )
+        if self.device_submodel != "wire" and self.payload_dtype != "model":
+            problems.append(
+                f"GMR-106|payload_dtype|model files hold the model's own type, but "
+                f"payload_dtype={self.payload_dtype}"
             )
         if problems:
             raise ValueError("\n".join(problems))

@@ -522,6 +522,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "A message names another device or another run than its topic does.",
         "Stop the processes of the other run, and give every device its own id.",
     ),
+    "GMR-748": CatalogueEntry(
+        "device without masks",
+        "A device sends FedML's plain messages to a server that talks to mask-aware devices.",
+        "Use `fedgmr device`, or set `device_submodel` to `width` or `masked` for FedML's own devices.",
+    ),
 }
 
 

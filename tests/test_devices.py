@@ -113,3 +113,26 @@ def test_a_lossy_field_comes_to_its_end(tmp_path: Path, loss: float) -> None:
     assert len(arrivals) == len(set(arrivals))
     assert len(field.trained) == len(set(field.trained)), "a dispatch was trained twice"
     assert field.records("evaluation")[-1]["accuracy"] > 0.6
+
+
+@pytest.mark.parametrize(
+    "options", [{"device_submodel": "width", "score": "width"}, {"device_submodel": "masked"}]
+)
+@pytest.mark.parametrize("form", ["delta", "replacement"])
+def test_fedmls_own_devices_take_part(tmp_path: Path, options: dict[str, Any], form: str) -> None:
+    pytest.importorskip("MNN")
+    field = make(tmp_path, device_authentication="off", update_form=form, windows=20, **options)
+    field.keys = None
+    field.office = field._make_office()
+    field.begin()
+    for n in range(4):
+        field.plain_device(n)
+    end = field.run()
+    assert end["rejected"] == 0 and end["windows"] == 20
+    accuracy = [r["accuracy"] for r in field.records("evaluation")]
+    assert accuracy[-1] > accuracy[0] + 0.2
+    sizes = {r["density"]: r["bytes_down"] for r in field.records("dispatch")}
+    if options["device_submodel"] == "width":
+        assert sizes[0.1] < sizes[0.5] < sizes[1.0]
+    else:
+        assert len(set(sizes.values())) == 1

@@ -391,7 +391,7 @@ def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> dict[str, Tensor] | 
     masks = Masks(
         (e.name, mask_D[e.slice].view(e.shape))
         for e in layout.entries
-        if e.kind in ("prunable", "bias") and not bool(mask_D[e.slice].all())
+        if e.kind != "buffer" and not bool(mask_D[e.slice].all())
     )
     return masks or None
 

@@ -53,12 +53,14 @@ class ClientJoined:
         time: second at which it was heard of.
         density: initial density, where it was measured and nothing was dispatched to the client yet.
         samples: its training samples, where it said so.
+        fresh: it has lost what it was sent before, so late answers to that are not waited for any more.
     """
 
     client: int
     time: float
     density: float | None = None
     samples: int | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True)

@@ -169,8 +169,9 @@ def _same(recorded: Any, replayed: Any) -> bool:
 
 def _client_event(record: Mapping[str, Any]) -> ClientJoined | ClientLeft | DispatchOverdue:
     client, time = int(record["client"]), record["time"]
-    if record["state"] == "joined":
-        return ClientJoined(client, time, record["density"], record["samples"])
+    if record["state"] in ("joined", "restarted"):
+        fresh = record["state"] == "restarted"
+        return ClientJoined(client, time, record["density"], record["samples"], fresh)
     if record["state"] == "left":
         return ClientLeft(client, time)
     return DispatchOverdue(int(record["dispatch"]), time)

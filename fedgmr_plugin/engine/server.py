@@ -19,7 +19,7 @@ client's last upload takes part in every merge. See the method page, sections 3 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,6 +82,8 @@ class Plan:
 BeforeMerge = Callable[[int, Tensor, list[MaskedUpdate]], list[MaskedUpdate]]
 #: Hook on the merged vector: (window, w_D) -> w_D.
 AfterMerge = Callable[[int, Tensor], Tensor]
+#: Nested masks of some densities (ascending) of a global vector: (w_D, densities) -> ranking.
+MaskFamily = Callable[[Tensor, Sequence[float]], Ranking]
 
 
 class Server:
@@ -93,6 +95,7 @@ class Server:
         layout: map of the global vector.
         w_D: initial global vector; the server's own from now on, which it overwrites.
         before_merge, after_merge: hooks of the host framework; see `BeforeMerge`.
+        masks: family of masks; by `score` where None.
     """
 
     def __init__(
@@ -104,9 +107,10 @@ class Server:
         *,
         before_merge: BeforeMerge | None = None,
         after_merge: AfterMerge | None = None,
+        masks: MaskFamily | None = None,
     ) -> None:
         self.config, self.plan, self.layout = config, plan, layout
-        self.before_merge, self.after_merge = before_merge, after_merge
+        self.before_merge, self.after_merge, self._masks = before_merge, after_merge, masks
         clients = len(plan.client_samples)
         self.rules = restoration_rules(config)
         self.version = 0
@@ -192,7 +196,10 @@ class Server:
             self.samples[client] = event.samples
         if event.density is not None and self.counts[client] == 0:
             self._start_at(client, event.density)
-        record = self._client("joined", client, event.time)
+        if event.fresh:
+            for dispatch in [d for d in self.overdue if self.flights[d].client == client]:
+                self._forget(dispatch)
+        record = self._client("restarted" if event.fresh else "joined", client, event.time)
         return [record, *self._dispatch()] if self.phase == "collecting" else [record]
 
     def _start_at(self, client: int, density: float) -> None:
@@ -451,11 +458,16 @@ class Server:
         """Masks for every density that is held now or could be held after the next restoration."""
         held = set(self.gmr.densities)
         wanted = held | {gmr.next_density(self.rules, d) for d in held}
+        if self._masks is not None:
+            return self._masks(self.w_D, sorted(wanted))
         change_D = None
         if self.interval_start_D is not None:
             change_D = self.w_D - self.interval_start_D
+        score = self.config.score
+        if score == "width":
+            raise ValueError("score=width needs its family of masks")
         score_P = scores(
-            "magnitude" if self.config.score == "weight_change" and self.version == 0 else self.config.score,
+            "magnitude" if score == "weight_change" and self.version == 0 else score,
             self.layout,
             self.w_D,
             change_D=change_D,

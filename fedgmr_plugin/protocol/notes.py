@@ -141,6 +141,11 @@ def sign(note: Note, topic: str, key: bytes | None, message: Mapping[str, Any]) 
     return json.dumps(signed).encode()
 
 
+def plain_message(kind: int, server: int, device: int, fields: Mapping[str, Any]) -> bytes:
+    """A message of the server as FedML's own devices know it."""
+    return json.dumps({"msg_type": kind, "sender": server, "receiver": device, **fields}).encode()
+
+
 def parse(payload: bytes) -> dict[str, Any]:
     """A message as a JSON object of bounded length.
 

@@ -27,8 +27,8 @@ class Piece(NamedTuple):
 
     Attributes:
         key: its name.
-        size: its length, bytes.
-        sha256: of its content, hex.
+        size: its length, bytes; the most that is taken where `sha256` is empty.
+        sha256: of its content, hex; empty where it was not announced.
     """
 
     key: str

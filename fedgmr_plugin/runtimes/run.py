@@ -9,25 +9,27 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig, effective
 from fedgmr_plugin.engine.client import Batch, BuiltinTrainer, Metrics
 from fedgmr_plugin.engine.network import VirtualNetwork
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
-from fedgmr_plugin.engine.server import Plan, Server
+from fedgmr_plugin.engine.server import MaskFamily, Plan, Server
 from fedgmr_plugin.engine.simulate import Simulation
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_simulation, snapshot_simulation
 from fedgmr_plugin.engine.workbench import Evaluator
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels.cost import cost_of_layer, macs_per_weight
+from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
+from fedgmr_plugin.kernels.width import rank_widths
 from fedgmr_plugin.protocol.checkpoint import FOLDER, Checkpoint
 from fedgmr_plugin.protocol.runlog import LOG_NAME, RunLogWriter
 from fedgmr_plugin.protocol.schema import SCHEMA
@@ -131,6 +133,7 @@ def serving(setup: Setup, server_aggregator: Any = None) -> Serving:
         layout.gather(model),
         before_merge=hooks.before if hooks else None,
         after_merge=hooks.after if hooks else None,
+        masks=_masks(setup),
     )
 
     def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
@@ -182,6 +185,19 @@ def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | Non
         workers=workers,
     )
     return run
+
+
+def _masks(setup: Setup) -> MaskFamily | None:
+    """The family of masks that needs more than scores."""
+    if setup.config.score != "width":
+        return None
+    rank_widths(setup.model, setup.layout, (1.0,))  # refuses a model without widths now
+
+    def by_width(w_D: Tensor, densities: Sequence[float]) -> Ranking:
+        ranking = rank_widths(setup.model, setup.layout, densities)
+        return Ranking(ranking.densities, ranking.rung_D.to(w_D.device))
+
+    return by_width
 
 
 def _layer_costs(setup: Setup) -> tuple[float, ...] | None:

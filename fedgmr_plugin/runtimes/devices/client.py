@@ -22,9 +22,11 @@ from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.notes import to_device
 from fedgmr_plugin.runtimes.devices.connection import connection, device_keys
 from fedgmr_plugin.runtimes.devices.device import Device
+from fedgmr_plugin.runtimes.devices.file_training import train_file
 from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.memory import Memory
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
+from fedgmr_plugin.runtimes.devices.plain_device import PlainDevice
 from fedgmr_plugin.runtimes.devices.store import S3Store
 from fedgmr_plugin.runtimes.recorded import threads
 from fedgmr_plugin.runtimes.samples import samples_of
@@ -86,6 +88,20 @@ class DeviceProcess:
         hears = to_device(here.run, here.server, device_id)
         self._link = MqttLink(here.broker, [hears], self._inbox)
         self._hands = ThreadedHands(S3Store(here.bucket), self._link, self._inbox, fetches=4)
+        self._training = trainer, samples, plan, keys.learning_rate
+        self.device: Device | PlainDevice
+        if config.device_submodel != "wire":
+            self.device = PlainDevice(
+                here.run,
+                here.server,
+                device_id,
+                len(samples),
+                self._train_file,
+                self._hands,
+                time.monotonic,
+            )
+            self._link.say_when_gone(self.device.speaks, self.device.last_will())
+            return
         self.device = Device(
             here.run,
             here.server,
@@ -134,6 +150,22 @@ class DeviceProcess:
             if self._link.refused is not None:
                 raise self._link.refused from None
         self.device.tick()
+
+    def _train_file(self, content: bytearray, client: int, count: int, then: Callable[[bytes], None]) -> None:
+        def trained(done: Future[bytes]) -> None:
+            self._inbox.put(lambda: then(done.result()))
+
+        trainer, samples, plan, rate = self._training
+        self._trainer.submit(
+            train_file,
+            content,
+            client,
+            count,
+            trainer=trainer,
+            samples=samples,
+            plan=plan,
+            learning_rate=rate,
+        ).add_done_callback(trained)
 
     def _train(self, sent: Dispatch, then: Callable[[LocalUpdate], None]) -> None:
         def trained(done: Future[LocalUpdate]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
@@ -16,13 +17,18 @@ from fedgmr_plugin.engine.examiner import Examiner
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.workbench import Clients, HeldOut, Training, Workbench
 from fedgmr_plugin.kernels.layout import build_layout
+from fedgmr_plugin.kernels.width import rank_widths
 from fedgmr_plugin.protocol.desk import Desk
 from fedgmr_plugin.protocol.journal import Journal, read
 from fedgmr_plugin.protocol.pieces import Pieces
+from fedgmr_plugin.runtimes.devices.codecs import codec_of
 from fedgmr_plugin.runtimes.devices.device import Device
+from fedgmr_plugin.runtimes.devices.file_training import train_file
 from fedgmr_plugin.runtimes.devices.loopback import Loopback, LoopbackHands
 from fedgmr_plugin.runtimes.devices.memory import Memory
 from fedgmr_plugin.runtimes.devices.office import Office
+from fedgmr_plugin.runtimes.devices.plain import PlainOffice
+from fedgmr_plugin.runtimes.devices.plain_device import PlainDevice
 
 TOKEN = "0123456789abcdef"
 
@@ -82,7 +88,7 @@ class Field:
         self.layout = build_layout(problem.model())
         self.log: list[dict[str, Any]] = []
         self.trained: list[tuple[int, int]] = []  # (device, dispatch), in the order in which they began
-        self.devices: dict[int, Device] = {}
+        self.devices: dict[int, Device | PlainDevice] = {}
         self._device_hands: dict[int, LoopbackHands] = {}
         self._behind = 0.0  # seconds by which the run's clock is behind the world's
         self.office = self._make_office()
@@ -94,7 +100,11 @@ class Field:
         problem, seed = self.problem, self.problem.plan.seed
         w_D = self.layout.gather(problem.model())
         plan = Plan(seed, self.windows, self.count, 3, (1,) * self.count)
-        server = Server(self.config, plan, self.layout, w_D)
+        model = problem.model()
+        masks = None
+        if self.config.score == "width":
+            masks = lambda w_D, densities: rank_widths(model, self.layout, densities)  # noqa: E731
+        server = Server(self.config, plan, self.layout, w_D, masks=masks)
         bench = self._bench(HeldOut(problem.held, seed, self.count))
         return server, Examiner(server, bench, lambda: in_batches(problem.test, 512))
 
@@ -105,7 +115,23 @@ class Field:
     def _make_office(self) -> Office:
         desk = Desk("7", 0, range(1, self.count + 1), self.keys, rate=self.rate, burst=10 * self.rate)
         self.hands = LoopbackHands(self.world)
+        if self.config.device_submodel != "wire":
+            return PlainOffice(
+                *self.parts(),
+                self.log.append,
+                desk,
+                Pieces(TOKEN),
+                TOKEN,
+                self.hands,
+                self.clock,
+                codec=codec_of(self.config, self.problem.model(), self.layout, self._input_shape),
+            )
         return Office(*self.parts(), self.log.append, desk, Pieces(TOKEN), TOKEN, self.hands, self.clock)
+
+    @property
+    def _input_shape(self) -> tuple[int, ...]:
+        x, _ = self.problem.test.take(np.arange(1))
+        return tuple(x.shape)
 
     def _bench(self, clients: Clients | HeldOut) -> Workbench:
         training = Training(BuiltinTrainer(), self.problem.plan, self.problem.learning_rate)
@@ -147,6 +173,7 @@ class Field:
     def _open(self) -> None:
         for topic in self.office.desk.topics:
             self.world.subscribe(topic, self.office.message)
+        self.office.hello()
         self._tick(self.office)
 
     def _tick(self, office: Office) -> None:
@@ -197,6 +224,37 @@ class Field:
         self._device_hands.pop(n).cut = True
         self.world.unsubscribe(device.hears, device.message)
         return device.memory
+
+    def plain_device(self, n: int) -> PlainDevice:
+        """Start device n as one of FedML's own."""
+        self.stop(n)
+        hands = LoopbackHands(self.world)
+        samples = self.problem.samples(n)
+
+        def train(content: bytearray, client: int, count: int, then: Callable[[bytes], None]) -> None:
+            self.trained.append((n, count))
+
+            def done() -> None:
+                if not hands.cut:
+                    then(
+                        train_file(
+                            content,
+                            client,
+                            count,
+                            trainer=BuiltinTrainer(),
+                            samples=samples,
+                            plan=self.problem.plan,
+                            learning_rate=self.problem.learning_rate,
+                        )
+                    )
+
+            self.world.at(self.world.now + self.seconds(n), done)
+
+        device = PlainDevice("7", 0, n + 1, len(samples), train, hands, self.world.clock)
+        self.devices[n], self._device_hands[n] = device, hands
+        self.world.subscribe(device.hears, device.message)
+        device.begin()
+        return device
 
     def _beat(self, n: int, device: Device) -> None:
         if self.devices.get(n) is device and not device.finished:

@@ -92,7 +92,7 @@ class LiveRun(RecordedRun):
         if checkpoint is not None:
             meta, tensors = checkpoint.meta, checkpoint.tensors
             restore_live(office.live, Snapshot(meta["live"], tensors))
-            office.load_state(meta["office"])
+            office.load_state(meta["office"], tensors)
             first = meta["journal"]
             contents = [tensors[f"unsent.{i}"].numpy().tobytes() for i in range(len(meta["unsent"]))]
             unsent = [(Piece(*p), content) for p, content in zip(meta["unsent"], contents, strict=True)]
@@ -102,6 +102,7 @@ class LiveRun(RecordedRun):
             office.resume(entries, self._journals.next(), unsent)
         else:
             office.begin(self._journals.next())
+        office.hello()
         self._loop(office, writer)
         if office.end is None:
             raise RuntimeError("the loop ended before the run")
@@ -166,6 +167,7 @@ class LiveRun(RecordedRun):
         if before is not None:
             before.close()
         meta, tensors = snapshot_live(office.live)
+        tensors.update(office.tensors())
         unsent = office.unsent()
         for i, (_, content) in enumerate(unsent):
             tensors[f"unsent.{i}"] = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())

@@ -145,6 +145,10 @@ def announced(piece: Piece, content: Content | None) -> WireError | None:
     """Why `content` is not the object that was announced; None if it is."""
     if content is None:
         return WireError("GMR-746", f"key={piece.key} is not in the store")
+    if not piece.sha256:  # its length and digest were not announced, only the most that is taken
+        if len(content) <= piece.size:
+            return None
+        return WireError("GMR-746", f"key={piece.key} has {len(content)} bytes, {piece.size} at most")
     if len(content) != piece.size:
         return WireError("GMR-746", f"key={piece.key} has {len(content)} bytes instead of {piece.size}")
     if hashlib.sha256(content).hexdigest() != piece.sha256:

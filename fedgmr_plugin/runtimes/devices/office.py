@@ -11,11 +11,12 @@ back as another call. What is kept is the checkpoint and the journal since; see 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadRefused
 from fedgmr_plugin.engine.examiner import Examiner
@@ -138,6 +139,9 @@ class Office:
         for dispatch in list(self.live.deadlines):
             self._tell(dispatch)
 
+    def hello(self) -> None:
+        """Say that the server is there, to devices that do not say by themselves that they are."""
+
     # -- what happens ---------------------------------------------------------------------------------
 
     def message(self, topic: str, payload: bytes) -> None:
@@ -208,8 +212,8 @@ class Office:
             self._hands.fetch(note.update, lambda content: self._fetched(client, note, content))
 
     def _plain(self, client: int, said: PlainStatus | PlainAnswer, now: float) -> None:
-        """A device that knows nothing of masks."""
-        raise NotImplementedError
+        """A device that knows nothing of masks: not with this office."""
+        self.desk.count(client, "GMR-748")
 
     def _fetched(self, client: int, note: AnswerNote, content: bytearray | WireError) -> None:
         self._fetching.discard(note.dispatch)
@@ -294,8 +298,7 @@ class Office:
         if self.server.version != self._version:
             self._version = self.server.version
             self.tasks = {d: task for d, task in self.tasks.items() if d in self.server.flights}
-            used = {(f.version, f.ranking.digest) for f in self.server.flights.values()}
-            self._hands.delete(self.pieces.drop_unused(used))
+            self._hands.delete(self._drop_unused())
         if self.end is not None:
             for client in range(len(self.desk.devices)):
                 self._finish(client)
@@ -310,6 +313,10 @@ class Office:
         if self.journal is not None:  # else the past is repeated, and what is still out is told at its end
             self._tell(sent.dispatch)
         return float(parcel.received), float(sum(piece.size for piece, _ in parcel.new))
+
+    def _drop_unused(self) -> list[str]:
+        """Forget objects that no dispatch in flight needs; their keys."""
+        return self.pieces.drop_unused({(f.version, f.ranking.digest) for f in self.server.flights.values()})
 
     def _remind(self, client: int, knows: int | None) -> None:
         """Tell a device its dispatch again if it knows of another one or of none."""
@@ -393,8 +400,12 @@ class Office:
             "tasks": [[d, task.count, task.scale] for d, task in self.tasks.items()],
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What belongs to `state` and is no JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` and `tensors` returned; there may be more tensors."""
         self.desk.load_state(state["desk"])
         self.pieces.load_state(state["pieces"])
         self.tasks = {d: Task(count, scale) for d, count, scale in state["tasks"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import queue
 from collections.abc import Callable
@@ -22,11 +23,13 @@ from fedgmr_plugin.protocol.pieces import Pieces
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.command import next_run
 from fedgmr_plugin.runtimes.data import ClientSamples, EvaluationBatches, FederatedData
+from fedgmr_plugin.runtimes.devices.codecs import codec_of
 from fedgmr_plugin.runtimes.devices.connection import connection, device_ids, device_keys
 from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.live_run import Clock, LiveRun, token_of
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.office import Office
+from fedgmr_plugin.runtimes.devices.plain import PlainOffice
 from fedgmr_plugin.runtimes.devices.store import S3Store
 from fedgmr_plugin.runtimes.run import fedml_metrics, run_directory, run_header, serving
 from fedgmr_plugin.runtimes.samples import samples_of
@@ -68,7 +71,7 @@ def build(
     hands = ThreadedHands(S3Store(here.bucket), link, inbox)
     clock = Clock()
     run: LiveRun
-    office = Office(
+    given = (
         server,
         Examiner(server, setup.bench, lambda: setup.data.test, evaluate),
         lambda fields: run.record(fields),
@@ -77,8 +80,14 @@ def build(
         token,
         hands,
         clock,
-        measured_by(config),
     )
+    office: Office
+    if config.device_submodel == "wire":
+        office = Office(*given, measured=measured_by(config))
+    else:
+        x, _ = next(iter(setup.data.test))
+        codec = codec_of(config, copy.deepcopy(model), setup.layout, (1, *x.shape[1:]))
+        office = PlainOffice(*given, codec=codec, steps=setup.steps or 0)
     header = run_header(setup, directory.name, dense_megabytes(config, setup.layout), hooked=hooked)
     run = LiveRun(
         office.live,

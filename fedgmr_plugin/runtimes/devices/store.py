@@ -64,22 +64,22 @@ class S3Store:
         if found is None:
             raise WireError("GMR-746", f"key={piece.key} is not in the store")
         with found["Body"] as body:
-            if found["ContentLength"] != piece.size:
-                length = found["ContentLength"]
+            length = found["ContentLength"]
+            if length > piece.size or (piece.sha256 and length != piece.size):
                 raise WireError("GMR-746", f"key={piece.key} has {length} bytes instead of {piece.size}")
-            content = bytearray(piece.size)
+            content = bytearray(length)
             view, filled = memoryview(content), 0
             try:
-                while filled < piece.size:
-                    part = body.read(min(2**20, piece.size - filled))
+                while filled < length:
+                    part = body.read(min(2**20, length - filled))
                     if not part:
                         break
                     view[filled : filled + len(part)] = part
                     filled += len(part)
             except (BotoCoreError, OSError) as error:
                 raise Unreachable(str(error)) from error
-        if filled < piece.size:
-            raise Unreachable(f"key={piece.key} ended after {filled} of {piece.size} bytes")
+        if filled < length:
+            raise Unreachable(f"key={piece.key} ended after {filled} of {length} bytes")
         problem = announced(piece, content)
         if problem is not None:
             raise problem

@@ -1,0 +1,142 @@
+"""A device as FedML's own: it trains whatever model it is sent, knows nothing of masks, and signs nothing.
+
+online -> model file -> train -> model file, and again until it is told to finish
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Callable
+
+from fedgmr_plugin.errors import FedGMRError, WireError
+from fedgmr_plugin.protocol.notes import (
+    CHECK,
+    FINISH,
+    INIT,
+    MODEL,
+    STATUS,
+    SYNC,
+    parse,
+    to_device,
+    to_server,
+)
+from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.runtimes.devices.memory import Memory
+from fedgmr_plugin.runtimes.devices.office import Hands
+
+_log = logging.getLogger(__name__)
+_MOST_BYTES = 2**31
+#: Trains a model file and calls back with the trained one, in the device's thread: (file, client, count).
+TrainFile = Callable[[bytearray, int, int, Callable[[bytes], None]], None]
+
+
+class PlainDevice:
+    """One device; see `fedgmr_plugin.runtimes.devices.device.Device` for what its arguments mean.
+
+    Args:
+        train: trains a model file.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        server: int,
+        device: int,
+        samples: int,
+        train: TrainFile,
+        hands: Hands,
+        clock: Callable[[], float],
+        heartbeat: float = 3600.0,
+    ) -> None:
+        self.device, self.samples = device, samples
+        self.hears, self.speaks = to_device(run, server, device), to_server(run, device)
+        self.finished = False
+        self.trained = 0
+        self.memory = Memory()
+        self._run, self._server, self._train, self._hands, self._clock = run, server, train, hands, clock
+        self._heartbeat, self._next_beat = heartbeat, clock() + heartbeat
+        self._waiting: list[tuple[str, int]] = []  # models that came while one was trained
+        self._busy = False
+
+    def begin(self) -> None:
+        """Say hello."""
+        self._say_status("ONLINE")
+
+    def tick(self) -> None:
+        """FedML's devices say nothing by themselves."""
+        self._next_beat = self._clock() + self._heartbeat
+
+    def next_tick(self) -> float:
+        """Second at which `tick` is to be called at the latest."""
+        return self._next_beat
+
+    def message(self, topic: str, payload: bytes) -> None:
+        """A message of the server."""
+        try:
+            message = parse(payload)
+            kind = message.get("msg_type")
+            if topic != self.hears or kind not in (INIT, SYNC, CHECK, FINISH):
+                raise WireError("GMR-741", f"msg_type={kind!r} on {topic} is not for this device")
+        except WireError as refusal:
+            _log.warning("%s", refusal)
+            return
+        if kind == CHECK:
+            self._say_status("ONLINE")
+        elif kind == FINISH:
+            self.finished = True
+            self._say_status("FINISHED")
+        else:
+            self._waiting.append((str(message.get("model_params")), int(message.get("client_idx") or 0)))
+            self._next()
+
+    def last_will(self) -> bytes:
+        """The message that the broker sends when the connection breaks; its topic is `speaks`."""
+        return self._status("OFFLINE")
+
+    def _next(self) -> None:
+        if not self._busy and self._waiting:
+            self._busy = True
+            key, client = self._waiting.pop(0)
+            self._hands.fetch(Piece(key, _MOST_BYTES, ""), lambda content: self._fetched(client, content))
+
+    def _fetched(self, client: int, content: bytearray | WireError) -> None:
+        if isinstance(content, WireError):
+            _log.warning("%s", content)
+            self._busy = False
+            self._next()
+            return
+        try:
+            self._train(content, client, self.trained, self._done)
+        except FedGMRError as error:
+            _log.warning("%s", error)
+            self._busy = False
+
+    def _done(self, content: bytes) -> None:
+        self.trained += 1
+        key = f"{self.speaks}_{uuid.uuid4()}"
+        self._hands.put(Piece(key, len(content), ""), content)
+        message = {
+            "msg_type": MODEL,
+            "sender": self.device,
+            "receiver": self._server,
+            "num_samples": self.samples,
+            "model_params": key,
+        }
+        self._hands.publish(self.speaks, json.dumps(message).encode())
+        self._busy = False
+        self._next()
+
+    def _say_status(self, state: str) -> None:
+        self._hands.publish(self.speaks, self._status(state))
+
+    def _status(self, state: str) -> bytes:
+        message = {
+            "msg_type": STATUS,
+            "sender": self.device,
+            "receiver": self._server,
+            "client_status": state,
+            "client_os": "linux",
+        }
+        return json.dumps(message).encode()
