@@ -209,7 +209,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "GMR-502": CatalogueEntry(
         "runtime not supported",
         "`federated_optimizer: fedgmr` does not run under this training_type and backend.",
-        'Use `training_type: "simulation"` with `backend: "sp"`, "MPI" or "NCCL".',
+        'Use `training_type: "simulation"` with `backend: "sp"`, "MPI" or "NCCL", "cross_device" with '
+        '"MQTT_S3_MNN", or "cross_silo" with "MQTT_S3" or "GRPC".',
     ),
     "GMR-503": CatalogueEntry(
         "defence needs more updates",
@@ -280,6 +281,11 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "broker or store refuses",
         "The MQTT broker or the object store was reached and refuses: a wrong password, no such bucket, TLS.",
         "Check the keys of `customized_training_mqtt_config` and `customized_training_s3_config`.",
+    ),
+    "GMR-516": CatalogueEntry(
+        "gRPC missing",
+        "FedML's backend GRPC needs the package grpcio, which is missing or cannot be used.",
+        'Run `pip install "fedgmr[grpc]"`.',
     ),
     "GMR-601": CatalogueEntry(
         "run log not found",

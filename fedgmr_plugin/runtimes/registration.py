@@ -121,6 +121,10 @@ def wrap(cls: type, build: Builder) -> None:
     cls.__init__ = __init__  # type: ignore[misc]
 
 
+#: What runs with real clients: training type and backend.
+LIVE = frozenset({("cross_device", "MQTT_S3_MNN"), ("cross_silo", "MQTT_S3"), ("cross_silo", "GRPC")})
+
+
 def check_command_line(arguments: Sequence[str]) -> None:
     """Check the YAML that a command line gives to FedML, as far as it can be known beforehand.
 
@@ -140,7 +144,7 @@ def check_command_line(arguments: Sequence[str]) -> None:
     if is_fedgmr(settings.get("federated_optimizer")):
         training_type, backend = settings.get("training_type"), settings.get("backend")
         is_simulation = training_type in (None, "simulation") and backend in (None, "sp", *job.LAUNCH)
-        if not is_simulation and (training_type, backend) != ("cross_device", "MQTT_S3_MNN"):
+        if not is_simulation and (training_type, backend) not in LIVE:
             raise _unsupported(training_type, backend, where=path)
         if backend in job.LAUNCH:
             job.check(backend, settings, path)
@@ -208,9 +212,21 @@ def _devices(
     server.run = run.train  # FedML's own does nothing: its server runs while it is built
 
 
-def _refuse(instance: Any, args: Any, *_: Any, **__: Any) -> None:
-    where = f"{type(instance).__module__}.{type(instance).__name__}"
-    raise _unsupported(getattr(args, "training_type", None), getattr(args, "backend", None), where=where)
+def _silo_server(
+    server: Any, args: Any, device: Any, dataset: Any, model: Any, server_aggregator: Any = None
+) -> None:
+    from fedgmr_plugin.runtimes.silos.server import build
+
+    run = build(args, device, dataset, model, server_aggregator)
+    server.run = run.train
+
+
+def _silo_client(
+    client: Any, args: Any, device: Any, dataset: Any, model: Any, model_trainer: Any = None
+) -> None:
+    from fedgmr_plugin.runtimes.silos.client import build
+
+    client.run = build(args, device, dataset, model, model_trainer).run
 
 
 def _unsupported(training_type: object, backend: object, *, where: str) -> HostError:
@@ -222,7 +238,7 @@ TABLE = (
     Dispatch("fedml.simulation.simulator", "SimulatorSingleProcess", _single_process),
     Dispatch("fedml.simulation.simulator", "SimulatorMPI", _mpi),
     Dispatch("fedml.simulation.simulator", "SimulatorNCCL", _nccl),
-    Dispatch("fedml.cross_silo.fedml_server", "FedMLCrossSiloServer", _refuse),
-    Dispatch("fedml.cross_silo.fedml_client", "FedMLCrossSiloClient", _refuse),
+    Dispatch("fedml.cross_silo.fedml_server", "FedMLCrossSiloServer", _silo_server),
+    Dispatch("fedml.cross_silo.fedml_client", "FedMLCrossSiloClient", _silo_client),
     Dispatch("fedml.cross_device.mnn_server", "ServerMNN", _devices),
 )

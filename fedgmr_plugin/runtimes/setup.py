@@ -131,6 +131,11 @@ def _trainer(
             )
         fallback = BuiltinTrainer(device=device, loss=config.loss)
         return FedMLTrainer(client_trainer, args, device, data=data, fallback=fallback)
+    return builtin_trainer(config, keys, device)
+
+
+def builtin_trainer(config: FedGMRConfig, keys: FedMLKeys, device: torch.device) -> BuiltinTrainer:
+    """The built-in trainer as a configuration describes it."""
     return BuiltinTrainer(
         device=device,
         loss=config.loss,

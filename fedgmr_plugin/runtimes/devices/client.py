@@ -8,22 +8,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, LocalUpdate, Samples
+from fedgmr_plugin.engine.client import BatchPlan, LocalTrainer, LocalUpdate, Samples
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.notes import to_device
-from fedgmr_plugin.runtimes.devices.connection import connection, device_keys
+from fedgmr_plugin.runtimes.devices.connection import connection, device_keys, services
 from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.file_training import train_file
-from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
+from fedgmr_plugin.runtimes.devices.hands import Store, ThreadedHands
 from fedgmr_plugin.runtimes.devices.memory import Memory
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.plain_device import PlainDevice
@@ -31,8 +31,23 @@ from fedgmr_plugin.runtimes.devices.store import S3Store
 from fedgmr_plugin.runtimes.recorded import threads
 from fedgmr_plugin.runtimes.samples import samples_of
 from fedgmr_plugin.runtimes.settings import fedml_keys, options
+from fedgmr_plugin.runtimes.setup import builtin_trainer
 
 _log = logging.getLogger(__name__)
+
+
+class Parts(NamedTuple):
+    """What a device trains with.
+
+    Attributes:
+        samples: client to its training samples; a device has its own only.
+        count: of its own.
+        trainer: how it trains.
+    """
+
+    samples: Callable[[int], Samples]
+    count: int
+    trainer: LocalTrainer
 
 
 class DeviceProcess:
@@ -41,10 +56,12 @@ class DeviceProcess:
     Args:
         args: FedML's arguments, as the server's.
         device_id: its id, one of ``client_id_list``.
-        data: its training samples, in any form that FedML users have.
+        data: its training samples, in any form that FedML users have; or `Parts`.
         model: the model; overwritten.
         device: where it trains.
         folder: what it remembers across restarts; None keeps nothing.
+        transport: how it reaches the server, from the topic that it hears and its inbox; by
+            default the broker and the store that `args` name.
 
     Raises:
         ConfigError, ModelError, DataError: everything wrong with them, before anything is sent.
@@ -58,6 +75,7 @@ class DeviceProcess:
         model: nn.Module,
         device: Any = None,
         folder: Path | None = None,
+        transport: Callable[[str, queue.Queue[Any]], tuple[Any, Store]] | None = None,
     ) -> None:
         config, keys = options(args), fedml_keys(args)
         here = connection(args)
@@ -68,54 +86,44 @@ class DeviceProcess:
         place = torch.device(device) if device is not None else torch.device("cpu")
         model.to(place)
         layout = build_layout(model, config.dense_layers)
-        samples: Samples = data if hasattr(data, "take") else samples_of(data, f"device {device_id}")
+        if isinstance(data, Parts):
+            parts = data
+        else:
+            own = samples_of(data, f"device {device_id}")
+            parts = Parts(lambda client: own, len(own), builtin_trainer(config, keys, place))
         steps = config.local_steps if isinstance(config.local_steps, int) else None
-        trainer = BuiltinTrainer(
-            device=place,
-            loss=config.loss,
-            optimizer=keys.optimizer,
-            momentum=config.client_momentum,
-            weight_decay=keys.weight_decay,
-            gradient_clip=config.gradient_clip,
-        )
         plan = BatchPlan(keys.batch_size, steps, keys.epochs, config.shuffle, keys.seed)
-        clients = Clients(lambda client: samples, 0.0, keys.seed, keys.clients)
-        training = Training(trainer, plan, keys.learning_rate)
+        clients = Clients(parts.samples, 0.0, keys.seed, keys.clients)
+        training = Training(parts.trainer, plan, keys.learning_rate)
         self._bench = Workbench(config, layout, model, clients, training)
         self._threads = config.cpu_threads
         self._inbox: queue.Queue[Any] = queue.Queue(10_000)
         self._trainer = ThreadPoolExecutor(1, thread_name_prefix="fedgmr-training")
         hears = to_device(here.run, here.server, device_id)
-        self._link = MqttLink(here.broker, [hears], self._inbox)
-        self._hands = ThreadedHands(S3Store(here.bucket), self._link, self._inbox, fetches=4)
-        self._training = trainer, samples, plan, keys.learning_rate
+        if transport is None:
+            broker, bucket = services(args)
+            self._link: Any = MqttLink(broker, [hears], self._inbox)
+            store: Store = S3Store(bucket)
+        else:
+            self._link, store = transport(hears, self._inbox)
+        self._hands = ThreadedHands(store, self._link, self._inbox, fetches=4)
+        common = (here.run, here.server, device_id)
         self.device: Device | PlainDevice
         if config.device_submodel != "wire":
-            self.device = PlainDevice(
-                here.run,
-                here.server,
-                device_id,
-                len(samples),
-                self._train_file,
+            self.device = PlainDevice(*common, parts.count, self._train_file, self._hands, time.monotonic)
+        else:
+            self.device = Device(
+                *common,
+                None if secret is None else secret[device_id],
+                layout,
+                parts.count,
+                self._train,
                 self._hands,
+                Memory.load(folder),
                 time.monotonic,
+                config.heartbeat_seconds,
+                PAYLOAD_TYPES[config.payload_dtype],
             )
-            self._link.say_when_gone(self.device.speaks, self.device.last_will())
-            return
-        self.device = Device(
-            here.run,
-            here.server,
-            device_id,
-            None if secret is None else secret[device_id],
-            layout,
-            len(samples),
-            self._train,
-            self._hands,
-            Memory.load(folder),
-            time.monotonic,
-            config.heartbeat_seconds,
-            PAYLOAD_TYPES[config.payload_dtype],
-        )
         self._link.say_when_gone(self.device.speaks, self.device.last_will())
 
     def run(self) -> None:
@@ -155,16 +163,16 @@ class DeviceProcess:
         def trained(done: Future[bytes]) -> None:
             self._inbox.put(lambda: then(done.result()))
 
-        trainer, samples, plan, rate = self._training
+        training = self._bench.training
         self._trainer.submit(
             train_file,
             content,
             client,
             count,
-            trainer=trainer,
-            samples=samples,
-            plan=plan,
-            learning_rate=rate,
+            trainer=training.trainer,
+            samples=self._bench.clients.train(client),
+            plan=training.plan,
+            learning_rate=training.learning_rate,
         ).add_done_callback(trained)
 
     def _train(self, sent: Dispatch, then: Callable[[LocalUpdate], None]) -> None:

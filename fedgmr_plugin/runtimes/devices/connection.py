@@ -55,12 +55,23 @@ class Connection(NamedTuple):
     run: str
     server: int
     devices: tuple[int, ...]
-    broker: Broker
-    bucket: Bucket
 
 
 def connection(args: Any) -> Connection:
-    """The connection that FedML's arguments describe.
+    """The run that FedML's arguments describe.
+
+    Raises:
+        ConfigError: GMR-112.
+    """
+    run = str(getattr(args, "run_id", "0"))
+    if not re.fullmatch(r"[\w.-]{1,64}", run):
+        where = getattr(args, "yaml_config_file", "") or "args"
+        raise ConfigError("GMR-112", f"run_id={run!r} is no name of letters, digits, _, . and -", where=where)
+    return Connection(run, int(getattr(args, "server_id", 0) or 0), device_ids(args))
+
+
+def services(args: Any) -> tuple[Broker, Bucket]:
+    """The broker and the store that FedML's arguments name.
 
     Raises:
         ConfigError: GMR-112.
@@ -84,10 +95,7 @@ def connection(args: Any) -> Connection:
         _required(s3, "CN_S3_SAK", S3, where),
         s3.get("CN_REGION_NAME"),
     )
-    run = str(getattr(args, "run_id", "0"))
-    if not re.fullmatch(r"[\w.-]{1,64}", run):
-        raise ConfigError("GMR-112", f"run_id={run!r} is no name of letters, digits, _, . and -", where=where)
-    return Connection(run, int(getattr(args, "server_id", 0) or 0), device_ids(args), broker, bucket)
+    return broker, bucket
 
 
 def device_ids(args: Any) -> tuple[int, ...]:

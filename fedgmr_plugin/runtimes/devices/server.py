@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import queue
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, in_batches, split
+from fedgmr_plugin.engine.client import BatchPlan, in_batches, split
 from fedgmr_plugin.engine.examiner import Examiner
 from fedgmr_plugin.engine.workbench import HeldOut, Training, Workbench
 from fedgmr_plugin.errors import ConfigError
@@ -24,21 +24,33 @@ from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.command import next_run
 from fedgmr_plugin.runtimes.data import ClientSamples, EvaluationBatches, FederatedData
 from fedgmr_plugin.runtimes.devices.codecs import codec_of
-from fedgmr_plugin.runtimes.devices.connection import connection, device_ids, device_keys
-from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
-from fedgmr_plugin.runtimes.devices.live_run import Clock, LiveRun, token_of
+from fedgmr_plugin.runtimes.devices.connection import connection, device_ids, device_keys, services
+from fedgmr_plugin.runtimes.devices.hands import Store, ThreadedHands
+from fedgmr_plugin.runtimes.devices.live_run import Clock, Connected, LiveRun, token_of
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.office import Office
-from fedgmr_plugin.runtimes.devices.plain import PlainOffice
+from fedgmr_plugin.runtimes.devices.plain import Codec, PlainOffice
 from fedgmr_plugin.runtimes.devices.store import S3Store
 from fedgmr_plugin.runtimes.run import fedml_metrics, run_directory, run_header, serving
 from fedgmr_plugin.runtimes.samples import samples_of
 from fedgmr_plugin.runtimes.settings import fedml_keys, options
-from fedgmr_plugin.runtimes.setup import Setup, dense_megabytes
+from fedgmr_plugin.runtimes.setup import Setup, builtin_trainer, dense_megabytes
 
 _log = logging.getLogger(__name__)
 #: What needs the clients' data, or a clock that is simulated.
 _SIMULATED = ("bandwidth_traces", "compute_slowdown")
+
+
+class Transport(NamedTuple):
+    """How a run reaches its devices.
+
+    Attributes:
+        link: messages.
+        store: objects.
+    """
+
+    link: Connected
+    store: Store
 
 
 def build(
@@ -58,7 +70,35 @@ def build(
         ConfigError, ModelError, DataError, HostError: everything wrong with them, before anything is sent.
     """
     setup = prepare_server(args, device, test_dataloader, model)
-    config, keys = setup.config, setup.keys
+    codec: Codec | None = None
+    if setup.config.device_submodel != "wire":
+        x, _ = next(iter(setup.data.test))
+        codec = codec_of(setup.config, copy.deepcopy(model), setup.layout, (1, *x.shape[1:]))
+    broker, bucket = services(args)
+    return assemble_live(
+        setup,
+        server_aggregator,
+        lambda desk, inbox: Transport(MqttLink(broker, desk.topics, inbox), S3Store(bucket)),
+        codec,
+    )
+
+
+def assemble_live(
+    setup: Setup,
+    server_aggregator: Any,
+    transport: Callable[[Desk, queue.Queue[Any]], Transport],
+    codec: Codec | None = None,
+) -> LiveRun:
+    """A run with real clients.
+
+    Args:
+        transport: from the desk and the inbox; nothing is sent before the run begins.
+        codec: how sub-models are written for clients that know nothing of masks; None for those that do.
+
+    Raises:
+        ConfigError, HostError: what is wrong with the connection, the aggregator, or the directory.
+    """
+    args, config = setup.args, setup.config
     here = connection(args)
     server, evaluate, hooked = serving(setup, server_aggregator)
     resumed = resume.take()
@@ -67,8 +107,8 @@ def build(
     where = getattr(args, "yaml_config_file", "") or "args"
     desk = Desk(here.run, here.server, here.devices, device_keys(config, here.devices, where))
     inbox: queue.Queue[Any] = queue.Queue(100_000)
-    link = MqttLink(here.broker, desk.topics, inbox)
-    hands = ThreadedHands(S3Store(here.bucket), link, inbox)
+    link, store = transport(desk, inbox)
+    hands = ThreadedHands(store, link, inbox)
     clock = Clock()
     run: LiveRun
     given = (
@@ -82,16 +122,14 @@ def build(
         clock,
     )
     office: Office
-    if config.device_submodel == "wire":
+    if codec is None:
         office = Office(*given, measured=measured_by(config))
     else:
-        x, _ = next(iter(setup.data.test))
-        codec = codec_of(config, copy.deepcopy(model), setup.layout, (1, *x.shape[1:]))
         office = PlainOffice(*given, codec=codec, steps=setup.steps or 0)
     header = run_header(setup, directory.name, dense_megabytes(config, setup.layout), hooked=hooked)
     run = LiveRun(
         office.live,
-        model,
+        setup.model,
         header,
         directory,
         fedml_metrics(args),
@@ -103,12 +141,22 @@ def build(
         inbox=inbox,
         clock=clock,
     )
-    _log.info("run %s waits for devices %s", keys.dataset, here.devices)
+    _log.info("run %s waits for %s", here.run, here.devices)
     return run
 
 
-def prepare_server(args: Any, device: Any, test_dataloader: Any, model: nn.Module) -> Setup:
+def prepare_server(
+    args: Any,
+    device: Any,
+    test_dataloader: Any,
+    model: nn.Module,
+    train_loaders: Mapping[Hashable, Any] | None = None,
+    test_loaders: Mapping[Hashable, Any] | None = None,
+) -> Setup:
     """The parts of a run whose clients' data are elsewhere.
+
+    Args:
+        train_loaders, test_loaders: what a user's aggregator is shown, if FedML gave any.
 
     Raises:
         ConfigError, ModelError, DataError: everything wrong with them.
@@ -130,18 +178,12 @@ def prepare_server(args: Any, device: Any, test_dataloader: Any, model: nn.Modul
     )
     steps = config.local_steps if isinstance(config.local_steps, int) else None
     plan = BatchPlan(keys.batch_size, steps, keys.epochs, config.shuffle, keys.seed)
-    trainer = BuiltinTrainer(
-        device=where,
-        loss=config.loss,
-        optimizer=keys.optimizer,
-        momentum=config.client_momentum,
-        weight_decay=keys.weight_decay,
-        gradient_clip=config.gradient_clip,
-    )
+    trainer = builtin_trainer(config, keys, where)
     clients = HeldOut(held, keys.seed, keys.clients)
     bench = Workbench(config, layout, model, clients, Training(trainer, plan, keys.learning_rate))
     batches = EvaluationBatches([(list(in_batches(test, 256)), "the server's test data")])
-    data = FederatedData(ids, ClientSamples((), {}, {}), batches, {}, {}, None)
+    loaders = train_loaders or {}, test_loaders or {}
+    data = FederatedData(ids, ClientSamples((), {}, {}), batches, *loaders, None)
     densities = config.initial_densities(keys.clients)
     counts = (1,) * keys.clients
     return Setup(args, config, keys, where, data, model, layout, counts, densities, bench)

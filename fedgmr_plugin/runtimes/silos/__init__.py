@@ -1,0 +1,1 @@
+"""FedGMR between organisations: FedML's cross-silo runtime, over MQTT and S3 or over gRPC."""

@@ -1,0 +1,73 @@
+"""FedML's cross-silo client as a mask-aware FedGMR client."""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedgmr_plugin.engine.client import BuiltinTrainer, LocalTrainer, Samples
+from fedgmr_plugin.errors import ConfigError, DataError
+from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts
+from fedgmr_plugin.runtimes.devices.connection import connection
+from fedgmr_plugin.runtimes.samples import samples_of
+from fedgmr_plugin.runtimes.settings import fedml_keys, options
+from fedgmr_plugin.runtimes.setup import builtin_trainer
+from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Objects, peers
+from fedgmr_plugin.runtimes.trainer import FedMLTrainer
+
+
+def build(args: Any, device: Any, dataset: Any, model: nn.Module, model_trainer: Any = None) -> DeviceProcess:
+    """A silo from what FedML's `FedMLCrossSiloClient` is constructed with.
+
+    Args:
+        args: FedML's arguments.
+        dataset: FedML's 8-element list, of which this silo's own training data are used.
+        model_trainer: a user's own ClientTrainer, honoured.
+
+    Raises:
+        ConfigError, ModelError, DataError, HostError: everything wrong with them, before anything is sent.
+    """
+    config, keys, here = options(args), fedml_keys(args), connection(args)
+    if config.device_submodel != "wire":
+        raise ConfigError(
+            "GMR-106",
+            f"device_submodel={config.device_submodel} is for FedML's own clients: start this one with "
+            "federated_optimizer=FedAvg, or choose wire",
+            where="fedgmr_args.device_submodel",
+        )
+    me = here.devices[0] if len(here.devices) == 1 else int(getattr(args, "rank", 0))
+    place = torch.device(device) if device is not None else torch.device("cpu")
+    trainer: LocalTrainer = builtin_trainer(config, keys, place)
+    if model_trainer is not None:
+        fallback = BuiltinTrainer(device=place, loss=config.loss)
+        trainer = FedMLTrainer(model_trainer, args, place, fallback=fallback)
+    loaders = dataset[5]
+    ids = sorted(loaders)
+    known: dict[int, Samples] = {}
+
+    def samples(client: int) -> Samples:
+        if client not in known:
+            if client < len(ids):
+                found = loaders[ids[client]]
+            elif len(ids) == 1:
+                found = loaders[ids[0]]
+            else:
+                raise DataError("GMR-302", f"client {client} is missing", where="train_data_local_dict")
+            known[client] = samples_of(found, f"client {client}")
+        return known[client]
+
+    def over_grpc(hears: str, inbox: queue.Queue[Any]) -> tuple[GrpcLink, Objects]:
+        objects = Objects()
+        rows = peers(str(getattr(args, "grpc_ipconfig_path", "")))
+        expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+        link = GrpcLink(here.run, me, here.server, rows, inbox, objects, expected, plain=False)
+        return link, objects
+
+    folder = Path(config.output_dir) / f"silo-{here.run}-{me}"
+    transport = over_grpc if getattr(args, "backend", None) == "GRPC" else None
+    own = len(samples(max(int(getattr(args, "rank", me)) - 1, 0)))  # FedML's convention: rank 1 is client 0
+    return DeviceProcess(args, me, Parts(samples, own, trainer), model, place, folder, transport)

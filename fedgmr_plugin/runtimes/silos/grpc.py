@@ -1,0 +1,328 @@
+"""FedML's gRPC transport, for FedML's own clients and for ours: no broker, no store, objects travel along.
+
+FedML's messages are pickled `Message` objects; they are read without unpickling. Ours are frames: ``FGM1``,
+the length of a JSON head (4 bytes, little-endian), the head (message, topic, and key and length of each
+object), and the objects.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import pickle
+import queue
+import struct
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedgmr_plugin.errors import ConfigError, HostError, WireError
+from fedgmr_plugin.protocol.fedml_pickle import read_message, read_model
+from fedgmr_plugin.protocol.notes import to_device, to_server
+from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.runtimes.devices.loopback import announced
+from fedgmr_plugin.runtimes.devices.office import Content
+
+_log = logging.getLogger(__name__)
+_MAGIC = b"FGM1"
+#: Seconds for which a message is tried again while its receiver cannot be reached.
+_PATIENCE = 60.0
+
+
+class Peer(NamedTuple):
+    """A row of FedML's ``grpc_ipconfig_path``: where a process of the run listens."""
+
+    host: str
+    port: int
+
+
+def peers(path: str) -> dict[int, Peer]:
+    """The processes of a run by FedML's id.
+
+    Raises:
+        ConfigError: GMR-112.
+    """
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {
+            int(row["eid"]): Peer(
+                row.get("ingress_ip") or row["grpc_server_ip"], int(row["grpc_server_port"])
+            )
+            for row in rows
+        }
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        problem = f"grpc_ipconfig_path={path}: {type(error).__name__}: {error}"
+        raise ConfigError("GMR-112", problem, where=path) from error
+
+
+class Objects:
+    """Objects in memory, each under its key and digest: nobody can replace another's."""
+
+    def __init__(self) -> None:
+        self._contents: dict[str, dict[str, Content]] = {}
+        self._lock = threading.Lock()
+
+    def put(self, piece: Piece, content: Content) -> None:
+        """Keep an object."""
+        digest = piece.sha256 or hashlib.sha256(content).hexdigest()
+        with self._lock:
+            self._contents.setdefault(piece.key, {})[digest] = content
+
+    def get(self, piece: Piece) -> bytearray:
+        """A copy of an object.
+
+        Raises:
+            WireError: GMR-746 if it is missing.
+        """
+        with self._lock:
+            found = self._contents.get(piece.key, {})
+            content = found.get(piece.sha256) if piece.sha256 else next(iter(found.values()), None)
+        problem = announced(piece, content)
+        if problem is not None or content is None:
+            raise problem or WireError("GMR-746", piece.key)
+        return bytearray(content)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Forget objects."""
+        with self._lock:
+            for key in keys:
+                self._contents.pop(key, None)
+
+
+class GrpcLink:
+    """As `fedgmr_plugin.runtimes.devices.mqtt.MqttLink`, over FedML's gRPC service.
+
+    Args:
+        run, me, server: FedML's ``run_id``, this process's id and the server's.
+        peers: where everybody listens.
+        inbox: gets what arrives as (topic, payload).
+        objects: what is sent along, and what came along.
+        expected: names, shapes and types of the model, for FedML's pickles.
+        plain: whether the others are FedML's own.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        me: int,
+        server: int,
+        peers: Mapping[int, Peer],
+        inbox: queue.Queue[Any],
+        objects: Objects,
+        expected: Mapping[str, Any],
+        *,
+        plain: bool,
+    ) -> None:
+        self.refused: HostError | None = None
+        self.connected = threading.Event()
+        self._run, self._me, self._server_id = run, me, server
+        self._peers, self._inbox, self._objects, self._plain = dict(peers), inbox, objects, plain
+        self._expected = expected
+        self._outboxes: dict[int, queue.SimpleQueue[bytes | None]] = {}
+        self._stopped = threading.Event()
+        self._grpc, self._messages, self._service = _grpc()
+        self._most = 2 * sum(_size(e) for e in expected.values()) + 2**21
+        self._listener: Any = None
+
+    def start(self) -> None:
+        """Listen.
+
+        Raises:
+            HostError: GMR-515 if the port cannot be had.
+        """
+        options = [
+            ("grpc.max_receive_message_length", self._most),
+            ("grpc.max_send_message_length", self._most),
+            ("grpc.so_reuseport", 0),
+        ]
+        me = self._peers[self._me]
+        self._listener = self._grpc.server(futures.ThreadPoolExecutor(4), options=options)
+        self._service.add_gRPCCommManagerServicer_to_server(
+            _Servicer(self._arrived, self._messages.CommResponse), self._listener
+        )
+        try:
+            bound = self._listener.add_insecure_port(f"{me.host}:{me.port}")
+        except RuntimeError as error:
+            raise HostError("GMR-515", f"{me.host}:{me.port} cannot be listened on: {error}") from error
+        if bound == 0:
+            raise HostError("GMR-515", f"{me.host}:{me.port} cannot be listened on")
+        self._listener.start()
+        self.connected.set()
+
+    def say_when_gone(self, topic: str, payload: bytes) -> None:
+        """There is no broker that could say it."""
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        """Send a message to whom its topic names, with the objects that it speaks of."""
+        message = json.loads(payload)
+        receiver = int(message["receiver"])
+        data = self._pickled(message) if self._plain else self._framed(topic, payload, message)
+        if receiver not in self._outboxes:
+            box: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+            self._outboxes[receiver] = box
+            threading.Thread(
+                target=self._send_all, args=(receiver, box), name=f"fedgmr-grpc-{receiver}", daemon=True
+            ).start()
+        self._outboxes[receiver].put(data)
+
+    def stop(self, patience: float = 5.0) -> None:
+        """Stop listening, when what was published has been sent, or after `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while any(not box.empty() for box in self._outboxes.values()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        self._stopped.set()
+        for box in self._outboxes.values():
+            box.put(None)
+        if self._listener is not None:
+            self._listener.stop(1.0).wait(2.0)
+
+    # -- sending --------------------------------------------------------------------------------------
+
+    def _send_all(self, receiver: int, box: queue.SimpleQueue[bytes | None]) -> None:
+        while (data := box.get()) is not None:
+            self._send(receiver, data)
+
+    def _send(self, receiver: int, data: bytes) -> None:
+        """Send, again and again while nobody is there; given up in the end, for the protocol to repeat."""
+        peer = self._peers.get(receiver)
+        if peer is None:
+            _log.warning("process %d is not in grpc_ipconfig_path", receiver)
+            return
+        deadline, wait = time.monotonic() + _PATIENCE, 0.25
+        options = [("grpc.max_send_message_length", self._most), ("grpc.enable_http_proxy", 0)]
+        request = self._messages.CommRequest()
+        request.client_id, request.message = self._me, data
+        while not self._stopped.is_set():
+            with self._grpc.insecure_channel(f"{peer.host}:{peer.port}", options=options) as channel:
+                try:
+                    self._service.gRPCCommManagerStub(channel).sendMessage(request, timeout=30.0)
+                    return
+                except self._grpc.RpcError as error:
+                    if time.monotonic() > deadline:
+                        _log.warning("process %d cannot be reached: %s", receiver, error)
+                        return
+            self._stopped.wait(wait)
+            wait = min(2 * wait, 5.0)
+
+    def _pickled(self, message: dict[str, Any]) -> bytes:
+        """As FedML's own processes send it."""
+        from fedml.core.distributed.communication.message import Message
+
+        me = self._peers[self._me]
+        sent = Message(message["msg_type"], message["sender"], message["receiver"])
+        key = message.get("model_params")
+        for name, value in message.items():
+            sent.add_params(name, value)
+        if key:
+            content = self._objects.get(Piece(str(key), self._most, ""))
+            sent.add_params("model_params", read_model(content, self._expected))
+        for name, value in {"sender_rank": 0, "sender_ip": me.host, "sender_port": me.port}.items():
+            sent.add_params(name, value)
+        return pickle.dumps(sent)
+
+    def _framed(self, topic: str, payload: bytes, message: Mapping[str, Any]) -> bytes:
+        pieces = _pieces(json.loads(message["fedgmr"])) if "fedgmr" in message else []
+        contents = [self._objects.get(piece) for piece in pieces]
+        head = {
+            "topic": topic,
+            "payload": payload.decode(),
+            "objects": [[piece.key, len(content)] for piece, content in zip(pieces, contents, strict=True)],
+        }
+        text = json.dumps(head).encode()
+        return b"".join([_MAGIC, struct.pack("<I", len(text)), text, *contents])
+
+    # -- receiving ------------------------------------------------------------------------------------
+
+    def _arrived(self, data: bytes) -> None:
+        """In a thread of gRPC's: what is sound goes to the inbox."""
+        try:
+            topic, payload = self._unframed(data) if data[:4] == _MAGIC else self._unpickled(data)
+            self._inbox.put_nowait((topic, payload))
+        except (WireError, ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
+            _log.warning("a message is refused: %s", error)
+        except queue.Full:
+            _log.warning("more messages than can be read: one is dropped")
+
+    def _unframed(self, data: bytes) -> tuple[str, bytes]:
+        (length,) = struct.unpack_from("<I", data, 4)
+        head = json.loads(data[8 : 8 + length])
+        at = 8 + length
+        for key, size in head["objects"]:
+            if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(data) - at:
+                raise WireError("GMR-701", f"object={str(key)[:40]} is cut short")
+            content = data[at : at + size]
+            self._objects.put(Piece(str(key), size, ""), content)
+            at += size
+        return str(head["topic"]), str(head["payload"]).encode()
+
+    def _unpickled(self, data: bytes) -> tuple[str, bytes]:
+        found = read_message(data, self._expected)
+        model = found.pop("model_params", None)
+        sender = int(found["sender"])
+        topic = to_server(self._run, sender)
+        if self._me != self._server_id:
+            topic = to_device(self._run, self._server_id, self._me)
+        if sender not in self._peers and "sender_ip" in found:
+            self._peers[sender] = Peer(str(found["sender_ip"]), int(found["sender_port"]))
+        if model is not None:
+            key = f"{topic}/{uuid.uuid4().hex}"
+            content = pickle.dumps(OrderedDict(model))
+            self._objects.put(Piece(key, len(content), ""), content)
+            found["model_params"] = key
+        return topic, json.dumps(found, default=str).encode()
+
+
+class _Servicer:
+    """FedML's service with one method."""
+
+    def __init__(self, arrived: Callable[[bytes], None], response: Callable[[], Any]) -> None:
+        self._arrived, self._response = arrived, response
+
+    def sendMessage(self, request: Any, context: Any) -> Any:
+        """A message has arrived."""
+        self._arrived(request.message)
+        return self._response()
+
+    def handleReceiveMessage(self, request: Any, context: Any) -> Any:
+        """FedML declares it and does nothing."""
+        return self._response()
+
+
+def _pieces(note: Mapping[str, Any]) -> list[Piece]:
+    """The objects that a note speaks of."""
+    found = [*note.get("values", ()), *note.get("masks", ())]
+    if "update" in note:
+        found.append(note["update"])
+    return [Piece(*piece) for piece in found]
+
+
+def _size(expected: Any) -> int:
+    shape, dtype = expected
+    count = 1
+    for n in shape:
+        count *= n
+    return count * int(dtype.itemsize)
+
+
+def _grpc() -> tuple[Any, Any, Any]:
+    """gRPC and FedML's generated modules.
+
+    Raises:
+        HostError: GMR-516 without gRPC.
+    """
+    try:
+        import grpc
+        from fedml.core.distributed.communication.grpc import grpc_comm_manager_pb2 as messages
+        from fedml.core.distributed.communication.grpc import grpc_comm_manager_pb2_grpc as service
+    except ImportError as error:
+        raise HostError("GMR-516", f"gRPC cannot be imported: {error}") from error
+    return grpc, messages, service

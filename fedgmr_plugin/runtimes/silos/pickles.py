@@ -1,0 +1,48 @@
+"""Models as FedML's own cross-silo clients exchange them: pickled, and read without unpickling."""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from fedgmr_plugin.kernels.layout import ModelLayout
+from fedgmr_plugin.kernels.masks import Ranking
+from fedgmr_plugin.protocol.fedml_pickle import most_bytes, read_model
+from fedgmr_plugin.runtimes.devices.office import Content
+
+
+class PickledModels:
+    """Whole state dictionaries, with zeros where a sub-model holds nothing; what comes back there is ignored.
+
+    FedML's clients unpickle what they are sent, as they always do; the server interprets their pickles with
+    a closed list of operations and executes none (`fedgmr_plugin.protocol.fedml_pickle`).
+
+    Args:
+        model: the global model, used as scratch.
+        layout: its layout.
+    """
+
+    def __init__(self, model: nn.Module, layout: ModelLayout) -> None:
+        self._model, self._layout = model, layout
+        self.expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+
+    def encode(self, values_S: Tensor, ranking: Ranking, rung: int) -> bytes:
+        """See `fedgmr_plugin.runtimes.devices.plain.Codec`."""
+        whole_D = torch.zeros(self._layout.size, dtype=self._layout.dtype)
+        w_D = ranking.place(values_S.cpu(), whole_D)
+        state = self._layout.state_dict(self._model, w_D)
+        plain = OrderedDict((name, state[name].detach().cpu().contiguous()) for name in self.expected)
+        return pickle.dumps(plain)
+
+    @torch.no_grad()
+    def decode(self, content: Content, ranking: Ranking, rung: int) -> Tensor:
+        """See `fedgmr_plugin.runtimes.devices.plain.Codec`."""
+        self._model.load_state_dict(read_model(content, self.expected))
+        return ranking.cut(self._layout.gather(self._model), rung)
+
+    def most_bytes(self, ranking: Ranking, rung: int) -> int:
+        """See `fedgmr_plugin.runtimes.devices.plain.Codec`."""
+        return most_bytes(self.expected)
