@@ -257,6 +257,9 @@ class FedGMRConfig(BaseModel):
         30.0, description="Seconds until a device whose answer was refused gets another sub-model."
     )
 
+    clients_at_start: int = Field(
+        1, ge=1, description="Devices or silos that must have joined before the first sub-model is sent."
+    )
     heartbeat_seconds: Positive = Field(
         15.0, description="Seconds after which a device repeats what it said last."
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fedgmr_plugin.engine.admission import ANSWERED
@@ -70,6 +70,8 @@ class Live(Course):
         self.window_up = self.window_server_down = 0.0
         self.initial = list(server.gmr.densities)  # when first dispatched to
         self.deadlines: dict[int, float] = {}  # of the dispatches whose slot is taken, the earliest first
+        self.early: dict[int, ClientJoined] = {}  # who joined before there were enough to begin
+        self.begun = server.config.clients_at_start <= 1
         self.retries: dict[int, float] = {}  # when clients whose answer was refused are dispatched to again
 
     def start(self) -> dict[str, Any] | None:
@@ -102,9 +104,24 @@ class Live(Course):
             if event.client not in self.server.away or event.client in self.retries:
                 return []
         elif event.client in self.server.away:
+            self.early.pop(event.client, None)
             return []
         self.retries.pop(event.client, None)
-        return self.server.handle(event)
+        return self.server.handle(event) if self.begun else self._gather(event)
+
+    def _gather(self, event: ClientJoined | ClientLeft) -> list[Effect]:
+        """Before there are enough clients to begin."""
+        if isinstance(event, ClientLeft):
+            return []
+        self.early[event.client] = event
+        if len(self.early) < self.config.clients_at_start:
+            return []
+        self.begun = True
+        effects: list[Effect] = []
+        for joined in self.early.values():
+            effects += self.server.handle(replace(joined, time=self.now))
+        self.early = {}
+        return effects
 
     def _uploaded(self, upload: UploadArrived) -> list[Effect]:
         self.bytes_up += upload.bytes_up
@@ -189,6 +206,8 @@ class Live(Course):
             "initial": list(self.initial),
             "deadlines": list(self.deadlines.items()),
             "retries": list(self.retries.items()),
+            "early": [asdict(joined) for joined in self.early.values()],
+            "begun": self.begun,
             "traffic": self.traffic,
         }
 
@@ -199,4 +218,6 @@ class Live(Course):
         self.window_up, self.window_server_down = state["window_up"], state["window_server_down"]
         self.initial = list(state["initial"])
         self.deadlines, self.retries = dict(state["deadlines"]), dict(state["retries"])
+        self.early = {joined["client"]: ClientJoined(**joined) for joined in state["early"]}
+        self.begun = state["begun"]
         self.traffic = state["traffic"]

@@ -41,12 +41,12 @@ class Parts(NamedTuple):
 
     Attributes:
         samples: client to its training samples; a device has its own only.
-        count: of its own.
+        own: number of its samples.
         trainer: how it trains.
     """
 
     samples: Callable[[int], Samples]
-    count: int
+    own: int
     trainer: LocalTrainer
 
 
@@ -110,13 +110,13 @@ class DeviceProcess:
         common = (here.run, here.server, device_id)
         self.device: Device | PlainDevice
         if config.device_submodel != "wire":
-            self.device = PlainDevice(*common, parts.count, self._train_file, self._hands, time.monotonic)
+            self.device = PlainDevice(*common, parts.own, self._train_file, self._hands, time.monotonic)
         else:
             self.device = Device(
                 *common,
                 None if secret is None else secret[device_id],
                 layout,
-                parts.count,
+                parts.own,
                 self._train,
                 self._hands,
                 Memory.load(folder),

@@ -189,8 +189,12 @@ class Office:
     def _welcome(
         self, client: int, now: float, density: float | None = None, samples: int | None = None
     ) -> None:
-        if client not in self.live.retries:
+        if self._is_new(client):
             self._apply([ClientJoined(client, now, density, samples)])
+
+    def _is_new(self, client: int) -> bool:
+        """Whether it would change anything that a client who is away joins."""
+        return client not in self.live.retries and client not in self.live.early
 
     def _answer(self, client: int, note: AnswerNote, now: float) -> None:
         flight = self.server.flights.get(note.dispatch)

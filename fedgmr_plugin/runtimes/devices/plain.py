@@ -90,7 +90,7 @@ class PlainOffice(Office):
             self._answered(client, said)
         elif said.state != "ONLINE":
             self._apply([ClientLeft(client, now)])
-        elif client in self.server.away and client not in self.live.retries:
+        elif client in self.server.away and self._is_new(client):
             self._apply([ClientJoined(client, now, fresh=True)])
 
     def _status(self, client: int, note: StatusNote, now: float) -> None:
@@ -161,7 +161,8 @@ class PlainOffice(Office):
         new = key not in self._files
         if new:
             content = self._codec.encode(sent.values_S, sent.ranking, sent.rung)
-            name = f"{self.token}/models/{sent.version}-{sent.ranking.digest}-{sent.rung}"
+            # No slash: FedML's clients take the key for the name of a file.
+            name = f"{self.token}_{sent.version}-{sent.ranking.digest}-{sent.rung}"
             self._files[key] = Piece(name, len(content), "")
             self.values[key] = sent.values_S
             self._hands.put(self._files[key], content)
