@@ -55,7 +55,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(BUILT_FOR_TESTS): $(VENV)/installed
-	$(INSTALL) --editable ".[mpi,test,docs]"
+	$(INSTALL) --editable ".[mpi,grpc,local,test,docs]"
 	$(PIP) check
 	touch $@
 

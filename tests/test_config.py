@@ -287,6 +287,10 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
         section["model_megabytes"] = None
     if section.get("probe"):
         section["payload_dtype"] = "model"
+    if section.get("device_submodel", "wire") != "wire":
+        section |= {"device_authentication": "off", "payload_dtype": "model"}
+    if section.get("device_submodel") == "width":
+        section["score"] = "width"
     if section.get("bandwidth_traces") is None:
         section["trace_family"] = None
     if section.get("run_name") is not None:

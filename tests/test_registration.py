@@ -153,8 +153,8 @@ def test_nothing_else_is_fedgmr(value: object) -> None:
 
 
 REFUSED = {
-    "FedMLCrossSiloServer": ("fedml.cross_silo.fedml_server", "cross_silo", "GRPC"),
-    "FedMLCrossSiloClient": ("fedml.cross_silo.fedml_client", "cross_silo", "MQTT_S3"),
+    "FedMLCrossSiloServer": ("fedml.cross_silo.fedml_server", "cross_silo", "TRPC"),
+    "FedMLCrossSiloClient": ("fedml.cross_silo.fedml_client", "cross_silo", "MQTT_WEB3"),
 }
 
 
@@ -322,7 +322,11 @@ def test_register_checks_the_file_before_it_touches_fedml(monkeypatch: pytest.Mo
         ("model: mlp", False),
         ("training_type: simulation, backend: TRPC", True),
         ("training_type: cross_silo", True),
-        ("training_type: cross_device, backend: MQTT_S3_MNN", True),
+        ("training_type: cross_silo, backend: MQTT_WEB3", True),
+        ("training_type: cross_silo, backend: GRPC", False),
+        ("training_type: cross_silo, backend: MQTT_S3", False),
+        ("training_type: cross_device, backend: MQTT_S3_MNN", False),
+        ("training_type: cross_device, backend: MQTT_S3", True),
     ],
 )
 def test_an_unsupported_runtime_is_refused_before_fedml_starts_it(

@@ -385,7 +385,6 @@ def test_there_is_no_other_option() -> None:
         ("config.schedule", None, "config.schedule=None is not one of async, sync"),
         ("config.density_ladder", [0.5, 0.1], "config.density_ladder does not increase to 1"),
         ("config.time_floors", [0.2], "config.time_floors has 1 entries, but time_fractions 2"),
-        ("config.workers", 2, "config.probe=true, but"),
         ("config.payload_dtype", "float16", "config.probe=true, but"),
         ("fedml.client_optimizer", "zz", "fedml.client_optimizer='zz' is not one of sgd, adam"),
         ("fedml.aggregation_hooks", 1, "fedml.aggregation_hooks=1 is not true or false"),

@@ -38,7 +38,7 @@ OPTIONS: dict[str, Rule] = {
     "densities": or_null(_DENSITIES),
     "density_ladder": _LADDER,
     "density_step": word("ladder", "fixed", "proportional"),
-    "score": word("magnitude", "weight_change", "per_cost", "random"),
+    "score": word("magnitude", "weight_change", "per_cost", "random", "width"),
     "dense_layers": list_of(TEXT.test, "strings"),
     "trigger": word("plateau", "time", "mixed", "gradient", "none"),
     "trigger_metric": word("accuracy", "loss"),
@@ -59,30 +59,52 @@ OPTIONS: dict[str, Rule] = {
     "payload_dtype": word("model", "bfloat16", "float16"),
     "compute_slowdown": or_null(list_of(ABOVE_ZERO.test, "numbers above 0")),
     "checkpoint_seconds": or_null(SIZE),
+    "staleness_limit": or_null(COUNT),
+    "window_limit": or_null(ABOVE_ZERO),
+    "device_submodel": word("wire", "width", "masked"),
+    "device_authentication": word("hmac", "off"),
     "probe_interval": or_null(POSITIVE),
     **dict.fromkeys(("density_min", "density_increment"), DENSITY),
     **dict.fromkeys(("layer_floor", "client_momentum"), SHARE),
     **dict.fromkeys(("time_budget", "gradient_clip", "model_megabytes"), or_null(ABOVE_ZERO)),
     **dict.fromkeys(
         ("server_step", "hinge_slope", "client_download", "client_upload", "server_upload",
-         "server_download"), ABOVE_ZERO,
+         "server_download", "answer_deadline", "heartbeat_seconds"), ABOVE_ZERO,
     ),
     **dict.fromkeys(
         ("plateau_delta", "hinge_delay", "client_jitter", "server_jitter",
-         "compute_seconds", "compute_density_exponent", "window_slack", "aggregation_seconds"), SIZE,
+         "compute_seconds", "compute_density_exponent", "window_slack", "aggregation_seconds",
+         "retry_seconds"), SIZE,
     ),
-    **dict.fromkeys(("interval", "patience", "min_updates", "jitter_draws", "probe_samples"), POSITIVE),
+    **dict.fromkeys(
+        ("interval", "patience", "min_updates", "jitter_draws", "probe_samples", "clients_at_start"),
+        POSITIVE,
+    ),
     **dict.fromkeys(("warmup_windows", "cpu_threads"), COUNT),
     **dict.fromkeys(
-        ("dense_start", "prune_biases", "mixing", "shuffle", "incremental_splitting", "probe", "progress"),
+        ("dense_start", "prune_biases", "mixing", "shuffle", "incremental_splitting", "probe", "progress",
+         "measured_densities"),
         FLAG,
     ),
-    **dict.fromkeys(("bandwidth_traces", "trace_family", "run_name"), or_null(TEXT)),
+    **dict.fromkeys(("bandwidth_traces", "trace_family", "run_name", "device_keys"), or_null(TEXT)),
     "output_dir": TEXT,
 }  # fmt: skip
 
 #: Options that the plugin's first logs do not have, and what was so without them.
-LATER: dict[str, Any] = {"payload_dtype": "model", "workers": 1}
+LATER: dict[str, Any] = {
+    "payload_dtype": "model",
+    "workers": 1,
+    "staleness_limit": None,
+    "answer_deadline": 600.0,
+    "window_limit": None,
+    "retry_seconds": 30.0,
+    "clients_at_start": 1,
+    "heartbeat_seconds": 15.0,
+    "measured_densities": False,
+    "device_submodel": "wire",
+    "device_authentication": "hmac",
+    "device_keys": None,
+}
 
 #: ``fedml``: the host's keys that a run always uses -> what they can be.
 HOST: dict[str, Rule] = {
@@ -114,8 +136,8 @@ def contradiction(config: Mapping[str, Any]) -> str:
         return "config.validation_fraction=0, but trigger or evaluate need a validation split"
     if config["aggregation"] == "plain_average" and config["update_form"] == "delta":
         return "config.aggregation=plain_average, but update_form=delta"
-    if config["probe"] and (config["payload_dtype"] != "model" or config["workers"] > 1):
-        return "config.probe=true, but values travel in another type or other processes train"
+    if config["probe"] and config["payload_dtype"] != "model":
+        return "config.probe=true, but values travel in another type"
     if config["payload_rule"] == "encoded" and config.get("model_megabytes") is not None:
         return "config.payload_rule=encoded, but model_megabytes is given"
     return ""

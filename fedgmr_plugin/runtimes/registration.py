@@ -206,6 +206,7 @@ def _devices(
     model: Any,
     server_aggregator: Any = None,
 ) -> None:
+    _require(server, args, "MQTT_S3_MNN")
     from fedgmr_plugin.runtimes.devices.server import build
 
     run = build(args, device, test_dataloader, model, server_aggregator)
@@ -215,6 +216,7 @@ def _devices(
 def _silo_server(
     server: Any, args: Any, device: Any, dataset: Any, model: Any, server_aggregator: Any = None
 ) -> None:
+    _require(server, args, "MQTT_S3", "GRPC")
     from fedgmr_plugin.runtimes.silos.server import build
 
     run = build(args, device, dataset, model, server_aggregator)
@@ -224,9 +226,20 @@ def _silo_server(
 def _silo_client(
     client: Any, args: Any, device: Any, dataset: Any, model: Any, model_trainer: Any = None
 ) -> None:
+    _require(client, args, "MQTT_S3", "GRPC")
     from fedgmr_plugin.runtimes.silos.client import build
 
     client.run = build(args, device, dataset, model, model_trainer).run
+
+
+def _require(instance: Any, args: Any, *backends: str) -> None:
+    """Refuse the transports of FedML that fedgmr does not have, and its silos of several processes."""
+    backend = getattr(args, "backend", None)
+    where = f"{type(instance).__module__}.{type(instance).__name__}"
+    if backend not in backends:
+        raise _unsupported(getattr(args, "training_type", None), backend, where=where)
+    if getattr(args, "scenario", "horizontal") != "horizontal":
+        raise HostError("GMR-502", f"scenario={args.scenario!r} is not horizontal", where=where)
 
 
 def _unsupported(training_type: object, backend: object, *, where: str) -> HostError:
