@@ -20,6 +20,7 @@ from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.runtimes.distributed import payloads
+from fedgmr_plugin.runtimes.distributed import pool as pool_module
 from fedgmr_plugin.runtimes.distributed.channel import (
     Frame,
     Gone,
@@ -29,7 +30,7 @@ from fedgmr_plugin.runtimes.distributed.channel import (
     text_of,
     unpacked,
 )
-from fedgmr_plugin.runtimes.distributed.pool import Pool
+from fedgmr_plugin.runtimes.distributed.pool import Absent, Pool
 from fedgmr_plugin.runtimes.distributed.tasks import Tasks
 from fedgmr_plugin.runtimes.distributed.worker import Failed, serve
 
@@ -304,6 +305,80 @@ def test_others_learn_that_a_run_has_ended_early() -> None:
         Pool([ours]).close(patience)
         thread.join(30)
         assert len(ended) == 1 and (ended[0] is None if expected is None else isinstance(ended[0], expected))
+
+
+def failing(numbers: set[int], tried: list[int]) -> Callable[[Dispatch], LocalUpdate]:
+    def work(sent: Dispatch) -> LocalUpdate:
+        tried.append(sent.dispatch)
+        if sent.dispatch in numbers:
+            raise KeyError("no such thing")
+        return train(sent)
+
+    return work
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_an_error_in_what_nobody_needs_is_none(caplog: pytest.LogCaptureFixture, needed: bool) -> None:
+    """And once it is needed, it is one."""
+    world = World(8)
+    tried: list[int] = []
+    sent = [world.dispatch() for _ in range(6)]
+    pool = pool_of(2, lambda n: failing({0}, tried) if n else train)
+    pool.begin(sent[0])
+    wait_for(lambda: pool._peers[0].failure)
+    assert [u.dispatch for u in pool.finish(sent[1:])] == [1, 2, 3, 4, 5]
+    assert tried == [0] and "rank 1 trains no more: client=" in caplog.text
+    if needed:
+        with pytest.raises(HostError, match="GMR-507 client=.: KeyError: 'no such thing'"):
+            pool.finish(sent[:1])
+    else:
+        assert pool.close() == Absent()
+        wait_for(lambda: "training failed, but nobody needs it" in caplog.text)
+
+
+def test_a_pool_without_anybody_left_says_why() -> None:
+    world = World(9)
+    ours, theirs = line(1)
+    threading.Thread(target=quietly, args=(theirs, failing({0}, [])), daemon=True).start()
+    pool = Pool([ours])
+    pool.begin(world.dispatch())
+    wait_for(lambda: pool._peers[0].failure)
+    with pytest.raises(HostError, match="GMR-507 client="):
+        pool.finish([world.dispatch()])
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_nobody_waits_for_ever_for_what_nobody_needs(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    """Half of the time that the others have is theirs to say goodbye, whatever they are at."""
+    monkeypatch.setattr(pool_module, "FAREWELL", 0.4)
+    gone, go_on = threading.Event(), threading.Event()
+    trained: list[Dispatch] = []
+
+    def hang(sent: Dispatch) -> LocalUpdate:
+        trained.append(sent)
+        go_on.wait(30)
+        return train(sent)
+
+    ours, theirs = line(1)
+    if not answers:
+        theirs.send = lambda message: None  # type: ignore[method-assign]
+    threading.Thread(
+        target=serve, args=(theirs, hang), kwargs={"beats": False, "leave": gone.set}, daemon=True
+    ).start()
+    pool = Pool([ours], local=train)
+    pool.begin(World(10).dispatch())
+    wait_for(lambda: trained)
+    absent = pool.close()
+    assert (absent.late, absent.silent) == ((("rank 1",), ()) if answers else ((), ("rank 1",)))
+    assert gone.wait(30) and bool(absent.threads) == (not answers)
+    go_on.set()
 
 
 # -- who trains what --------------------------------------------------------------------------------------

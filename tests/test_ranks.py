@@ -28,11 +28,15 @@ pytestmark = pytest.mark.skipif(
 
 MAIN = """
 import os
+import pathlib
 import signal
+import time
 
 import fedml
 import torch
 from fedml import FedMLRunner
+from fedgmr_plugin.engine.workbench import Workbench
+from fedgmr_plugin.runtimes.distributed import pool
 from torch import nn
 
 
@@ -64,8 +68,33 @@ def batches(count, generator):
     return [(x[i : i + 5], y[i : i + 5]) for i in range(0, count, 5)]
 
 
+def needless(sent):
+    '''What goes wrong in trainings whose updates nobody takes in: "HOW WHEN", now or late, after the run.'''
+    how, when, *numbers = os.environ["NEEDLESS"].split()
+    if str(sent.dispatch) not in numbers:
+        return
+    assert rank == 1
+    log = pathlib.Path("fedgmr_runs", args.run_name, "run.jsonl")
+    while when == "late" and '"end"' not in log.read_text():
+        time.sleep(0.01)
+    print("this is needless", flush=True)
+    if how == "raise":
+        raise ValueError("this client has had enough")
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while how == "hang":
+        time.sleep(1000)
+
+
+if os.environ.get("LEAVES", "no") == os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK")):
+    raise SystemExit(0)
+torch.set_num_threads(int(os.environ.get("THREADS", torch.get_num_threads())))
 args = fedml.init()
 rank = getattr(args, "rank", 0) or 0
+if "NEEDLESS" in os.environ:
+    pool.FAREWELL = float(os.environ["FAREWELL"])
+    train_as_always = Workbench.train
+    Workbench.train = lambda bench, sent, *more: needless(sent) or train_as_always(bench, sent, *more)
 generator = torch.Generator().manual_seed(1)
 size = 25
 if os.environ.get("OTHER_DATA") == str(rank):
@@ -85,6 +114,9 @@ if rank == 0:
 runner = FedMLRunner(args, fedml.device.get_device(args), dataset, model)
 runner.run()
 print(f"rank {rank} has come to the end")
+if "TWICE" in os.environ:
+    args.run_name = "another"
+    FedMLRunner(args, fedml.device.get_device(args), dataset, model)
 if os.environ.get("AFTER") == str(rank):
     raise ValueError("what comes after a run")
 """
@@ -222,6 +254,8 @@ def test_fedavg_of_fedml_runs_under_nccl_and_does_not_depend_on_the_ranks(job: J
         job.configure("NCCL", federated_optimizer="FedAvg", comm_round=3)
         status, output = job.run(launcher("NCCL", ranks))
         assert status == 0, output
+        assert output.count("note: patience in fedgmr_args has no effect: FedML's FedAvg under NCCL") == 1
+        assert "note: checkpoint_seconds" not in output and "note: fedgmr_args" not in output
         run = max((job.folder / "fedgmr_runs").iterdir())
         digests.append(job.log(run.name)[-1]["model_sha256"])
     assert run.name == "run-002" and digests[0] == digests[1]
@@ -308,6 +342,76 @@ def test_an_error_on_a_rank_ends_the_job_with_its_traceback(job: Job, backend: s
     assert "interrupted; to continue: " in output and "has come to the end" not in output
 
 
+# -- what nobody needs any more ---------------------------------------------------------------------------
+
+
+SLOW: dict[str, Any] = {"compute_slowdown": [1.0, 2.0, 2.0, 5.0, 10.0, 20.0]}
+
+
+@pytest.fixture(scope="module")
+def needless(reference: Job) -> str:
+    """Numbers of the dispatches of the run `slow` in one process, whose updates are never taken in."""
+    reference.configure("sp", run_name="slow", **SLOW)
+    status, output = reference.run(launcher("sp", 1))
+    assert status == 0, output
+    log = reference.log("slow")
+    taken = {r["dispatch"] for r in log if r["type"] == "arrival"}
+    numbers = [str(r["dispatch"]) for r in log if r["type"] == "dispatch" and r["dispatch"] not in taken]
+    assert len(numbers) >= 2
+    return " ".join(numbers)
+
+
+@pytest.mark.parametrize(("backend", "when"), [("MPI", "late"), ("NCCL", "late"), ("MPI", "now")])
+def test_an_error_in_a_training_that_nobody_needs_is_a_warning(
+    reference: Job, needless: str, backend: str, when: str
+) -> None:
+    """In one process the training would not have been: the run is that of one process."""
+    name = f"error-{when}-{backend}"
+    reference.configure(backend, run_name=name, **SLOW)
+    trouble = {"NEEDLESS": f"raise {when} {needless}", "FAREWELL": "60"}
+    status, output = reference.run(launcher(backend, 2), **trouble)
+    assert status == 0, output
+    assert "training failed, but nobody needs it" in output
+    assert "ValueError: this client has had enough" in output and 'main.py", line' in output
+    assert "rank 0 has come to the end" in output and "rank 1 has come to the end" in output
+    assert reference.log(name) == reference.log("slow")
+
+
+@pytest.mark.parametrize(
+    ("backend", "how"), [("MPI", "hang"), ("NCCL", "hang"), ("MPI", "stop"), ("NCCL", "stop")]
+)
+def test_a_rank_that_hangs_in_a_training_that_nobody_needs_is_left_behind(
+    reference: Job, needless: str, backend: str, how: str
+) -> None:
+    """A rank that stands still altogether is killed when rank 0 ends, which torchrun takes for a failure."""
+    name = f"{how}-{backend}"
+    reference.configure(backend, run_name=name, **SLOW)
+    process = reference.start(launcher(backend, 2), NEEDLESS=f"{how} late {needless}", FAREWELL="4")
+    descendants: list[psutil.Process] = []
+    run = reference.folder / "fedgmr_runs" / name
+    while process.poll() is None and not (run / "model.safetensors").exists():
+        time.sleep(0.05)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    status, output = reference.end(process)
+    assert (status == 0) == (how == "hang" or backend == "MPI"), output
+    assert "rank 1 is left behind in a training that nobody needs" in output
+    assert "rank 0 has come to the end" in output and "rank 1 has come to the end" not in output
+    assert "local_rank: 0" not in output
+    assert len(descendants) >= 2 and not psutil.wait_procs(descendants, timeout=10)[1]
+    assert reference.log(name) == reference.log("slow")
+
+
+def test_a_job_that_left_a_rank_behind_has_no_other_run(reference: Job, needless: str) -> None:
+    reference.configure("MPI", run_name="first", **SLOW)
+    trouble = {"NEEDLESS": f"hang late {needless}", "FAREWELL": "2", "TWICE": "yes"}
+    status, output = reference.run(launcher("MPI", 2), **trouble)
+    assert status != 0 and output.count("GMR-510 rank 1 did not come to the end of the run before") == 1
+    assert reference.log("first") == reference.log("slow")
+
+
+# -- what does not go well --------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("backend", "other"), [("MPI", ("NCCL", 3)), ("NCCL", ("MPI", 2))])
 def test_a_killed_rank_ends_the_job_and_others_continue_it(
     reference: Job, backend: str, other: tuple[str, int]
@@ -389,6 +493,79 @@ def test_an_error_of_the_script_on_one_rank_ends_an_mpi_job(job: Job, error: str
     )
     status, output = job.run(launcher("MPI", 3))
     assert status != 0 and said in output
+
+
+@pytest.mark.parametrize("backend", ["MPI", "NCCL"])
+def test_a_rank_that_leaves_before_the_run_ends_the_job(job: Job, backend: str) -> None:
+    """With status 0 even: torchrun would wait for the others, and they for it."""
+    job.configure(backend)
+    status, output = job.run(launcher(backend, 2), LEAVES="1")
+    assert status != 0 and "rank 1 ends before its run has ended, and the job with it" in output
+
+
+@pytest.mark.parametrize("backend", ["MPI", "NCCL"])
+def test_one_process_is_not_started_several_times(job: Job, backend: str) -> None:
+    job.configure("sp")
+    status, output = job.run(launcher(backend, 2))
+    starter = {"MPI": "mpirun", "NCCL": "torchrun"}[backend]
+    assert status != 0 and output.count(f"GMR-508 backend='sp', but {starter} started 2 processes: ") == 1
+    assert f'Write `backend: "{backend}"` in comm_args' in output
+    assert not (job.folder / "fedgmr_runs").exists()
+
+
+def test_one_process_is_one_under_a_launcher_too(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedgmr_plugin.runtimes.distributed import job as this
+
+    for variables in ({"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "3"}, {"WORLD_SIZE": "8"}):
+        with monkeypatch.context() as patch:
+            for name in ("RANK", "WORLD_SIZE"):
+                patch.delenv(name, raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            this.refuse_copies("sp", "c.yaml")
+            assert this.rank() == 0
+
+
+def test_the_wrong_launcher_is_named(job: Job) -> None:
+    job.configure("NCCL")
+    status, output = job.run(launcher("MPI", 1))
+    assert status != 0 and "GMR-508 backend='NCCL', but mpirun started this process" in output
+
+
+def test_a_rank_of_nobody_is_refused(job: Job) -> None:
+    """Some schedulers set the variable for ends of their own."""
+    job.configure("NCCL")
+    status, output = job.run(PYTHON, RANK="0")
+    assert status == 2 and "GMR-508 RANK=0, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing: " in output
+    assert "Traceback" not in output
+
+
+def test_workers_besides_ranks_are_refused_before_anything_is_built(job: Job) -> None:
+    job.configure("NCCL", workers=2)
+    (job.folder / "main.py").write_text("raise SystemExit('the script has begun')\n")
+    status, output = job.run(launcher("NCCL", 1))
+    assert status != 0 and "GMR-106 workers=2: with backend='NCCL' the ranks train" in output
+    assert "the script has begun" not in output
+
+
+def test_ranks_have_one_number_of_threads_and_a_run_says_which(job: Job) -> None:
+    """`cpu_threads: 0` leaves it to launchers, and bits depend on it."""
+    job.configure("NCCL", run_name="run", cpu_threads=0, comm_round=4)
+    script = (job.folder / "main.py").read_text()
+    uneven = script.replace(
+        "args = fedml.init()", "args = fedml.init()\ntorch.set_num_threads(1 + args.rank)"
+    )
+    (job.folder / "main.py").write_text(uneven)
+    status, output = job.run(launcher("NCCL", 2))
+    assert status != 0 and output.count("GMR-510 cpu_threads of rank 1 is 2, of rank 0 1") == 1
+    (job.folder / "main.py").write_text(script)
+    status, output = job.run(launcher("NCCL", 1), THREADS="2", TROUBLE="kill 0 40")
+    assert status != 0 and output.count("cpu_threads=0: torch uses 2 threads here") == 1
+    job.configure("sp", run_name="run", cpu_threads=0, comm_round=4)
+    status, output = job.run(PYTHON, "resume", "fedgmr_runs/run", THREADS="1")
+    assert status == 0, output
+    assert output.count("cpu_threads=0: torch uses 1 threads here") == 1
+    assert output.count("warning: cpu_threads=0: torch had 2 threads when the run began, and has 1 now") == 1
 
 
 SILENT = """

@@ -20,7 +20,7 @@ from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.runtimes import command, config_file, host, uncaught
 from fedgmr_plugin.runtimes.distributed import job
-from fedgmr_plugin.runtimes.settings import SECTION, check_file
+from fedgmr_plugin.runtimes.settings import SECTION, check_file, options
 
 OPTIMIZER = "fedgmr"
 #: Options of ours that are keys of FedML too, with another meaning.
@@ -134,7 +134,7 @@ def check_command_line(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: GMR-108 for a missing or broken file; what `settings.check_file` raises, under fedgmr.
         HostError: GMR-502 for fedgmr under another `training_type` or `backend` than supported; what
-            `job.check` raises for several processes.
+            `job.check` raises for several processes, and `job.refuse_copies` for several of one.
     """
     path = config_file.path_from(arguments)
     if path is None:
@@ -147,17 +147,27 @@ def check_command_line(arguments: Sequence[str]) -> None:
         if not is_simulation and (training_type, backend) not in LIVE:
             raise _unsupported(training_type, backend, where=path)
         if backend in job.LAUNCH:
-            job.check(backend, settings, path)
+            job.check(backend, settings, sections.get(SECTION, {}), path)
+        else:
+            job.refuse_copies(backend, path)
         named = {key: value for key, value in settings.items() if isinstance(key, str)}
         check_file(SimpleNamespace(**{**named, "yaml_config_file": path}), source=path)
-    if not _wrapped:
+    if not _wrapped and job.rank() == 0:
         for note in [*notes(sections), *config_file.repeated(path)]:
             click.echo(f"note: {note}", err=True)
 
 
 def notes(sections: config_file.Sections) -> list[str]:
     """What is likely a slip in a YAML file, though FedML makes something of it."""
-    optimizer = config_file.flatten(sections).get("federated_optimizer")
+    settings = config_file.flatten(sections)
+    optimizer = settings.get("federated_optimizer")
+    if optimizer == "FedAvg" and settings.get("backend") == "NCCL":
+        taken = ", ".join(sorted(job.RECORDING))
+        return [
+            f"{key} in {SECTION} has no effect: FedML's FedAvg under NCCL takes only {taken}"
+            for key in sections.get(SECTION, {})
+            if key not in job.RECORDING
+        ]
     if not is_fedgmr(optimizer):
         message = f"{SECTION} has no effect: federated_optimizer={optimizer!r} is not fedgmr"
         return [message] if SECTION in sections else []
@@ -179,10 +189,12 @@ def _single_process(
     server_aggregator: Any = None,
 ) -> None:
     from fedgmr_plugin.runtimes import single_process
+    from fedgmr_plugin.runtimes.distributed import ranks
 
     simulator.fl_trainer = single_process.build(
         args, device, dataset, model, client_trainer, server_aggregator
     )
+    ranks.say_threads(options(args).cpu_threads)
 
 
 def _mpi(simulator: Any, *given: Any, **named: Any) -> None:

@@ -11,9 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import click
+import torch
 
 from fedgmr_plugin.errors import RunLogError
 from fedgmr_plugin.protocol.checkpoint import Checkpoint, latest
@@ -21,6 +24,8 @@ from fedgmr_plugin.protocol.runlog import LOG_NAME
 from fedgmr_plugin.runtimes.command import Command
 
 COMMAND = "command.json"
+#: Its key beside the command: CPU threads of torch, for a run that leaves them as they are.
+_THREADS = "cpu_threads"
 #: Keys of the header that are compared elsewhere or not at all, and options that change no bit of the model.
 _FREE = frozenset({"type", "versions", "run_name", "config"})
 _FREE_OPTIONS = frozenset({"run_name", "output_dir", "progress", "workers", "checkpoint_seconds"})
@@ -30,7 +35,8 @@ _resuming: list[Path] = []
 
 def remember(run: Path, command: Command) -> None:
     """Note in a run's directory the command that started it."""
-    (run / COMMAND).write_text(json.dumps(command._asdict(), indent=1) + "\n", encoding="utf-8")
+    noted = {**command._asdict(), _THREADS: torch.get_num_threads()}
+    (run / COMMAND).write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
 
 
 def command_of(run: Path) -> Command:
@@ -49,8 +55,8 @@ def command_of(run: Path) -> Command:
         raise refuse("the run is finished")
     try:
         given = json.loads((run / COMMAND).read_text(encoding="utf-8"))
-        command = Command(**given)
-    except (OSError, ValueError, TypeError) as error:
+        command = Command(**{key: value for key, value in given.items() if key != _THREADS})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise refuse(f"{COMMAND} cannot be read: {error}") from error
     script, arguments, folder, number = command
     texts = isinstance(arguments, list) and all(isinstance(a, str) for a in [script, folder, *arguments])
@@ -126,6 +132,7 @@ def checkpoint_of(run: Path, header: Mapping[str, Any]) -> Checkpoint | None:
     except ValueError:
         return None
     _check_same(before, header, run)
+    _compare_threads(run, header)
 
     def misfit(meta: Mapping[str, Any]) -> str:
         size = meta["log_bytes"]
@@ -152,6 +159,21 @@ def _check_same(before: Mapping[str, Any], header: Mapping[str, Any], run: Path)
     ]
     if differ:
         raise RunLogError("GMR-606", "; ".join(differ), where=str(run))
+
+
+def _compare_threads(run: Path, header: Mapping[str, Any]) -> None:
+    """Warn where ``cpu_threads: 0`` now amounts to another number: another launcher, or another machine."""
+    if header["config"].get("cpu_threads") != 0:
+        return
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        noted, now = json.loads((run / COMMAND).read_text(encoding="utf-8")), torch.get_num_threads()
+        before = noted[_THREADS]
+        if before != now:
+            click.echo(
+                f"warning: cpu_threads=0: torch had {before} threads when the run began, and has {now} now: "
+                "the run's bits may not be those without an interruption",
+                err=True,
+            )
 
 
 def _short(value: Any) -> str:

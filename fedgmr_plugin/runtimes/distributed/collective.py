@@ -67,9 +67,13 @@ class TorchRanks:
         on = self._device if self.transport == "nccl" else torch.device("cpu")
         return TorchChannel(peer, self._heads, ways, on)
 
-    def close(self) -> None:
-        """Leave the communicators on the GPU."""
-        if self.transport == "nccl":
+    def close(self, complete: bool = True) -> None:
+        """Leave the communicators on the GPU.
+
+        Args:
+            complete: whether every rank does; the others might be waited for.
+        """
+        if self.transport == "nccl" and complete:
             for group in self._values:
                 dist.destroy_process_group(group)
 

@@ -56,8 +56,12 @@ def join(args: Any) -> Any:
 
     A process that no launcher started is rank 0 of 1 and joins nothing; constructing a simulator is refused
     there. Without ``gpu_mapping_key`` or ``gpu_mapping_file``, each rank takes the GPU of its local rank.
+
+    Raises:
+        HostError: GMR-508 where the variables that say so are not torchrun's.
     """
     if job.is_launched("NCCL") and not dist.is_initialized():
+        job.require_torchrun()
         dist.init_process_group("gloo")
     joined = dist.is_initialized()
     args.process_id = args.rank = dist.get_rank() if joined else 0
@@ -99,7 +103,7 @@ class FedAvg:
         given = copy.copy(args)
         config = options(args)
         given.fedgmr_args = {
-            **{name: getattr(config, name) for name in ranks.OF_RANK_0 - {"workers"}},
+            **{name: getattr(config, name) for name in job.RECORDING},
             "heterogeneity": "none",
             "schedule": "sync",
             "trigger": "none",

@@ -61,12 +61,12 @@ class MPIRanks:
             self._thread.start()
         return MPIChannel(self, peer)
 
-    def close(self) -> None:
-        """Send what is to be sent, and stop."""
+    def close(self, complete: bool = True) -> None:
+        """Send what is to be sent, and stop; every peer has to be there to take it."""
         self._closing.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
 
     def put(self, peer: int, data: memoryview) -> None:
         """Send bytes to a rank."""

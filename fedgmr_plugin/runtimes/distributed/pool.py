@@ -8,12 +8,13 @@ that takes them in: nothing of the run's result depends on who trained what, or 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +36,10 @@ RANKINGS = 4
 HEARTBEAT = 20.0
 #: Seconds that the others have to come to an end after something failed.
 PATIENCE = 5.0
+#: Seconds that they have at the end of a run, to end trainings that nobody needs any more.
+FAREWELL = 60.0
+
+_log = logging.getLogger(__name__)
 
 
 class RemoteTraceback(Exception):
@@ -48,6 +53,22 @@ class _Peer:
     rankings: OrderedDict[str, None] = field(default_factory=OrderedDict)
     tasks: dict[int, Dispatch] = field(default_factory=dict)
     threads: list[threading.Thread] = field(default_factory=list)
+    failure: HostError | None = None
+    late: bool = False
+
+
+class Absent(NamedTuple):
+    """Processes that did not end a training which nobody needs any more, by name.
+
+    Attributes:
+        late: have said goodbye all the same, and end.
+        silent: have not.
+        threads: of this process, that wait for the silent ones.
+    """
+
+    late: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+    threads: tuple[threading.Thread, ...] = ()
 
 
 class Pool:
@@ -93,7 +114,8 @@ class Pool:
         """See `Executor`.
 
         Raises:
-            HostError: GMR-507 if a process failed or is gone; the others are stopped.
+            HostError: GMR-507 if a process is gone, or has failed in a training of `sent`; the others are
+                stopped.
         """
         missing = {d.dispatch for d in sent}
         with self._changed:
@@ -112,15 +134,23 @@ class Pool:
     def _own_task(self, missing: set[int]) -> Dispatch | None:
         """What this process trains next; None when no update is missing any more, or something failed."""
         with self._changed:
-            while self._failure is None:
+            while True:
                 missing.difference_update(self._done)
-                if not missing:
+                self._failure = self._failure or self._failed(missing)
+                if not missing or self._failure is not None:
                     return None
                 task = None if self._local is None else self._tasks.take(None, ahead=False)
                 if task is not None:
                     return task
                 self._changed.wait()
-        return None
+
+    def _failed(self, missing: set[int]) -> HostError | None:
+        """Why some of `missing` will not come: a failed process has it, or nobody is left to train it."""
+        failed = [peer for peer in self._peers if peer.failure is not None]
+        lost = next((peer for peer in failed if not missing.isdisjoint(peer.tasks)), None)
+        if lost is None and failed and self._local is None and len(failed) == len(self._peers):
+            lost = failed[0]
+        return None if lost is None else lost.failure
 
     def _finished(self, task: Dispatch, update: LocalUpdate, who: str, seconds: float) -> None:
         with self._changed:
@@ -129,26 +159,32 @@ class Pool:
             self._done[task.dispatch] = update
             self._changed.notify_all()
 
-    def close(self, patience: float | None = None) -> None:
+    def close(self, patience: float | None = None) -> Absent:
         """Stop the processes.
 
         Args:
-            patience: None at the end of a run, to wait for all of them; before, seconds that they have to end
-                what they are at.
+            patience: None at the end of a run, to let them end what they are at within `FAREWELL`; before,
+                seconds that they have for it.
         """
         with self._changed:
             self._closed, self._early = True, patience is not None
             self._changed.notify_all()
-        give_up = None if patience is None else time.monotonic() + patience
+        give_up = time.monotonic() + (FAREWELL if patience is None else patience)
 
         def join(thread: threading.Thread) -> None:
-            thread.join(None if give_up is None else max(0.0, give_up - time.monotonic()))
+            thread.join(max(0.0, give_up - time.monotonic()))
 
         for peer in self._peers:
             join(peer.threads[0])
             peer.channel.close()
         for peer in self._peers:
             join(peer.threads[1])
+        silent = [peer for peer in self._peers if peer.threads[1].is_alive()]
+        return Absent(
+            tuple(peer.channel.name for peer in self._peers if peer.late),
+            tuple(peer.channel.name for peer in silent),
+            tuple(thread for peer in silent for thread in peer.threads),
+        )
 
     # -- one process -----------------------------------------------------------------------------------
 
@@ -177,7 +213,7 @@ class Pool:
             with self._changed:
                 task = None
                 while not self._closed:
-                    if len(peer.tasks) < DEPTH and self._failure is None:
+                    if len(peer.tasks) < DEPTH and self._failure is None and peer.failure is None:
                         busy = bool(peer.tasks)
                         task = self._tasks.take(peer.channel.name, trainers * busy, ahead=not busy)
                     if task is not None:
@@ -228,11 +264,10 @@ class Pool:
             message = peer.channel.receive()
             kind = message.head["kind"]
             if kind == "bye":
+                peer.late = message.head["late"]
                 return
             if kind == "failure":
-                failure = HostError("GMR-507", message.head["last"], where=peer.channel.name)
-                failure.__cause__ = RemoteTraceback(f"\n{text_of(message)}")
-                self._fail(failure)
+                self._note_failure(peer, message)
             elif kind == "update":
                 self._count("up", message)
                 task = peer.tasks[message.head["dispatch"]]
@@ -240,6 +275,15 @@ class Pool:
                 with self._changed:  # at every moment a task is waiting, held or done
                     del peer.tasks[task.dispatch]
                     self._finished(task, update, peer.channel.name, message.head["seconds"])
+
+    def _note_failure(self, peer: _Peer, message: Frame) -> None:
+        """Of a training that is needed, or will be, or will not: `finish` learns it where it is."""
+        failure = HostError("GMR-507", message.head["last"], where=peer.channel.name)
+        failure.__cause__ = RemoteTraceback(f"\n{text_of(message)}")
+        _log.warning("%s trains no more: %s", peer.channel.name, message.head["last"])
+        with self._changed:
+            peer.failure = failure
+            self._changed.notify_all()
 
     def _beat(self, peer: _Peer) -> None:
         """Signs of life, for a process that waits for a long evaluation."""
@@ -255,9 +299,13 @@ class Workers:
 
     Args:
         start: makes the pool.
+
+    Attributes:
+        absent: who had not ended when the pool was closed.
     """
 
     def __init__(self, start: Callable[[], Pool]) -> None:
+        self.absent = Absent()
         self._start = start
         self._pool: Pool | None = None
 
@@ -276,14 +324,14 @@ class Workers:
         """See `Executor`.
 
         Raises:
-            HostError: GMR-507 if a process failed or is gone; the others are stopped.
+            HostError: GMR-507 as `Pool.finish`.
         """
         return self.pool.finish(sent)
 
     def close(self, patience: float | None = None) -> None:
         """See `Pool.close`; nothing where no pool has begun."""
         if self._pool is not None:
-            self._pool.close(patience)
+            self.absent = self._pool.close(patience)
             self._pool = None
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import signal
-import sys
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from fedgmr_plugin import __version__
 from fedgmr_plugin.config import effective
 from fedgmr_plugin.engine.seeds import isolated_rng
-from fedgmr_plugin.errors import ConfigError, HostError
+from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.distributed import job
 from fedgmr_plugin.runtimes.distributed.channel import Channel, Gone
@@ -43,7 +44,7 @@ from fedgmr_plugin.runtimes.setup import Setup, prepare
 
 _log = logging.getLogger(__name__)
 #: Options that only rank 0 acts on.
-OF_RANK_0 = frozenset({"run_name", "output_dir", "progress", "checkpoint_seconds", "workers"})
+OF_RANK_0 = job.RECORDING | {"workers"}
 
 
 class Ranks(Protocol):
@@ -56,27 +57,45 @@ class Ranks(Protocol):
 
     def channel(self, peer: int) -> Channel: ...
 
-    def close(self) -> None: ...
+    def close(self, complete: bool = True) -> None: ...
 
 
 @dataclass
 class Server:
-    """Rank 0 of a job: a run, for which the other ranks train too."""
+    """Rank 0 of a job: a run, for which the other ranks train too.
+
+    Attributes:
+        here: ids of the processes of this machine, by their rank.
+    """
 
     run: Run
     ranks: Ranks
     workers: Workers
+    here: dict[int, int]
 
     def train(self) -> None:
-        """See `Run.train`; the other ranks return when its last record is written."""
+        """See `Run.train`; the other ranks return when its last record is written.
+
+        A rank that does not within a minute, because it is in a training that nobody needs, is left behind.
+        """
         with _terminable():
             _ = self.workers.pool  # signs of life, and the end, for ranks that may have nothing to train
             try:
                 self.run.train()
             finally:
                 self.workers.close(PATIENCE)  # nothing, where the run has ended them
-        self.ranks.close()
-        job.finished()
+        absent = self.workers.absent
+        for name in absent.late + absent.silent:
+            _say(f"{name} is left behind in a training that nobody needs")
+            job.leave_behind(name)
+        if not absent.silent:
+            self.ranks.close(complete=not absent.late)
+            job.finished()
+            return
+        numbers = [int(name.split()[-1]) for name in absent.silent]
+        for number in set(numbers) - self.here.keys():
+            _say(f"rank {number} is on another machine: under torchrun, see that it ends")
+        job.finished([self.here[n] for n in numbers if n in self.here], absent.threads)
 
 
 @dataclass
@@ -96,7 +115,7 @@ class Helper:
         channel, bench = self.ranks.channel(0), self.setup.bench
         try:
             with _deaf_to_interrupts(), threads(self.setup.config.cpu_threads):
-                serve(channel, bench.train, self.setup.device)
+                serve(channel, bench.train, self.setup.device, leave=self._leave)
         except Gone as gone:
             raise HostError("GMR-507", f"rank 0 is gone: {gone}", where=f"rank {self.ranks.rank}") from None
         except Failed as failed:
@@ -104,10 +123,15 @@ class Helper:
             with suppress(Gone):
                 while True:  # until rank 0 has said why and has ended: the launcher ends all then
                     channel.receive()
-            sys.exit(1)
+            job.give_up(1)
         bench.reset()
         self.ranks.close()
         job.finished()
+
+    def _leave(self) -> None:
+        """End this process, whose training does not end."""
+        self.ranks.close(complete=False)
+        job.leave()
 
 
 def build(
@@ -131,19 +155,16 @@ def build(
         HostError: GMR-508 without a launcher; GMR-510 if the ranks do not have one and the same job.
     """
     job.require_launcher(backend)
-    job.must_finish()
+    job.must_finish(backend)
+    job.require_everybody()
     setup = prepare(args, _device(args, device), dataset, model, client_trainer)
-    if setup.config.workers > 1:
-        raise ConfigError(
-            "GMR-106",
-            f"workers={setup.config.workers}: with backend={backend!r} the ranks train",
-            where="fedgmr_args.workers",
-        )
+    job.check_workers(backend, setup.config.workers)
     ranks = _ranks(backend, args, setup.device)
-    _agree(ranks, setup)
+    here = _agree(ranks, setup)
     if ranks.rank:
         resume.take()
         return Helper(setup, ranks)
+    say_threads(setup.config.cpu_threads)
     if ranks.size > setup.keys.in_flight:
         _say(
             f"{ranks.size} ranks, but at most {setup.keys.in_flight} clients train at the same time "
@@ -156,7 +177,7 @@ def build(
     workers = Workers(start)
     run = assemble(setup, server_aggregator, workers)
     run.again = job.again(backend, ranks.size)
-    return Server(run, ranks, workers)
+    return Server(run, ranks, workers, here)
 
 
 def _device(args: Any, device: Any) -> Any:
@@ -186,18 +207,34 @@ def _ranks(backend: str, args: Any, device: torch.device) -> Ranks:
     return found
 
 
+def say_threads(cpu_threads: int) -> None:
+    """Say what ``cpu_threads: 0`` amounts to: results depend on it, and launchers change it.
+
+    torchrun allows each of several processes one thread, mpirun often as many as it binds it to cores.
+    """
+    if cpu_threads == 0:
+        _say(
+            f"cpu_threads=0: torch uses {torch.get_num_threads()} threads here; results depend on the number"
+        )
+
+
 def _say(text: str) -> None:
     _log.info("%s", text)
     click.echo(text, err=True)
 
 
-def _agree(ranks: Ranks, setup: Setup) -> None:
+def _agree(ranks: Ranks, setup: Setup) -> dict[int, int]:
     """Refuse ranks that would not work on the same thing.
+
+    Returns:
+        Ids of the processes of this machine, by their rank.
 
     Raises:
         HostError: GMR-510, on rank 0; the others exit.
     """
-    parts = [json.loads(text) for text in ranks.gather(json.dumps(_identity(setup)))]
+    own = [_identity(setup), socket.gethostname(), os.getpid()]
+    told = [json.loads(text) for text in ranks.gather(json.dumps(own))]
+    parts = [identity for identity, _, _ in told]
     misfit = _misfit(parts)
     hint = "Every rank must run the same script, with equal arguments, data and versions."
     if not misfit and ranks.size > setup.keys.clients:
@@ -207,6 +244,7 @@ def _agree(ranks: Ranks, setup: Setup) -> None:
         _leave_to_rank_0()
     if misfit:
         raise HostError("GMR-510", misfit, hint=hint)
+    return {n: process for n, (_, host, process) in enumerate(told) if host == own[1]}
 
 
 def _misfit(parts: list[dict[str, Any]]) -> str:
@@ -221,7 +259,7 @@ def _misfit(parts: list[dict[str, Any]]) -> str:
 def _leave_to_rank_0() -> NoReturn:
     """Wait for rank 0 to say what is wrong and to end the job; end in any case."""
     time.sleep(2 * PATIENCE)
-    sys.exit(1)
+    job.give_up(1)
 
 
 def _identity(setup: Setup) -> dict[str, Any]:
@@ -234,6 +272,9 @@ def _identity(setup: Setup) -> dict[str, Any]:
         "torch": torch.__version__.partition("+")[0],
         "device type": setup.device.type,
         "configuration": _digest(json.dumps([config, as_mapping(setup.keys)], sort_keys=True)),
+        "cpu_threads": 0
+        if setup.device.type != "cpu"
+        else setup.config.cpu_threads or torch.get_num_threads(),
         "model": f"{setup.layout.size} numbers, {_digest(str(entries))}",
         "buffers": _digest(fixed),
         "data": f"{sum(setup.counts)} samples, {_digest(str(setup.counts).encode() + _some_labels(setup))}",

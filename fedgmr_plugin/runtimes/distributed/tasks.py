@@ -84,9 +84,6 @@ class Tasks:
         self._later: dict[int, Dispatch] = {}
         self._home: dict[int, Trainer] = {}
 
-    def __len__(self) -> int:
-        return len(self._needed) + len(self._later)
-
     def add(self, sent: Dispatch) -> None:
         """A dispatch whose update will be needed sometime."""
         self._later[sent.dispatch] = sent

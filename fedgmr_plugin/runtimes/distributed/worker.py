@@ -5,12 +5,14 @@ A thread receives tasks while this one trains: what is next has arrived when the
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -18,9 +20,11 @@ from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.errors import FedGMRError
 from fedgmr_plugin.kernels.masks import Ranking
+from fedgmr_plugin.runtimes.distributed import pool
 from fedgmr_plugin.runtimes.distributed.channel import Channel, Frame, Gone, frame, text_frame
 from fedgmr_plugin.runtimes.distributed.payloads import Parts, Remembered
-from fedgmr_plugin.runtimes.distributed.pool import HEARTBEAT, remember_ranking
+
+_log = logging.getLogger(__name__)
 
 
 class Failed(Exception):
@@ -28,10 +32,17 @@ class Failed(Exception):
 
 
 class _Inbox:
-    """Receives in a thread of its own: tasks in their order, then None."""
+    """Receives in a thread of its own: tasks in their order, then None.
 
-    def __init__(self, channel: Channel, device: torch.device) -> None:
-        self._channel, self._device = channel, device
+    Args:
+        device: where payloads are wanted.
+        late: is called where the run has ended and `served` is not set within half of `pool.FAREWELL`.
+    """
+
+    def __init__(
+        self, channel: Channel, device: torch.device, served: threading.Event, late: Callable[[], None]
+    ) -> None:
+        self._channel, self._device, self._served, self._late = channel, device, served, late
         self._payloads = Remembered()
         self._rankings: OrderedDict[str, Ranking] = OrderedDict()
         self._tasks: queue.SimpleQueue[Dispatch | None] = queue.SimpleQueue()
@@ -61,17 +72,19 @@ class _Inbox:
             self.lost = error
         self.stopped.set()
         self._tasks.put(None)
+        if self.lost is None and not self.early and not self._served.wait(pool.FAREWELL / 2):
+            self._late()
 
     def _learn(self, message: Frame) -> None:
         rung_D = message.values.to(torch.int16).to(self._device)
         ranking = Ranking(tuple(message.head["densities"]), rung_D)
-        remember_ranking(self._rankings, message.head["digest"], ranking)
+        pool.remember_ranking(self._rankings, message.head["digest"], ranking)
 
     def _task(self, message: Frame) -> Dispatch:
         head = message.head
         dispatch, client, version, count, density, rung, scale = head["task"]
         ranking = self._rankings[head["ranking"]]
-        remember_ranking(self._rankings, head["ranking"], ranking)
+        pool.remember_ranking(self._rankings, head["ranking"], ranking)
         parts = Parts(*head["parts"])
         arrived = message.values.to(self._device)
         values_S = parts.joined(arrived, self._payloads.payload(parts.base), head["size"])
@@ -85,6 +98,7 @@ def serve(
     device: torch.device | str = "cpu",
     *,
     beats: bool = True,
+    leave: Callable[[], None] = lambda: None,
 ) -> None:
     """Train what comes through `channel` until the server says stop.
 
@@ -92,15 +106,24 @@ def serve(
         train: trains one dispatch.
         device: where payloads are wanted.
         beats: send signs of life: the other side has no other way to know.
+        leave: ends this process; called from another thread after the goodbye, where the run has ended long
+            ago and `train` has not.
 
     Raises:
-        Failed: `train` raised, and the server has been told; or the server has stopped the run.
+        Failed: `train` raised, and the server has been told; or the server has stopped the run. Not where the
+            run has come to its end without that training.
         Gone: the server does not answer any more.
     """
     ended = threading.Event()
     if beats:
         threading.Thread(target=_beat, args=(channel, ended), daemon=True).start()
-    inbox = _Inbox(channel, torch.device(device))
+
+    def late() -> None:
+        with suppress(Gone):
+            channel.send(frame("bye", late=True))
+        leave()
+
+    inbox = _Inbox(channel, torch.device(device), ended, late)
     try:
         while (task := inbox.get()) is not None:
             started = time.perf_counter()
@@ -110,8 +133,11 @@ def serve(
                 _confess(channel, task, error)
                 inbox.stopped.wait()
                 if inbox.lost is None:
-                    channel.send(frame("bye"))
-                raise Failed(str(error)) from error
+                    channel.send(frame("bye", late=False))
+                if inbox.lost is not None or inbox.early:
+                    raise Failed(str(error)) from error
+                _log.warning("client=%d: training failed, but nobody needs it", task.client, exc_info=error)
+                return
             seconds = time.perf_counter() - started
             channel.send(
                 frame(
@@ -127,7 +153,7 @@ def serve(
         ended.set()
     if isinstance(inbox.lost, BaseException):
         raise inbox.lost
-    channel.send(frame("bye"))
+    channel.send(frame("bye", late=False))
     if inbox.early:
         raise Failed("the server has stopped the run")
 
@@ -143,7 +169,7 @@ def _confess(channel: Channel, task: Dispatch, error: BaseException) -> None:
 
 def _beat(channel: Channel, ended: threading.Event) -> None:
     try:
-        while not ended.wait(HEARTBEAT):
+        while not ended.wait(pool.HEARTBEAT):
             channel.send(frame("alive"))
     except Gone:
         return  # whoever receives learns it too
