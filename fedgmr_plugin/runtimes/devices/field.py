@@ -67,6 +67,8 @@ class Field:
         heartbeat: seconds.
         seconds: how long device n trains.
         rate: messages of one device a second.
+        trains: what devices do instead of training; None trains.
+        record: receives the run log's records; kept in `log` by default.
     """
 
     def __init__(
@@ -81,12 +83,15 @@ class Field:
         heartbeat: float = 2.0,
         seconds: Callable[[int], float] = lambda n: 1.0,
         rate: float = 5.0,
+        trains: Callable[[Dispatch], LocalUpdate] | None = None,
+        record: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.problem, self.config, self.folder = problem, config, folder
         self.count, self.windows, self.world, self.keys = devices, windows, world, keys
-        self.heartbeat, self.seconds, self.rate = heartbeat, seconds, rate
+        self.heartbeat, self.seconds, self.rate, self._trains = heartbeat, seconds, rate, trains
         self.layout = build_layout(problem.model())
         self.log: list[dict[str, Any]] = []
+        self._record = record or self.log.append
         self.trained: list[tuple[int, int]] = []  # (device, dispatch), in the order in which they began
         self.devices: dict[int, Device | PlainDevice] = {}
         self._device_hands: dict[int, LoopbackHands] = {}
@@ -118,7 +123,7 @@ class Field:
         if self.config.device_submodel != "wire":
             return PlainOffice(
                 *self.parts(),
-                self.log.append,
+                self._record,
                 desk,
                 Pieces(TOKEN),
                 TOKEN,
@@ -126,7 +131,7 @@ class Field:
                 self.clock,
                 codec=codec_of(self.config, self.problem.model(), self.layout, self._input_shape),
             )
-        return Office(*self.parts(), self.log.append, desk, Pieces(TOKEN), TOKEN, self.hands, self.clock)
+        return Office(*self.parts(), self._record, desk, Pieces(TOKEN), TOKEN, self.hands, self.clock)
 
     @property
     def _input_shape(self) -> tuple[int, ...]:
@@ -188,13 +193,13 @@ class Field:
     def device(self, n: int, memory: Memory | None = None) -> Device:
         """Start device n, in place of the one that is there."""
         self.stop(n)
-        bench = self.trainer_bench()
+        work = self._trains or self.trainer_bench().train
         hands = LoopbackHands(self.world)
 
         def train(sent: Dispatch, then: Callable[[LocalUpdate], None]) -> None:
             self.trained.append((n, sent.dispatch))
             done = self.world.now + self.seconds(n)
-            self.world.at(done, lambda: None if hands.cut else then(bench.train(sent)))
+            self.world.at(done, lambda: None if hands.cut else then(work(sent)))
 
         device = Device(
             "7",
