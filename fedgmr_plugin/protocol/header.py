@@ -227,5 +227,8 @@ def build(header: Header) -> bytes:
 
 def shown(value: Any) -> str:
     """The beginning of a value that a stranger sent."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # JSON may nest deeper than Python can show
+        text = type(value).__name__
     return text if len(text) <= 40 else text[:37] + "..."

@@ -44,6 +44,7 @@ class Journal:
         self._file = path.open("ab", buffering=0)
         self._size = 0 if is_new else _sound_bytes(path)
         self._file.truncate(self._size)
+        self._is_torn = False  # whether something lies behind `_size`
         if is_new:
             _sync_folder(path.parent)
 
@@ -53,15 +54,24 @@ class Journal:
         Raises:
             OSError: there is no space, or the disk fails; the journal is as it was before.
         """
+        self._mend()
         try:
+            self._is_torn = True
             for entry in entries:
                 for piece in _framed(entry):
                     _write(self._file.fileno(), piece)
             os.fsync(self._file.fileno())
         except OSError:
-            self._file.truncate(self._size)
+            self._mend()
             raise
         self._size = os.fstat(self._file.fileno()).st_size
+        self._is_torn = False
+
+    def _mend(self) -> None:
+        """Cut off what a failed append left; where that fails too, the next append begins with it."""
+        if self._is_torn:
+            self._file.truncate(self._size)
+            self._is_torn = False
 
     def close(self) -> None:
         """Close the file."""

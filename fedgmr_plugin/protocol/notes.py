@@ -43,7 +43,7 @@ class StatusNote:
         state: ``ONLINE``, ``OFFLINE`` or ``FINISHED``.
         working: dispatch that it works on.
         answered: last dispatch that it answered.
-        samples: its training samples.
+        samples: its training samples, 1 at least.
         up, down: measured bandwidth, MB/s.
     """
 
@@ -132,6 +132,11 @@ def to_server(run: str, device: int) -> str:
     return f"fedml_{run}_{device}"
 
 
+def answer_key(token: str, dispatch: int, device: int) -> str:
+    """Where the store holds a device's update: nobody names another place to the server."""
+    return f"{token}/answers/{dispatch}-{device}"
+
+
 def sign(note: Note, topic: str, key: bytes | None, message: Mapping[str, Any]) -> bytes:
     """FedML's `message` with the note in it, as it is published on `topic`; unsigned without a key."""
     text = json.dumps({"protocol": PROTOCOL, "kind": _NAMES[type(note)], **asdict(note)}, sort_keys=True)
@@ -218,6 +223,12 @@ def _integer(name: str, value: Any) -> int:
     return value
 
 
+def _positive(name: str, value: Any) -> int:
+    if _integer(name, value) < 1:
+        raise _wrong(name, value)
+    return int(value)
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _wrong(name, value)
@@ -279,7 +290,7 @@ _RULES: dict[type[Any], dict[str, _Rule]] = {
         "state": _state,
         "working": _optional(_integer),
         "answered": _optional(_integer),
-        "samples": _optional(_integer),
+        "samples": _optional(_positive),
         "up": _optional(_number),
         "down": _optional(_number),
     },

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.protocol.mask import Mask
 from fedgmr_plugin.protocol.messages import PayloadOrder, increment_messages
@@ -139,6 +140,9 @@ def local_ranking(cuts: tuple[int, ...], codes: list[Mask], size: int, density: 
         codes: the mask of each segment, as unpacked.
         size: coordinates of the model, D.
         density: of the sub-model; the segments before the last get stand-ins below it.
+
+    Raises:
+        WireError: GMR-719 if the masks have other lengths.
     """
     rung_D = torch.full((size,), len(cuts), dtype=torch.int16)
     free = torch.arange(size)
@@ -149,5 +153,5 @@ def local_ranking(cuts: tuple[int, ...], codes: list[Mask], size: int, density: 
     below = [density * (k + 1) / (len(cuts) + 1) for k in range(len(cuts) - 1)]
     ranking = Ranking((*below, density), rung_D)
     if ranking.ends != tuple(cuts):
-        raise ValueError(f"the masks have cuts={ranking.ends} instead of {cuts}")
+        raise WireError("GMR-719", f"the masks have cuts={ranking.ends[:8]} instead of {cuts[:8]}")
     return ranking

@@ -22,7 +22,7 @@ from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.protocol.desk import Replays
-from fedgmr_plugin.protocol.header import MOST_HEADER, Header, Kind, Outcome, Task
+from fedgmr_plugin.protocol.header import MOST_HEADER, Header, Kind, Outcome, Task, shown
 from fedgmr_plugin.protocol.mask import Mask, unpack
 from fedgmr_plugin.protocol.maskcode import most_bytes
 from fedgmr_plugin.protocol.messages import update_message
@@ -36,6 +36,7 @@ from fedgmr_plugin.protocol.notes import (
     FinishNote,
     StatusNote,
     TaskNote,
+    answer_key,
     note_of,
     parse,
     sign,
@@ -101,7 +102,7 @@ class Device:
         self._server, self._key, self._layout, self._dtype = server, key, layout, dtype or layout.dtype
         self._train, self._hands, self._clock, self._wall = train, hands, clock, wall_clock
         self._heartbeat, self._next_beat = heartbeat, 0.0
-        self._replays = Replays()
+        self._replays = Replays(*memory.heard)
         self._repeats = 0
         self._masks: tuple[str, list[Mask]] = ("", [])
         self._parts: dict[str, bytearray] = {}
@@ -142,7 +143,7 @@ class Device:
         message = parse(payload)
         kind = message.get("msg_type")
         if topic != self.hears or kind not in (INIT, SYNC, FINISH):
-            raise WireError("GMR-741", f"msg_type={kind!r} on {topic} is not for this device")
+            raise WireError("GMR-741", f"msg_type={shown(kind)} on {topic} is not for this device")
         note: TaskNote | FinishNote | None
         if kind == FINISH:
             note = note_of(message, topic, self._key, FinishNote)
@@ -189,7 +190,7 @@ class Device:
         self.working, self._repeats = note, 0
         if self.memory.update is not None:  # the server went on
             self.memory.update, self.memory.content = None, b""
-            self.memory.save()
+            self._save()
         known = len(self._masks[1]) if self._masks[0] == note.ranking else 0
         pieces = [*note.masks[known:], *note.values]
         self._parts = {p.key: self._parts[p.key] for p in pieces if p.key in self._parts}
@@ -227,11 +228,10 @@ class Device:
 
     def _dispatch(self, note: TaskNote) -> Dispatch:
         """The dispatch that the fetched objects are."""
-        digest, masks = self._masks if self._masks[0] == note.ranking else (note.ranking, [])
+        masks = list(self._masks[1]) if self._masks[0] == note.ranking else []
         bounds = list(zip((0, *note.cuts), note.cuts, strict=False))
         for (start, stop), piece in list(zip(bounds, note.masks, strict=True))[len(masks) :]:
             masks.append(unpack(memoryview(self._parts[piece.key]), note.size, start, (stop,)))
-        self._masks = digest, masks
         ranking = local_ranking(note.cuts, masks[: len(note.cuts)], note.size, note.density)
         values_S = torch.empty(note.cuts[-1], dtype=self._layout.dtype)
         limits = Limits(
@@ -249,7 +249,7 @@ class Device:
             held = apply(message, values_S, held)
         if held != note.cuts[-1]:
             raise WireError("GMR-712", f"the increments hold {held} of {note.cuts[-1]} values")
-        self._parts = {}
+        self._masks, self._parts = (note.ranking, masks), {}
         rung = len(note.cuts) - 1
         return Dispatch(
             note.dispatch,
@@ -282,10 +282,10 @@ class Device:
         stats = update.stats
         outcome = Outcome(stats.samples, stats.steps, stats.train_loss, stats.drift_sq, update.change_sq)
         content = encode(update_message(header, note.cuts, update.values_S, outcome, dtype=self._dtype))
-        key = f"{note.run}/answers/{note.dispatch}-{self.device}"
+        key = answer_key(note.run, note.dispatch, self.device)
         piece = Piece(key, len(content), hashlib.sha256(content).hexdigest())
         self.memory.answered, self.memory.update, self.memory.content = note.dispatch, piece, content
-        self.memory.save(with_answer=True)
+        self._save(with_answer=True)
         self.working = None
         self._hands.put(piece, content)
         self._beat()
@@ -336,9 +336,12 @@ class Device:
         return {"sender": self.device, "receiver": self._server, **fields}
 
     def _sequence(self) -> int:
-        """The next sequence number: increasing, also over restarts that forgot the last one."""
-        self.memory.sequence = max(self.memory.sequence + 1, self._wall())
-        return self.memory.sequence
+        return self.memory.next_sequence(self._wall())
+
+    def _save(self, *, with_answer: bool = False) -> None:
+        highest, seen = self._replays.state
+        self.memory.heard = highest, seen
+        self.memory.save(with_answer=with_answer)
 
 
 def _smoothed(before: float | None, size: int, seconds: float) -> float | None:

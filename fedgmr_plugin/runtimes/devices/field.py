@@ -118,7 +118,15 @@ class Field:
         return self._bench(Clients(self.problem.samples, 0.0, 0, self.count))
 
     def _make_office(self) -> Office:
-        desk = Desk("7", 0, range(1, self.count + 1), self.keys, rate=self.rate, burst=10 * self.rate)
+        desk = Desk(
+            "7",
+            0,
+            range(1, self.count + 1),
+            self.keys,
+            rate=self.rate,
+            burst=10 * self.rate,
+            wall_clock=lambda: int(self.world.now * 1000),
+        )
         self.hands = LoopbackHands(self.world)
         if self.config.device_submodel != "wire":
             return PlainOffice(

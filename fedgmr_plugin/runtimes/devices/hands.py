@@ -7,7 +7,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from fedgmr_plugin.errors import FedGMRError, WireError
@@ -88,7 +88,7 @@ class ThreadedHands:
             if found:
                 self._inbox.put(lambda: then(found[0]))
 
-        self._pool.submit(get)
+        self._pool.submit(get).add_done_callback(self._report)
 
     def unsent(self) -> list[tuple[Piece, Content]]:
         with self._changed:
@@ -128,7 +128,13 @@ class ThreadedHands:
                 self._jobs.popleft()
                 self._changed.notify_all()
 
-    def _fail(self, error: FedGMRError) -> None:
+    def _report(self, done: Future[None]) -> None:
+        """An error that nobody expected, or the object would be waited for without end."""
+        error = None if done.cancelled() else done.exception()
+        if error is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
         """Have the owner raise `error`."""
 
         def fail() -> None:

@@ -1,15 +1,20 @@
-"""What a device remembers across restarts: its run, its last answer, its sequence number."""
+"""What a device remembers across restarts: its run, its last answer, its sequence numbers."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedgmr_plugin.protocol.pieces import Piece
 
+_log = logging.getLogger(__name__)
 _STATE, _ANSWER = "device.json", "answer.bin"
+#: Sequence numbers that are written down at once: ten minutes' worth, where they follow the clock.
+_RESERVED = 600_000
 
 
 @dataclass
@@ -23,6 +28,8 @@ class Memory:
         answered: last dispatch that was trained; -1 before the first.
         update: the object of its answer; None once the server has been heard to go on.
         content: its bytes.
+        heard: the server's sequence numbers, as `fedgmr_plugin.protocol.desk.Replays.state`.
+        reserved: numbers up to this one are not used again after a restart, whatever the clock says.
     """
 
     folder: Path | None = None
@@ -31,38 +38,74 @@ class Memory:
     answered: int = -1
     update: Piece | None = None
     content: bytes | memoryview = b""
+    heard: tuple[int, int] = (-1, 0)
+    reserved: int = 0
 
     @staticmethod
     def load(folder: Path | None) -> Memory:
-        """What was saved in `folder`; a fresh memory where nothing sound is."""
+        """What was saved in `folder`; a fresh memory where nothing sound is.
+
+        Where the answer's bytes are damaged, its dispatch counts as not trained.
+        """
         if folder is None:
             return Memory()
         try:
             kept = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            highest, seen = kept["heard"]
+            found = Memory(folder, str(kept["token"]), int(kept["reserved"]), int(kept["answered"]))
+            found.heard, found.reserved = (int(highest), int(seen)), found.sequence
             update = None if kept["update"] is None else Piece(*kept["update"])
-            content = b"" if update is None else (folder / _ANSWER).read_bytes()
-            return Memory(folder, kept["token"], kept["sequence"], kept["answered"], update, content)
         except (OSError, ValueError, KeyError, TypeError):
             return Memory(folder)
+        if update is not None:
+            found.content = _content(folder / _ANSWER, update)
+            found.update = update if found.content else None
+            found.answered = found.answered if found.content else -1
+        return found
+
+    def next_sequence(self, now: int) -> int:
+        """The next sequence number: increasing, also over restarts and where the clock jumps.
+
+        Args:
+            now: milliseconds of the day's clock, which alone decides where there is no folder.
+        """
+        self.sequence = max(self.sequence + 1, now)
+        if self.sequence > self.reserved:
+            self.reserved = self.sequence + _RESERVED
+            self.save()
+        return self.sequence
 
     def save(self, *, with_answer: bool = False) -> None:
-        """Bring the state to the disk: whole, or as it was.
+        """Bring the state to the disk: whole, or as it was, where the disk is full.
 
         Args:
             with_answer: the answer's bytes are new.
         """
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if with_answer:
-            _write(self.folder / _ANSWER, self.content)
         kept = {
             "token": self.token,
-            "sequence": self.sequence,
+            "reserved": self.reserved,
             "answered": self.answered,
             "update": self.update,
+            "heard": self.heard,
         }
-        _write(self.folder / _STATE, json.dumps(kept).encode())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if with_answer:
+                _write(self.folder / _ANSWER, self.content)
+            _write(self.folder / _STATE, json.dumps(kept).encode())
+        except OSError as error:
+            _log.warning("this device would not remember its state after a restart: %s", error)
+
+
+def _content(path: Path, update: Piece) -> bytes:
+    """The answer's bytes; none where they are not those that were saved."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return b""
+    return content if hashlib.sha256(content).hexdigest() == update.sha256 else b""
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:

@@ -28,7 +28,7 @@ from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
 from fedgmr_plugin.protocol.history import entry_of, event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.messages import PayloadOrder, upload
-from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote
+from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote, answer_key
 from fedgmr_plugin.protocol.pieces import Piece, Pieces
 from fedgmr_plugin.protocol.wire import Limits, decode
 
@@ -111,6 +111,7 @@ class Office:
         self._hands, self._clock, self._measured = hands, clock, measured
         self._fetching: set[int] = set()  # dispatches whose answer is on its way
         self._needless: list[str] = []
+        self._past: dict[str, tuple[Piece, Content]] = {}  # what the past put, while it is repeated
         self._version = server.version
 
     # -- beginning ------------------------------------------------------------------------------------
@@ -136,7 +137,10 @@ class Office:
         for entry in entries:
             self._take(event_of(entry))
         self.journal = journal
-        for dispatch in list(self.live.deadlines):
+        for piece, content in self._past.values():
+            self._hands.put(piece, content)
+        self._past = {}
+        for dispatch in list(self.live.deadlines) if self.end is None else ():
             self._tell(dispatch)
 
     def hello(self) -> None:
@@ -171,8 +175,9 @@ class Office:
         """Do what has become due."""
         now = self._clock()
         due = self.live.next_tick()
-        if self.waiting or (due is not None and due <= now):
-            self._apply([] if due is None or due > now else [Tick(now)])
+        is_due = due is not None and due <= now and not any(isinstance(e, Tick) for e in self.waiting)
+        if self.waiting or is_due:
+            self._apply([Tick(now)] if is_due else [])
 
     def next_tick(self) -> float | None:
         """Second at which `tick` is to be called at the latest; None while nothing is waited for."""
@@ -206,6 +211,8 @@ class Office:
             self._remind(client, note.dispatch)
             if client in self.server.away:
                 self._welcome(client, now)
+        elif note.update.key != answer_key(self.token, note.dispatch, self.desk.devices[client]):
+            self.desk.count(client, "GMR-747")
         elif note.dispatch not in self.server.staged and note.dispatch not in self._fetching:
             most = 8 + MOST_HEADER + flight.ranking.ends[flight.rung] * self._dtype.itemsize
             if note.update.size > most:
@@ -302,7 +309,9 @@ class Office:
         if self.server.version != self._version:
             self._version = self.server.version
             self.tasks = {d: task for d, task in self.tasks.items() if d in self.server.flights}
-            self._hands.delete(self._drop_unused())
+            gone = self._drop_unused()
+            self._past = {key: kept for key, kept in self._past.items() if key not in gone}
+            self._hands.delete(gone)
         if self.end is not None:
             for client in range(len(self.desk.devices)):
                 self._finish(client)
@@ -313,10 +322,17 @@ class Office:
         parcel = self.pieces.of(sent)
         self.tasks[sent.dispatch] = Task(sent.count, sent.learning_rate_scale)
         for piece, content in parcel.new:
-            self._hands.put(piece, content)
+            self._put(piece, content)
         if self.journal is not None:  # else the past is repeated, and what is still out is told at its end
             self._tell(sent.dispatch)
         return float(parcel.received), float(sum(piece.size for piece, _ in parcel.new))
+
+    def _put(self, piece: Piece, content: Content) -> None:
+        """Store an object; while the past is repeated, at its end, and only what is still needed then."""
+        if self.journal is None:
+            self._past[piece.key] = piece, content
+        else:
+            self._hands.put(piece, content)
 
     def _drop_unused(self) -> list[str]:
         """Forget objects that no dispatch in flight needs; their keys."""

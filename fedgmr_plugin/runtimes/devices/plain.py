@@ -133,7 +133,8 @@ class PlainOffice(Office):
         events: list[LiveEvent] = [arrived]
         if client in self.server.away:
             events.append(ClientJoined(client, now, samples=said.samples))
-        self._apply(events, [said.key])
+        own = {file.key for file in self._files.values()}  # who names one of these is not to have it deleted
+        self._apply(events, [] if said.key in own else [said.key])
 
     def _upload(
         self, dispatch: int, flight: InFlight, values_S: Tensor, samples: int, size: int, now: float
@@ -165,7 +166,7 @@ class PlainOffice(Office):
             name = f"{self.token}_{sent.version}-{sent.ranking.digest}-{sent.rung}"
             self._files[key] = Piece(name, len(content), "")
             self.values[key] = sent.values_S
-            self._hands.put(self._files[key], content)
+            self._put(self._files[key], content)
         if self.journal is not None:
             self._tell(sent.dispatch)
         size = float(self._files[key].size)
