@@ -112,7 +112,8 @@ def test_a_lossy_field_comes_to_its_end(tmp_path: Path, loss: float) -> None:
     arrivals = [r["dispatch"] for r in field.records("arrival")]
     assert len(arrivals) == len(set(arrivals))
     assert len(field.trained) == len(set(field.trained)), "a dispatch was trained twice"
-    assert field.records("evaluation")[-1]["accuracy"] > 0.6
+    accuracy = [r["accuracy"] for r in field.records("evaluation")]
+    assert accuracy[-1] > accuracy[0]
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,8 @@ class Field:
             TimeoutError: it is not at its end after `seconds` of the world's.
         """
         self.until(lambda: self.office.end is not None, seconds)
+        if self.office.journal is not None:
+            self.office.journal.close()
         return self.office.end or {}
 
     def until(self, condition: Callable[[], bool], seconds: float = 3000.0) -> None:
