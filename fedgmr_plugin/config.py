@@ -141,6 +141,16 @@ class FedGMRConfig(BaseModel):
         False, description="Mix the merged model in by the participating share of the clients."
     )
     server_step: Positive = Field(1.0, description="Server step size, a factor on the merged change.")
+    norm_bound: Positive | None = Field(
+        None,
+        description="Scale an update down whose change per weight is more than so many times the median of "
+        "the updates that are merged.",
+    )
+    trim: Annotated[float, Field(ge=0, lt=0.5, allow_inf_nan=False)] = Field(
+        0.0,
+        description="Share of the largest and of the smallest values of every weight that are left out of "
+        "the mean, among those who hold the weight.",
+    )
     staleness: Literal["constant", "polynomial", "hinge"] = Field(
         "polynomial", description="Weight of an upload that took tau windows."
     )

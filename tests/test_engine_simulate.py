@@ -746,7 +746,7 @@ def test_the_log_names_only_documented_types() -> None:
     world = World(windows=10, probe=True, trigger="mixed", patience=1, interval=1, trainer=Poisonous())
     world.run()
     kinds = {r["type"] for r in world.log}
-    assert kinds == set(RECORDS) - {"header", "client", "end"}
+    assert kinds == set(RECORDS) - {"header", "client", "defence", "end"}
 
 
 # -- stopping and going on -------------------------------------------------------------------------

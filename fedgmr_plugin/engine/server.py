@@ -52,6 +52,7 @@ from fedgmr_plugin.kernels import density as gmr
 from fedgmr_plugin.kernels.aggregate import Coverage, MaskedUpdate, merge
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
+from fedgmr_plugin.kernels.robust import bounded, trimmed
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES, travelled
 from fedgmr_plugin.kernels.staleness import staleness_weight
 
@@ -319,6 +320,7 @@ class Server:
             latest = {**self.buffer, **{a.upload.client: a for a in arrived}}
             scope = [latest[n] for n in sorted(latest)]
         updates = [self._weighted(a) for a in scope] if arrived else []
+        updates, defence = self._defended(updates)
         weights = {a.upload.dispatch: u.weight for a, u in zip(scope, updates, strict=False)}
         if updates and self.before_merge is not None:
             updates = self.before_merge(self.version, self.w_D, updates)
@@ -350,7 +352,19 @@ class Server:
             self._arrival(a, weights[a.upload.dispatch], share)
             for a, share in zip(arrived, shares, strict=True)
         ]
-        return [*records, self._window(arrived, len(updates), coverage, moved, event)]
+        return [*records, *defence, self._window(arrived, len(updates), coverage, moved, event)]
+
+    def _defended(self, updates: list[MaskedUpdate]) -> tuple[list[MaskedUpdate], list[Effect]]:
+        """The updates after `norm_bound` and `trim`, and the record of what they did."""
+        config, scaled, undefended = self.config, 0, 0.0
+        if not updates or (config.norm_bound is None and config.trim == 0.0):
+            return updates, []
+        if config.norm_bound is not None:
+            updates, scaled = bounded(updates, self.w_D, config.norm_bound, config.update_form, self._buffers)
+        if config.trim:
+            updates, undefended = trimmed(updates, config.trim, self.layout.size, self.layout.parameters)
+        fields = {"updates": len(updates), "scaled": scaled, "undefended": undefended}
+        return updates, [_record("defence", window=self.version, **fields)]
 
     def _refuse_window(self, arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
         """Finite uploads added up to something that is not: none is merged, and the buffer stays."""

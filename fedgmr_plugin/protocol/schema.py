@@ -100,6 +100,12 @@ RECORDS: dict[str, dict[str, str]] = {
         "server_bytes_down": "number",
         "learning_rate": "number",
     },
+    "defence": {
+        "window": "int",
+        "updates": "int",
+        "scaled": "int",
+        "undefended": "number",
+    },
     "validation": {
         "window": "int",
         "time": "number",
