@@ -1,0 +1,113 @@
+"""`fedgmr local`, `fedgmr keys` and `fedgmr device` as commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from fedgmr_plugin.cli import main
+from fedgmr_plugin.cli.local import table, write_project
+from fedgmr_plugin.config import parse
+from fedgmr_plugin.runtimes.devices.connection import connection, device_keys, services
+from fedgmr_plugin.runtimes.devices.project import arguments, load_project
+from fedgmr_plugin.runtimes.local.record import running
+from fedgmr_plugin.runtimes.settings import fedml_keys, options
+
+CONNECTION = {
+    "customized_training_mqtt_config": {"BROKER_HOST": "127.0.0.1", "BROKER_PORT": 1883, "MQTT_USER": ""},
+    "customized_training_s3_config": {
+        "CN_S3_AKI": "a",
+        "CN_S3_SAK": "b",
+        "BUCKET_NAME": "c",
+        "CN_S3_ENDPOINT": "http://127.0.0.1:9",
+    },
+}
+
+
+def test_keys_are_secret_and_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    runner = CliRunner()
+    assert runner.invoke(main, ["keys", "3", "5", "--out", str(path)]).exit_code == 0
+    content = json.loads(path.read_text())
+    assert set(content) == {"3", "5"} and len(set(content.values())) == 2
+    assert all(len(bytes.fromhex(key)) == 32 for key in content.values())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    again = runner.invoke(main, ["keys", "3", "--out", str(path)])
+    assert again.exit_code == 1 and "cannot write" in again.output
+    assert json.loads(path.read_text()) == content
+
+
+def test_a_local_project_is_one_that_server_and_devices_accept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, 3, 7, CONNECTION)
+    args = arguments("fedml_config.yaml")
+    config, keys, here = options(args), fedml_keys(args), connection(args)
+    assert (keys.clients, keys.windows, here.devices) == (3, 7, (1, 2, 3))
+    assert services(args)[0].user is None
+    assert set(device_keys(config, here.devices, "") or {}) == {1, 2, 3}
+    project = load_project("main.py")
+    assert len(project.train_data(args, 0)) and len(project.test_data(args))
+    assert stat.S_IMODE((tmp_path / "fedml_config.yaml").stat().st_mode) == 0o600
+    section = yaml.safe_load((tmp_path / "fedml_config.yaml").read_text())["fedgmr_args"]
+    assert parse(section, where="here").run_name == "local"
+    (tmp_path / "fedgmr_runs" / "local").mkdir(parents=True)
+    write_project(tmp_path, 2, 7, CONNECTION)
+    assert (tmp_path / "fedgmr_runs" / "local-001").is_dir() and connection(arguments("fedml_config.yaml"))
+
+
+def test_the_table_has_a_line_for_each_device() -> None:
+    row = {"device": 3, "state": "training", "density": 0.05, "staleness": 2, "bytes_up": 2_500_000}
+    rows = [
+        {**row, "refused": 1, "seen": 4.2},
+        {**row, "device": 4, "staleness": None, "refused": 0, "seen": None},
+    ]
+    status = {"window": 3, "windows": 9, "time": 12.0, "paused": "no space", "devices": rows}
+    head, names, first, second = table(status)
+    assert head == "window 3 of 9, 12 s  paused: no space"
+    assert names.split()[:4] == ["device", "state", "density", "staleness"]
+    assert first.split() == ["3", "training", "0.05", "2", "2.50", "MB", "1", "4", "s", "ago"]
+    assert second.split()[-2:] == ["0", "never"]
+
+
+def test_a_device_that_is_not_in_the_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, 2, 5, CONNECTION)
+    found = CliRunner().invoke(main, ["device", "main.py", "--cf", "fedml_config.yaml", "--id", "9"])
+    assert found.exit_code == 2 and "9 is not in client_id_list: [1, 2]" in found.output
+
+
+def test_a_script_without_its_functions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, 2, 5, CONNECTION)
+    (tmp_path / "other.py").write_text("def make_model(args): ...\n")
+    found = CliRunner().invoke(main, ["device", "other.py", "--cf", "fedml_config.yaml", "--id", "1"])
+    assert found.exit_code == 2 and "GMR-113 train_data, test_data not defined" in found.output
+
+
+def test_nothing_to_stop_is_said(tmp_path: Path) -> None:
+    found = CliRunner().invoke(main, ["local", "down", "--folder", str(tmp_path)])
+    assert found.exit_code == 0 and "nothing runs" in found.output
+
+
+def test_a_detached_stack_is_stopped_by_another_process(tmp_path: Path) -> None:
+    pytest.importorskip("moto", reason="moto, the local S3 server, is not installed")
+    if shutil.which("mosquitto") is None and not Path("/usr/sbin/mosquitto").exists():
+        pytest.skip("Mosquitto is not installed")
+    folder = str(tmp_path / "stack")
+    runner = CliRunner()
+    try:
+        up = runner.invoke(main, ["local", "up", "--devices", "2", "--detach", "--folder", folder])
+        assert up.exit_code == 0 and "fedgmr local down" in up.output, up.output
+        assert {"broker", "storage", "server", "device-1", "device-2"} <= set(running(Path(folder)))
+    finally:
+        down = runner.invoke(main, ["local", "down", "--folder", folder])
+    assert down.exit_code == 0 and "server" in down.output and "device-1" in down.output
+    assert running(Path(folder)) == {}
