@@ -53,7 +53,7 @@ def test_a_healthy_environment_has_nothing_to_repair() -> None:
     assert [f for f in findings if f.status != "ok" or f.repair] == []
     assert [f.check for f in findings] == [
         *("python", "setuptools", "click", "numpy", "chardet", "pydantic", "torch", "fedml", "home"),
-        *("import fedml", "mpi4py", "mpirun", "MNN", "mosquitto"),
+        *("import fedml", "mpi4py", "mpirun", "MNN", "grpc", "moto", "mosquitto"),
     ]
 
 

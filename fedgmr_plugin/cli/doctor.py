@@ -73,6 +73,11 @@ except HostError as error:
 """
 
 
+def find(program: str) -> str | None:
+    """Path of a program, also of one in a system folder that only root has on its PATH."""
+    return shutil.which(program) or shutil.which(program, path="/usr/local/sbin:/usr/sbin")
+
+
 @dataclass(frozen=True)
 class Facts:
     """Where the checks look; tests put other functions here to simulate a defect."""
@@ -82,7 +87,7 @@ class Facts:
     version: Callable[[str], str | None] = _version  # of a distribution; None if not installed
     requirements: Callable[[str], list[str]] = _requirements
     has_module: Callable[[str], bool] = _has_module
-    which: Callable[[str], str | None] = shutil.which
+    which: Callable[[str], str | None] = find
     home_problem: Callable[[], str | None] = _home_problem
     try_import: Callable[[], tuple[bool, str]] = _try_import  # (whether it works, detail)
 
@@ -179,6 +184,8 @@ def optional(facts: Facts) -> list[Finding]:
             "apt-get install openmpi-bin libopenmpi-dev",
         ),
         ("MNN", facts.has_module("MNN"), "cross-device servers", facts.pip("MNN>=3,<4")),
+        ("grpc", facts.has_module("grpc"), "cross-silo runs over gRPC", facts.pip("grpcio>=1.60,<2")),
+        ("moto", facts.has_module("moto"), "`fedgmr local`", facts.pip("moto[server]>=5,<6")),
         (
             "mosquitto",
             facts.which("mosquitto") is not None,
