@@ -57,7 +57,8 @@ def probing(frame: Frame) -> str:
     if not log.is_plugins:
         return "`probe` records of every window (docs/run-log.md)"
     changes = ["`probe: true`", "`probe_interval: 1`"]
-    changes += [f"`{key}: {value}`" for key, value in LATER.items() if log.config(key) not in (None, value)]
+    if log.config("payload_dtype") not in (None, LATER["payload_dtype"]):
+        changes.append(f"`payload_dtype: {LATER['payload_dtype']}`")
     trainer = ""
     if log.number("local_steps") is None and log.config("local_steps") != "epochs":
         trainer = " and the built-in trainer instead of this run's own"

@@ -179,8 +179,9 @@ class Frame:
 
     @property
     def hooked(self) -> bool:
-        """Whether hooks of the host may change the uploads or the merged vector of a window."""
-        return self.log.fedml("aggregation_hooks") is True
+        """Whether hooks of the host, or defences, may change the uploads or the merged vector of a window."""
+        defended = bool(self.log.config("trim")) or self.log.config("norm_bound") is not None
+        return self.log.fedml("aggregation_hooks") is True or defended
 
     @property
     def statistics_move(self) -> bool:

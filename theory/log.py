@@ -51,6 +51,11 @@ class RunLog:
         return bool(self.header.get("method") == PLUGIN)
 
     @property
+    def is_live(self) -> bool:
+        """Whether its clients were real: they come and go, and its clock is this world's."""
+        return self.is_plugins and self.fedml("training_type") in ("cross_device", "cross_silo")
+
+    @property
     def name(self) -> str:
         """The run's name, fit for a terminal or a page; '' where the log does not say."""
         return plain(self.header.get("run_name") or "")

@@ -212,6 +212,8 @@ def _layer_costs(setup: Setup) -> tuple[float, ...] | None:
 def run_header(setup: Setup, name: str, megabytes: float, *, hooked: bool) -> dict[str, Any]:
     """The run log's first record."""
     config, keys, layout = setup.config, setup.keys, setup.layout
+    kind = getattr(setup.args, "training_type", None)
+    live = {"training_type": kind} if kind in ("cross_device", "cross_silo") else {}
     return {
         "type": "header",
         "schema": SCHEMA,
@@ -219,7 +221,7 @@ def run_header(setup: Setup, name: str, megabytes: float, *, hooked: bool) -> di
         "run_name": name,
         "seed": keys.seed,
         "config": effective(config),
-        "fedml": {**as_mapping(keys), "aggregation_hooks": hooked},
+        "fedml": {**as_mapping(keys), "aggregation_hooks": hooked, **live},
         "versions": {"python": platform.python_version(), **_versions()},
         "clients": keys.clients,
         "client_samples": list(setup.counts),

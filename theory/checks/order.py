@@ -25,7 +25,7 @@ _STAGES = {
     "evaluation": ("window", -5), "validation": ("window", -4), "restoration": ("window", -3),
 }  # fmt: skip
 #: Refusals that answer a dispatch of the very client, and the one of another client's.
-_OWN, _OTHERS = ("GMR-402", "GMR-403", "GMR-404"), "GMR-406"
+_OWN, _OTHERS = ("GMR-402", "GMR-403", "GMR-404", "GMR-407"), "GMR-406"
 _CODES = ("GMR-401", *_OWN, "GMR-405", _OTHERS)
 
 
@@ -124,6 +124,8 @@ def file_order(frame: Frame) -> Finding:
     title = "records stand in the order of what happened"
     if not frame.log.is_plugins:
         return undetermined("file_order", "log", title, "another framework's log: any order")
+    if frame.log.is_live:
+        return undetermined("file_order", "log", title, "real clients: sub-models leave at any time")
     tables = {kind: frame.log[kind] for kind in _STAGES}
     line = np.concatenate([table.line for table in tables.values()])
     stage = np.concatenate([10 * tables[kind][key] + place for kind, (key, place) in _STAGES.items()])
@@ -155,7 +157,7 @@ def capacity(frame: Frame) -> Finding:
     left: Floats = np.concatenate([[0.0], table["in_flight"]])
     out = left + np.bincount(version, minlength=frame.windows + 1) * 1.0
     bad = out > most
-    if frame.log.is_plugins:
+    if frame.log.is_plugins and not frame.log.is_live:
         bad[:-1] |= out[:-1] != most
     line = np.concatenate([table.line[:1], table.line])
     place = Place(line, np.arange(frame.windows + 1.0))
@@ -173,7 +175,8 @@ def refusals(frame: Frame) -> Finding:
     rows = rows_of(frame.log["dispatch"]["dispatch"], table["dispatch"])
     sent = {key: gather(frame.log["dispatch"][key], rows) for key in ("client", "version")}
     bad = (window != np.floor(window)) | (window >= frame.windows + (not frame.log.ended))
-    bad |= ~np.isin(code, _CODES)
+    unread = np.array([frame.log.is_live and str(c).startswith("GMR-7") for c in code], dtype=bool)
+    bad |= ~np.isin(code, _CODES) & ~unread
     answered, foreign = np.isin(code, _OWN), np.asarray(code == _OTHERS, dtype=bool)
     bad |= (answered | foreign) & ((rows < 0) | (sent["version"] > window))
     bad |= (answered & (sent["client"] != table["client"])) | (foreign & (sent["client"] == table["client"]))

@@ -163,6 +163,9 @@ def prepare_server(
     """
     config, keys = options(args), fedml_keys(args)
     _refuse_simulated(config)
+    # What is logged is what is sent, on a real clock.
+    measured = {"payload_rule": "encoded", "model_megabytes": None, "aggregation_seconds": 0.0}
+    config = config.model_copy(update=measured)
     ids = device_ids(args)
     if len(ids) != keys.clients:
         raise ConfigError(
