@@ -82,7 +82,8 @@ class Timed:
 
 
 def rotate(field: Field) -> None:
-    """Begin the journal anew, as a checkpoint does."""
+    """Begin the journal anew, as a checkpoint does, and forget the field's own notes."""
+    field.trained.clear()
     journal = field.office.journal
     if journal is not None:
         journal.close()

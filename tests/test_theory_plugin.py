@@ -119,7 +119,7 @@ def test_advice_promises_only_what_the_options_allow(folder: Path) -> None:
                 record[key] *= 2
     assert violated(quiet) == set()
     advised = report(quiet).runs[0].advice[0]
-    assert "`workers: 1` in fedgmr_args and the built-in trainer instead of this run's own)" in advised
+    assert "`probe_interval: 1` in fedgmr_args and the built-in trainer instead of this run's own)" in advised
 
 
 # -- records that are due, and their order -----------------------------------------------------------
