@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.replay import Comparison, Replay
 from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.schema import problems
+from fedgmr_plugin.runtimes.devices.client import measure_bandwidth
 from fedgmr_plugin.runtimes.devices.field import Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
+from fedgmr_plugin.runtimes.devices.server import measured_by
+from fedgmr_plugin.runtimes.devices.store import Unreachable
+from fedgmr_plugin.runtimes.silos.grpc import Objects
 
 KEYS = {n: bytes([n]) * 32 for n in range(1, 9)}
 
@@ -137,3 +143,28 @@ def test_fedmls_own_devices_take_part(tmp_path: Path, options: dict[str, Any], f
         assert sizes[0.1] < sizes[0.5] < sizes[1.0]
     else:
         assert len(set(sizes.values())) == 1
+
+
+def test_densities_begin_where_the_measured_bandwidth_is() -> None:
+    density = measured_by(FedGMRConfig(measured_densities=True, client_upload=5.0))
+    rates = [None, 0.01, 0.25, 0.6, 2.6, 5.0, 80.0]
+    assert [density(up, None) for up in rates] == [None, 0.05, 0.05, 0.1, 0.5, 1.0, 1.0]
+    assert measured_by(FedGMRConfig())(80.0, 80.0) is None
+
+
+def test_a_device_measures_its_bandwidth_by_one_object() -> None:
+    class Slow(Objects):
+        def put(self, piece: Piece, content: Any) -> None:
+            time.sleep(0.02)
+            super().put(piece, content)
+
+    store = Slow()
+    up, down = measure_bandwidth(store, 100_000)
+    assert up is not None and down is not None and 1 < up < 5.1 and down > up
+    assert store._contents == {}
+
+    class Away(Objects):
+        def put(self, piece: Piece, content: Any) -> None:
+            raise Unreachable("nobody is there")
+
+    assert measure_bandwidth(Away()) == (None, None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import queue
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +19,11 @@ from torch import nn
 from fedgmr_plugin.engine.client import BatchPlan, LocalTrainer, LocalUpdate, Samples
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
-from fedgmr_plugin.errors import ConfigError
+from fedgmr_plugin.errors import ConfigError, WireError
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.notes import to_device
+from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.runtimes.devices.connection import connection, device_keys, services
 from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.file_training import train_file
@@ -27,13 +31,15 @@ from fedgmr_plugin.runtimes.devices.hands import Store, ThreadedHands
 from fedgmr_plugin.runtimes.devices.memory import Memory
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.plain_device import PlainDevice
-from fedgmr_plugin.runtimes.devices.store import S3Store
+from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
 from fedgmr_plugin.runtimes.recorded import threads
 from fedgmr_plugin.runtimes.samples import samples_of
 from fedgmr_plugin.runtimes.settings import fedml_keys, options
 from fedgmr_plugin.runtimes.setup import builtin_trainer
 
 _log = logging.getLogger(__name__)
+#: Object by which a device measures its bandwidth at its start.
+PROBE_BYTES = 1_000_000
 
 
 class Parts(NamedTuple):
@@ -106,6 +112,7 @@ class DeviceProcess:
             store: Store = S3Store(bucket)
         else:
             self._link, store = transport(hears, self._inbox)
+        self._store, self._measured = store, config.measured_densities
         self._hands = ThreadedHands(store, self._link, self._inbox, fetches=4)
         common = (here.run, here.server, device_id)
         self.device: Device | PlainDevice
@@ -137,6 +144,8 @@ class DeviceProcess:
         try:
             self._link.connected.wait(timeout=5)
             with threads(self._threads):
+                if self._measured and isinstance(self.device, Device):
+                    self.device.up, self.device.down = measure_bandwidth(self._store)
                 self.device.begin()
                 while not self.device.finished:
                     self._next()
@@ -180,3 +189,20 @@ class DeviceProcess:
             self._inbox.put(lambda: then(done.result()))  # raises here what training raised there
 
         self._trainer.submit(self._bench.train, sent).add_done_callback(trained)
+
+
+def measure_bandwidth(store: Store, size: int = PROBE_BYTES) -> tuple[float | None, float | None]:
+    """Upload and download bandwidth to the store in MB/s, by one object; None where it cannot be reached."""
+    content = os.urandom(size)
+    piece = Piece(f"probe/{uuid.uuid4().hex}", size, hashlib.sha256(content).hexdigest())
+    try:
+        started = time.perf_counter()
+        store.put(piece, content)
+        stored = time.perf_counter()
+        store.get(piece)
+        fetched = time.perf_counter()
+        store.delete([piece.key])
+    except (Unreachable, WireError) as error:
+        _log.warning("the bandwidth could not be measured: %s", error)
+        return None, None
+    return size / 1e6 / (stored - started), size / 1e6 / (fetched - stored)
