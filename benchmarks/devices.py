@@ -37,6 +37,7 @@ from fedgmr_plugin.protocol.journal import Journal
 from fedgmr_plugin.runtimes.devices.field import Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Loopback
 
+RESULTS = Path(__file__).parent / "results" / "devices.json"
 DEVICES = 1000
 #: Virtual seconds between two answers of a device, on average: its training, and the window.
 TRAINING_SECONDS = 20.0
@@ -161,13 +162,32 @@ def measure(minutes: float, devices: int = DEVICES) -> dict[str, Any]:
         }
 
 
+def table(path: Path = RESULTS) -> str:
+    """The committed figures."""
+    d = json.loads(path.read_text(encoding="utf-8"))
+    calls = f"{d['call_median_ms']:.2f}, {d['call_p99_ms']:.1f}, {d['call_longest_ms']:.0f} ms"
+    memory = f"{d['memory_start_mb']:.0f}, {d['memory_end_mb']:.0f} MB"
+    each = f"{d['milliseconds_per_arrival']:.1f} ms each, journal synchronised"
+    rows = (
+        ("arrivals", f"{d['arrivals']:,} in {d['virtual_minutes']} virtual minutes, {d['windows']} windows"),
+        ("arrivals a second that one process can take", f"{d['arrivals_per_second']:.0f} ({each})"),
+        ("one call of the server: median, 99th percentile, longest", calls),
+        ("resident memory, beginning and end", f"{memory}, the devices' included"),
+    )
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
 def main() -> None:
-    """Measure and write the figures."""
+    """Measure and write the figures, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="virtual minutes after two of warming up")
     parser.add_argument("--devices", type=int, default=DEVICES)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table())
+        return
     torch.set_num_threads(1)
     found = {"machine": machine(), **measure(arguments.minutes, arguments.devices)}
     text = json.dumps(found, indent=1)

@@ -357,3 +357,11 @@ def test_the_picture_is_well_formed_and_self_contained() -> None:
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert root.find("{http://www.w3.org/2000/svg}title") is not None
     assert not re.search(r"href=|@import|url\(http", path.read_text(encoding="utf-8"))
+
+
+def test_every_test_that_the_guarantees_name_exists(repository: Path) -> None:
+    page = (repository / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    written = "".join(path.read_text(encoding="utf-8") for path in (repository / "tests").glob("*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 15
+    assert {name for name in named if f"def {name}(" not in written} == set()

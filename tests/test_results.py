@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import bench, fashion_mnist, payloads, ranks, triggers
+from benchmarks import bench, byzantine, devices, fashion_mnist, payloads, ranks, triggers
 
 
 def test_the_fashion_mnist_tables_of_the_docs_are_generated(repository: Path) -> None:
@@ -35,6 +35,12 @@ def test_the_performance_table_of_the_docs_is_generated(repository: Path) -> Non
 def test_the_tables_on_several_processes_are_generated(repository: Path) -> None:
     page = (repository / "docs" / "cluster.md").read_text(encoding="utf-8")
     assert ranks.table() in page, "run `python -m benchmarks.ranks --table` and copy the table"
+
+
+def test_the_tables_on_devices_are_generated(repository: Path) -> None:
+    page = (repository / "docs" / "devices.md").read_text(encoding="utf-8")
+    assert byzantine.table() in page, "run `python -m benchmarks.byzantine --table` and copy the table"
+    assert devices.table() in page, "run `python -m benchmarks.devices --table` and copy the table"
 
 
 def test_the_readme_says_what_the_results_say(repository: Path) -> None:

@@ -55,7 +55,7 @@ class Memory:
             found = Memory(folder, str(kept["token"]), int(kept["reserved"]), int(kept["answered"]))
             found.heard, found.reserved = (int(highest), int(seen)), found.sequence
             update = None if kept["update"] is None else Piece(*kept["update"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return Memory(folder)
         if update is not None:
             found.content = _content(folder / _ANSWER, update)

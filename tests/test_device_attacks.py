@@ -1,0 +1,221 @@
+"""Strangers and impostors among real devices: they are not heard, and the honest ones finish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
+from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.errors import WireError
+from fedgmr_plugin.protocol.desk import Replays
+from fedgmr_plugin.protocol.notes import AnswerNote, StatusNote, answer_key, sign, to_server
+from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.runtimes.devices.field import TOKEN, Field, Problem
+from fedgmr_plugin.runtimes.devices.loopback import Loopback
+
+KEYS = {n: bytes([n]) * 32 for n in (1, 2, 3)}
+OTHER = b"x" * 32
+
+
+def mlp() -> nn.Module:
+    with isolated_rng(5):
+        return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def samples(client: int, count: int = 40) -> TensorSamples:
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(client))
+    return TensorSamples(x, x[:, :3].argmax(1))
+
+
+PROBLEM = Problem(mlp, samples, samples(999), samples(998), BatchPlan(8, 2, 1, True, 3), 0.3)
+
+
+@pytest.fixture
+def field(tmp_path: Path) -> Field:
+    """Three devices, of which 1 and 2 are honest; the third's messages come from the test."""
+    config = FedGMRConfig(
+        densities=(1.0, 0.5, 0.5), interval=3, window_slack=0.1, answer_deadline=5.0, retry_seconds=2.0
+    )
+    field = Field(PROBLEM, config, tmp_path, 3, 8, Loopback(0), KEYS).begin()
+    field.device(0)
+    field.device(1)
+    return field
+
+
+def status(device: int, sequence: int, **fields: Any) -> StatusNote:
+    return StatusNote(run="7", device=device, sequence=sequence, state="ONLINE", samples=40, **fields)
+
+
+def hear(
+    field: Field, topic_of: int, note: StatusNote | AnswerNote, key: bytes | None, kind: int = 5
+) -> None:
+    topic = to_server("7", topic_of)
+    field.office.message(topic, sign(note, topic, key, {"msg_type": kind, "sender": note.device}))
+
+
+def refused(field: Field, client: int) -> dict[str, int]:
+    return dict(field.office.desk.refused[client])
+
+
+def test_an_impostor_is_not_heard(field: Field) -> None:
+    own = to_server("7", 3)
+    hear(field, 3, status(3, 1), OTHER)
+    hear(field, 3, status(3, 2), None)
+    field.office.message(own, json.dumps({"msg_type": 5, "sender": 3, "client_status": "ONLINE"}).encode())
+    changed = json.loads(sign(status(3, 3), own, KEYS[3], {"msg_type": 5}))
+    changed["fedgmr"] = changed["fedgmr"].replace("40", "41")
+    field.office.message(own, json.dumps(changed).encode())
+    moved = sign(status(3, 4), own, KEYS[3], {"msg_type": 5})
+    field.office.message(to_server("7", 1), moved)  # signed for another topic
+    hear(field, 3, status(1, 5), KEYS[3])  # an honest key, somebody else's name
+    hear(field, 3, StatusNote("8", 3, 6, "ONLINE"), KEYS[3])  # of another run
+    field.office.message(to_server("7", 9), moved)
+    assert refused(field, 2) == {"GMR-743": 4, "GMR-747": 2} and refused(field, 0) == {"GMR-743": 1}
+    assert dict(field.office.desk.strangers) == {"GMR-742": 1}
+    assert 2 in field.office.server.away and 2 not in field.office.seen
+    field.run()
+    assert {r["client"] for r in field.records("arrival")} == {0, 1}
+
+
+def test_a_replayed_message_changes_nothing(field: Field) -> None:
+    field.until(lambda: field.office.server.version == 2)
+    before = len(field.records("client"))
+    for topic, payload in list(field.world.published):
+        if topic in field.office.desk.topics:
+            field.office.message(topic, payload)
+    assert len(field.records("client")) == before
+    assert all(set(refused(field, n)) <= {"GMR-744", "GMR-745"} for n in (0, 1))
+    field.run()
+    merged = [r["dispatch"] for r in field.records("arrival")]
+    assert len(merged) == len(set(merged))
+
+
+def test_a_flood_of_strangers_uses_up_nobodys_rate(field: Field) -> None:
+    field.until(lambda: field.office.server.version == 1)
+    for n in range(2000):
+        hear(field, 1, status(1, n), OTHER)
+    field.run()
+    assert refused(field, 0)["GMR-743"] == 2000 and "GMR-745" not in refused(field, 0)
+    assert 0 in {r["client"] for r in field.records("arrival") if r["window"] > 1}
+
+
+def test_a_flood_of_a_device_is_cut(field: Field) -> None:
+    for n in range(500):
+        hear(field, 3, status(3, n), KEYS[3])
+    assert refused(field, 2)["GMR-745"] >= 440
+
+
+BOMBS = {
+    "random": bytes(random.Random(0).randbytes(300)),
+    "empty": b"",
+    "pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x8c\x06system\x93.",
+    "zip": b"PK\x03\x04" + bytes(400),
+    "long header": (2**40).to_bytes(8, "little") + bytes(50),
+}
+
+
+@pytest.mark.parametrize("payload", BOMBS.values(), ids=BOMBS)
+def test_a_device_with_a_key_cannot_send_rubbish(field: Field, payload: bytes) -> None:
+    hear(field, 3, status(3, 1), KEYS[3])
+    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
+    w_D = field.office.server.w_D.clone()
+    piece = Piece(answer_key(TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
+    field.world.objects[piece.key] = payload
+    hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, piece), KEYS[3], 3)
+    field.until(lambda: bool(field.records("rejected")))
+    (record,) = field.records("rejected")
+    assert record["client"] == 2 and record["code"].startswith("GMR-7")
+    if field.office.server.version == 0:
+        assert torch.equal(field.office.server.w_D, w_D)
+    field.run()
+    assert {r["client"] for r in field.records("arrival")} == {0, 1}
+
+
+def test_only_a_devices_own_object_is_taken(field: Field) -> None:
+    hear(field, 3, status(3, 1), KEYS[3])
+    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
+    theirs = next(iter(field.world.objects))
+    hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, Piece(theirs, 10, "0" * 64)), KEYS[3], 3)
+    huge = Piece(answer_key(TOKEN, dispatch, 3), 2**40, "0" * 64)
+    other = AnswerNote("f" * 16, 3, 3, dispatch, huge)
+    hear(field, 3, other, KEYS[3], 3)
+    assert refused(field, 2) == {"GMR-747": 1, "GMR-713": 1} and theirs in field.world.objects
+    hear(field, 3, AnswerNote(TOKEN, 3, 4, dispatch, huge), KEYS[3], 3)
+    assert refused(field, 2)["GMR-710"] == 1
+    field.run()
+
+
+def test_an_object_that_was_exchanged_is_not_read_and_the_device_heals_it(field: Field) -> None:
+    done = [0]
+    real = field.world.get
+
+    def get(piece: Piece, then: Any) -> None:
+        if "/answers/" in piece.key and done[0] < 3:
+            done[0] += 1
+            field.world.objects[piece.key] = b"exchanged"
+        real(piece, then)
+
+    field.world.get = get  # type: ignore[method-assign]
+    field.run()
+    assert done[0] == 3 and not field.records("rejected")
+    assert sum(refused(field, n).get("GMR-746", 0) for n in (0, 1)) >= 3
+
+
+@given(st.lists(st.integers(0, 200), max_size=60))
+def test_every_number_counts_once(numbers: list[int]) -> None:
+    window, taken = Replays(), set()
+    for number in numbers:
+        highest = max(taken, default=-1)
+        try:
+            window.check(number)
+        except WireError as error:
+            assert error.code == "GMR-744"
+            assert number in taken or highest - number >= 64
+            window = Replays(*window.state)
+            continue
+        assert number not in taken and highest - number < 64
+        taken.add(number)
+
+
+def test_no_message_breaks_the_server_or_a_device(field: Field) -> None:
+    """Random bytes, and every valid message with something changed."""
+    field.until(lambda: field.office.server.version == 2)
+    valid = list(field.world.published)
+    dice = random.Random(1)
+    device = next(iter(field.devices.values()))
+    values: list[Any] = [None, True, -1, 2**70, 1e308, "", "x" * 300, [], {}, [[[]]], "NaN", 0.5]
+    version = field.office.server.version
+    for _ in range(4000):
+        topic, payload = dice.choice(valid)
+        if dice.random() < 0.5:
+            data = bytearray(payload)
+            for _ in range(dice.randint(1, 4)):
+                data[dice.randrange(len(data))] = dice.randrange(256)
+            payload = bytes(data[: dice.randint(0, len(data))] if dice.random() < 0.3 else data)
+        else:
+            message = json.loads(payload)
+            inner = json.loads(message["fedgmr"])
+            target = dice.choice([message, inner])
+            target[dice.choice(sorted(target))] = dice.choice(values)
+            if isinstance(message.get("fedgmr"), str):
+                message["fedgmr"] = json.dumps(inner)
+            payload = json.dumps(message).encode()
+        field.office.message(topic, payload)
+        field.office.message(dice.choice(field.office.desk.topics), payload)
+        device.message(device.hears, payload)
+    field.office.message(to_server("7", 1), b"[" * 100_000)
+    device.message(device.hears, b"{" * 300_000)
+    assert field.office.server.version == version
+    field.run()
+    assert {r["client"] for r in field.records("arrival")} == {0, 1}

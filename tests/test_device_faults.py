@@ -1,0 +1,386 @@
+"""Promises of a run with devices when something breaks: server, device, memory, clock, disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
+from fedgmr_plugin.engine.course import model_sha256
+from fedgmr_plugin.engine.replay import Comparison, Replay
+from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
+from fedgmr_plugin.errors import WireError
+from fedgmr_plugin.protocol.history import event_of
+from fedgmr_plugin.protocol.journal import Entry, Journal, read
+from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.runtimes.devices.device import Device
+from fedgmr_plugin.runtimes.devices.field import Field, Problem
+from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
+from fedgmr_plugin.runtimes.devices.memory import Memory
+from fedgmr_plugin.runtimes.devices.office import Office
+
+KEYS = {n: bytes([n]) * 32 for n in range(1, 9)}
+DAY = 86_400.0
+
+
+def mlp() -> nn.Module:
+    with isolated_rng(5):
+        return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def samples(client: int, count: int = 40) -> TensorSamples:
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(100 + client))
+    teacher = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    return TensorSamples(x, (x @ teacher).argmax(1))
+
+
+PROBLEM = Problem(mlp, samples, samples(999, 60), samples(998, 60), BatchPlan(8, 2, 1, True, 3), 0.3)
+OPTIONS: dict[str, Any] = {
+    "densities": (1.0, 0.5, 0.2),
+    "interval": 3,
+    "patience": 1,
+    "window_slack": 0.1,
+    "answer_deadline": 8.0,
+    "retry_seconds": 3.0,
+}
+
+
+def make(
+    folder: Path,
+    windows: int = 8,
+    faults: Faults | None = None,
+    seed: int = 0,
+    seconds: Callable[[int], float] = lambda n: 0.4 + 0.3 * n,
+    **options: Any,
+) -> Field:
+    config = FedGMRConfig(**{**OPTIONS, **options})
+    folder.mkdir(exist_ok=True)
+    world = Loopback(seed, faults)
+    return Field(PROBLEM, config, folder, 3, windows, world, KEYS, seconds=seconds, rate=100.0)
+
+
+def start(field: Field, folder: Path | None = None) -> Field:
+    field.begin()
+    for n in range(field.count):
+        field.device(n, None if folder is None else Memory.load(folder / str(n)))
+    return field
+
+
+def each_is_once(field: Field) -> None:
+    """No dispatch is trained or merged twice."""
+    arrivals = [r["dispatch"] for r in field.records("arrival")]
+    assert len(arrivals) == len(set(arrivals))
+    assert len(field.trained) == len(set(field.trained))
+
+
+def replayed(field: Field) -> Comparison:
+    server, examiner = field.parts()
+    return Replay(server, examiner, field.trainer_bench().train).run(json.loads(json.dumps(field.log)))
+
+
+# -- killed at any event -----------------------------------------------------------------------------------
+
+
+def eventful(folder: Path, **options: Any) -> Field:
+    """A run with everything: losses, a device that dies and returns, refusals, restorations."""
+    field = make(folder, 20, Faults(loss=0.15, duplicate=0.2, most=0.4), **options)
+    start(field)
+    field.until(lambda: field.office.server.version == 4)
+    field.stop(2)
+    field.until(lambda: any(r["state"] == "overdue" for r in field.records("client")))
+    field.device(2)
+    field.until(lambda: 1 in {f.client for f in field.office.server.flights.values()})
+    own = next(d for d, f in field.office.server.flights.items() if f.client == 1)
+    refuse(field, 1, own)
+    field.run()
+    return field
+
+
+def refuse(field: Field, client: int, dispatch: int) -> None:
+    """The client answers with rubbish."""
+    field.office._refuse(client, dispatch, WireError("GMR-710", "rubbish"))
+
+
+def continued(folder: Path, field: Field, past: list[Entry], rest: list[Entry]) -> tuple[Field, str]:
+    """A fresh server that goes on from `past`, and then hears the rest."""
+    other = make(folder)
+    other.windows, other.config = field.windows, field.config
+    other.office = other._make_office()
+    journal = folder / "again"
+    journal.unlink(missing_ok=True)
+    with Journal(journal) as file:
+        other.office.resume(past, file, [])
+        for entry in rest:
+            other.office._take(event_of(entry))
+    return other, model_sha256(other.office.server.w_D)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"update_scope": "buffer", "update_form": "replacement", "score": "weight_change"}]
+)
+def test_killed_at_any_event_it_ends_with_the_same_log_and_model(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    field = eventful(tmp_path / "a", **options)
+    entries = list(read(field.journal))
+    kinds = {entry.head["event"] for entry in entries}
+    assert 60 <= len(entries) <= 300 and kinds == {"joined", "refused", "tick", "upload"}, (
+        len(entries),
+        kinds,
+    )
+    assert field.records("restoration") and field.records("rejected") and field.records("validation")
+    step = 3 if options else 1
+    for cut in range(0, len(entries) + 1, step):
+        other, digest = continued(tmp_path / "b", field, entries[:cut], entries[cut:])
+        assert other.office.end == field.office.end, cut
+        assert other.log == field.log, cut
+        assert field.office.end is not None and digest == field.office.end["model_sha256"], cut
+
+
+def test_a_checkpoint_at_any_event_and_the_rest_give_the_same_log_and_model(tmp_path: Path) -> None:
+    field = eventful(tmp_path / "a")
+    entries = list(read(field.journal))
+    first = make(tmp_path / "b")
+    first.windows, first.config = field.windows, field.config
+    first.office = first._make_office()
+    first.office.live.start()
+    with Journal(tmp_path / "c") as journal:
+        first.office.journal = journal
+        for cut, entry in enumerate(entries):
+            if cut % 3 == 0 and first.office.end is None:
+                other = from_checkpoint(tmp_path / "d", field, first.office, entries[cut:])
+                assert other.office.end == field.office.end, cut
+                assert first.log + other.log == field.log, cut
+            first.office._take(event_of(entry))
+    assert first.log == field.log
+
+
+def from_checkpoint(folder: Path, field: Field, office: Office, rest: list[Entry]) -> Field:
+    """A fresh server that goes on from a checkpoint of `office`: half of the rest is its journal."""
+    meta, tensors = snapshot_live(office.live)
+    tensors.update(office.tensors())
+    kept = json.loads(json.dumps({"live": meta, "office": office.state()}))
+    other = make(folder)
+    other.windows, other.config = field.windows, field.config
+    other.office = other._make_office()
+    restore_live(other.office.live, Snapshot(kept["live"], tensors))
+    other.office.load_state(kept["office"], tensors)
+    journal = folder / "again"
+    journal.unlink(missing_ok=True)
+    with Journal(journal) as file:
+        half = len(rest) // 2
+        other.office.resume(rest[:half], file, [])
+        for entry in rest[half:]:
+            other.office._take(event_of(entry))
+    return other
+
+
+def test_what_a_server_tells_after_a_crash_is_in_the_store(tmp_path: Path) -> None:
+    """What was journaled but never stored is stored again: devices can always fetch their dispatch."""
+    field = start(make(tmp_path))
+    for version in (1, 3, 4, 6):
+        field.until(lambda v=version: field.office.server.version == v)  # type: ignore[misc]
+        field.kill()
+        field.world.objects.clear()
+        field.restart()
+        needed = {
+            piece.key
+            for d in field.office.live.deadlines
+            for part in field.office.pieces.found(
+                field.office.server.flights[d].version,
+                field.office.server.flights[d].ranking,
+                field.office.server.flights[d].rung,
+            )
+            for piece in part
+        }
+        assert needed <= set(field.world.objects)
+    field.run()
+    each_is_once(field)
+    assert replayed(field).differences == []
+
+
+# -- devices that die --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_a_device_that_dies_around_its_training_trains_nothing_twice(tmp_path: Path, moment: str) -> None:
+    field = start(make(tmp_path / "s"), tmp_path)
+    field.until(lambda: field.office.server.version == 2)
+    device = field.devices[0]
+    assert isinstance(device, Device)
+    trained = len(field.trained)
+    if moment == "before":
+        field.until(lambda: device.working is not None and bool(device._wanted))
+    elif moment == "during":
+        field.until(lambda: len([t for t in field.trained[trained:] if t[0] == 0]) == 1)
+        assert device.working is not None
+    else:
+        answers = device.memory.answered
+        field.until(lambda: device.memory.answered != answers)
+        for key in [k for k in field.world.objects if k.endswith("-1") and "/answers/" in k]:
+            del field.world.objects[key]  # it had not reached the store
+    field.stop(0)
+    field.until(lambda now=field.world.now: field.world.now > now + 1)  # type: ignore[misc]
+    answered = device.memory.answered
+    again = field.device(0, Memory.load(tmp_path / "0"))
+    assert again.memory.answered == answered
+    end = field.run()
+    arrivals = [r["dispatch"] for r in field.records("arrival")]
+    assert len(arrivals) == len(set(arrivals)) and end["rejected"] == 0
+    twice = {t for t in field.trained if field.trained.count(t) > 1}
+    assert len(twice) <= (1 if moment == "during" else 0)  # what was not finished is trained anew
+    if moment == "after":
+        assert (0, answered) in field.trained and answered in arrivals
+    assert replayed(field).differences == []
+
+
+def test_all_devices_die_and_return_days_later(tmp_path: Path) -> None:
+    field = start(make(tmp_path / "s"), tmp_path)
+    field.until(lambda: field.office.server.version == 3)
+    for n in range(3):
+        field.stop(n)
+    field.until(lambda: field.world.now > 3 * DAY, 4 * DAY)
+    version = field.office.server.version
+    assert version <= 4 and field.office.server.away == {0, 1, 2}
+    for n in range(3):
+        field.device(n, Memory.load(tmp_path / str(n)))
+    end = field.run(4 * DAY)
+    assert end["windows"] == 8
+    arrivals = [r["dispatch"] for r in field.records("arrival")]
+    assert len(arrivals) == len(set(arrivals))
+    assert replayed(field).differences == []
+
+
+def test_late_work_is_merged_with_its_staleness(tmp_path: Path) -> None:
+    slow = [False]
+    field = start(make(tmp_path / "s", 60, seconds=lambda n: 14.0 if n == 2 and slow[0] else 0.4))
+    slow[0] = True
+    field.until(lambda: any(r["state"] == "overdue" for r in field.records("client")))
+    late = next(r["dispatch"] for r in field.records("client") if r["state"] == "overdue")
+    slow[0] = False
+    field.run()
+    found = [r for r in field.records("arrival") if r["dispatch"] == late]
+    sent = next(r for r in field.records("dispatch") if r["dispatch"] == late)
+    assert [r["staleness"] for r in found] == [found[0]["window"] - sent["version"]]
+    assert found[0]["staleness"] > 3 and found[0]["weight"] < found[0]["samples"]
+    each_is_once(field)
+
+
+@pytest.mark.parametrize("damage", ["torn answer", "other answer", "torn state", "empty state", "no folder"])
+def test_a_damaged_memory_is_never_believed(tmp_path: Path, damage: str) -> None:
+    field = start(make(tmp_path / "s"), tmp_path)
+    field.until(lambda: field.office.server.version == 2)
+    device = field.devices[0]
+    answered = device.memory.answered
+    field.until(lambda: device.memory.answered > answered)
+    field.stop(0)
+    folder = tmp_path / "0"
+    answer, state = folder / "answer.bin", folder / "device.json"
+    if damage == "torn answer":
+        answer.write_bytes(answer.read_bytes()[:-5])
+    elif damage == "other answer":
+        answer.write_bytes(bytes(len(answer.read_bytes())))
+    elif damage == "torn state":
+        state.write_text(state.read_text()[:-9])
+    elif damage == "empty state":
+        state.write_text("")
+    else:
+        answer.unlink()
+        state.unlink()
+    memory = Memory.load(folder)
+    assert memory.update is None and memory.answered == -1
+    field.device(0, memory)
+    end = field.run()
+    assert end["rejected"] == 0 and end["windows"] == 8
+    arrivals = [r["dispatch"] for r in field.records("arrival")]
+    assert len(arrivals) == len(set(arrivals))
+    assert replayed(field).differences == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        "7",
+        '{"token": 1}',
+        '{"token":"a","reserved":1,"answered":1,"update":["a",1],"heard":[1,2]}',
+        '{"token":"a","reserved":1e999,"answered":1,"update":null,"heard":[1,2]}',
+        '{"token":"a","reserved":1,"answered":1,"update":[1,2,3],"heard":[1,2]}',
+        '{"token":"a","reserved":1,"answered":1,"update":"abc","heard":[1,2]}',
+        "[" * 100_000,
+        "\ud800",
+    ],
+)
+def test_no_state_file_breaks_a_device(tmp_path: Path, text: str) -> None:
+    (tmp_path / "device.json").write_bytes(text.encode(errors="surrogatepass"))
+    memory = Memory.load(tmp_path)
+    assert memory.update is None and memory.next_sequence(5) >= 5
+
+
+def test_a_device_whose_clock_jumps_back_is_still_heard(tmp_path: Path) -> None:
+    field = start(make(tmp_path / "s"), tmp_path)
+    field.until(lambda: field.office.server.version == 2)
+    field.stop(0)
+    again = field.device(0, Memory.load(tmp_path / "0"))
+    again._wall = lambda: 0
+    trained = len(field.trained)
+    end = field.run()
+    assert end["windows"] == 8
+    assert any(n == 0 for n, _ in field.trained[trained:])
+    assert field.office.desk.refused[0]["GMR-744"] == 0
+
+
+def test_a_device_remembers_which_answer_was_not_heard(tmp_path: Path) -> None:
+    piece = Piece("k", 3, "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae")
+    Memory(tmp_path, "t", answered=4, update=piece, content=b"foo").save(with_answer=True)
+    found = Memory.load(tmp_path)
+    assert (found.update, found.content, found.answered, found.token) == (piece, b"foo", 4, "t")
+
+
+# -- a full disk -------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_pauses_the_run_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field = start(make(tmp_path / "s"))
+    real = os.write
+
+    def full(descriptor: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def partly(descriptor: int, data: Any) -> int:
+        if len(data) < 40:
+            full(descriptor, data)
+        return real(descriptor, bytes(data)[:30])
+
+    for version, write in ((2, full), (4, partly), (5, full)):
+        field.until(lambda v=version: field.office.server.version >= v)  # type: ignore[misc]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", write)
+            field.until(lambda: bool(field.office.paused))
+            before = field.office.server.version
+            until = field.world.now + 30
+            field.until(lambda u=until: field.world.now > u)  # type: ignore[misc]
+            assert field.office.paused and field.office.waiting
+            assert field.office.server.version == before
+        field.until(lambda: not field.office.paused)
+    end = field.run()
+    assert end["windows"] == 8 and end["rejected"] == 0 and not field.office.waiting
+    each_is_once(field)
+    found = replayed(field)
+    assert found.differences == [] and found.end is not None
+    assert found.end["model_sha256"] == end["model_sha256"]
+    other, digest = continued(tmp_path / "b", field, list(read(field.journal)), [])
+    assert other.log == field.log and digest == end["model_sha256"]
