@@ -176,6 +176,7 @@ def test_fedmls_own_devices_over_a_real_broker(local: Local, kind: str) -> None:
     local.server()
     local.wait(local.ended)
     assert local.stack.processes.poll("server") == 0, local.logs()
+    assert not (local.run / "journal").exists()
     log = read_run(local.run)
     sizes = {r["density"]: r["bytes_down"] for r in log.records("dispatch")}
     assert (len(set(sizes.values())) > 1) == (kind == "width")

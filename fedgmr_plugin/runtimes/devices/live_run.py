@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,6 +122,8 @@ class LiveRun(RecordedRun):
             self.hands.close()
             if self.office.journal is not None:
                 self.office.journal.close()
+            if self.end is not None:  # written down: nobody goes on with this run
+                shutil.rmtree(self.directory / _JOURNALS, ignore_errors=True)
 
     def _loop(self, office: Office, writer: RunLogWriter) -> None:
         seconds = self.course.config.checkpoint_seconds
