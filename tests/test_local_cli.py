@@ -92,6 +92,13 @@ def test_a_script_without_its_functions_is_refused(tmp_path: Path, monkeypatch: 
     assert found.exit_code == 2 and "GMR-113 train_data, test_data not defined" in found.output
 
 
+def test_a_real_clock_cannot_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, 2, 5, CONNECTION)
+    found = CliRunner().invoke(main, ["plan", "--cf", "fedml_config.yaml"])
+    assert found.exit_code == 2 and "GMR-502 training_type='cross_device' has a real clock" in found.output
+
+
 def test_nothing_to_stop_is_said(tmp_path: Path) -> None:
     found = CliRunner().invoke(main, ["local", "down", "--folder", str(tmp_path)])
     assert found.exit_code == 0 and "nothing runs" in found.output

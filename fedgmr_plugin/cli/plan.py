@@ -33,8 +33,16 @@ def plan(script: str | None, path: str, as_json: bool) -> None:
 
 
 def _plan(script: str | None, path: str) -> Any:
-    from fedgmr_plugin.runtimes import planning, registration
+    from fedgmr_plugin.runtimes import config_file, planning, registration
 
+    kind = config_file.flatten(config_file.load(path)).get("training_type")
+    if kind in ("cross_device", "cross_silo"):
+        raise HostError(
+            "GMR-502",
+            f"training_type={kind!r} has a real clock, which cannot be planned",
+            where=os.path.abspath(path),
+            hint='Plan the same options with `training_type: "simulation"` and `backend: "sp"`.',
+        )
     beside = Path(path).resolve().parent / "main.py"
     script = script or (str(beside) if beside.is_file() else None)
     arguments = ["--cf", path]
