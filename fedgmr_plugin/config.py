@@ -525,8 +525,21 @@ def _place(loc: tuple[int | str, ...]) -> tuple[str, int | None]:
     return str(loc[0]), item
 
 
+#: Keys of FedML's other sections: not a slip of the pen, but of the place.
+_FEDMLS = frozenset(
+    {
+        "comm_round",
+        "client_num_in_total",
+        "client_num_per_round",
+        "learning_rate",
+        "batch_size",
+        "random_seed",
+    }
+)
+
+
 def _unknown(key: object, where: str) -> ConfigError:
-    guess = _closest(str(key), FedGMRConfig.model_fields)
+    guess = "" if key in _FEDMLS else _closest(str(key), FedGMRConfig.model_fields)
     return ConfigError(
         "GMR-101",
         f"{_shown(key) if not isinstance(key, str) else key} is not a key of fedgmr_args",
