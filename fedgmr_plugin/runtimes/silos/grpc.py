@@ -178,12 +178,12 @@ class GrpcLink:
         deadline = time.monotonic() + patience
         while any(not box.empty() for box in self._outboxes.values()) and time.monotonic() < deadline:
             time.sleep(0.02)
-        time.sleep(0.1)
+        time.sleep(1.0)  # whoever said farewell last is still waiting for our answer, and dies without it
         self._stopped.set()
         for box in self._outboxes.values():
             box.put(None)
         if self._listener is not None:
-            self._listener.stop(1.0).wait(2.0)
+            self._listener.stop(3.0).wait(5.0)
 
     # -- sending --------------------------------------------------------------------------------------
 
