@@ -219,3 +219,18 @@ def test_no_message_breaks_the_server_or_a_device(field: Field) -> None:
     assert field.office.server.version == version
     field.run()
     assert {r["client"] for r in field.records("arrival")} == {0, 1}
+
+
+def test_what_is_not_understood_has_its_code(field: Field) -> None:
+    own = to_server("7", 3)
+    for payload in (b"", b"[]", b"{}", b"x" * 300_000, b'{"msg_type": 5, "fedgmr": 1}'):
+        field.office.message(own, payload)
+    assert refused(field, 2) == {"GMR-741": 5}
+
+
+def test_a_device_without_masks_is_told_apart(field: Field) -> None:
+    """With authentication off, FedML's plain messages are believed, but this office has nothing for them."""
+    field.office.desk._keys = None
+    plain = {"msg_type": 5, "sender": 3, "client_status": "ONLINE"}
+    field.office.message(to_server("7", 3), json.dumps(plain).encode())
+    assert refused(field, 2) == {"GMR-748": 1} and 2 in field.office.server.away

@@ -69,6 +69,7 @@ def config(silos: int, windows: int, connection: dict[str, Any], **options: Any)
             "window_slack": 0.1,
             "heartbeat_seconds": 2.0,
             "clients_at_start": silos,
+            "min_updates": 2,
             "retry_seconds": 2.0,
             "run_name": "silos",
             "progress": False,
