@@ -78,9 +78,10 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "Give one value per client; instead of `densities`, `heterogeneity` fits any number.",
     ),
     "GMR-110": CatalogueEntry(
-        "run exists already",
-        "`run_name` names a directory that holds a finished or interrupted run; nothing is overwritten.",
-        "Choose another `run_name`, leave it out to number runs, or move the old directory away.",
+        "run directory cannot be used",
+        "The run's directory holds a finished or interrupted run, of which nothing is overwritten, or cannot "
+        "be made.",
+        "Choose another `run_name`, leave it out to number runs, or name an `output_dir` that can be written.",
     ),
     "GMR-111": CatalogueEntry(
         "device keys missing",

@@ -167,7 +167,7 @@ def test_fedmls_own_devices_over_a_real_broker(local: Local, kind: str) -> None:
     options = {"device_submodel": kind, "device_authentication": "off"}
     if kind == "width":
         options["score"] = "width"
-    local.prepare(2, 8, **options)
+    local.prepare(2, 30, **options)
     script = local.folder / "main.py"
     _, rest = script.read_text().split("def make_model(args):", 1)
     script.write_text(STACK + "def train_data" + rest.split("def train_data", 1)[1])
@@ -180,5 +180,5 @@ def test_fedmls_own_devices_over_a_real_broker(local: Local, kind: str) -> None:
     log = read_run(local.run)
     sizes = {r["density"]: r["bytes_down"] for r in log.records("dispatch")}
     assert (len(set(sizes.values())) > 1) == (kind == "width")
-    accuracy = [r["accuracy"] for r in log.records("evaluation")]
-    assert accuracy[-1] > accuracy[0]
+    first, *_, last = log.records("evaluation")
+    assert last["loss"] < first["loss"] and last["accuracy"] > max(first["accuracy"], 0.3)
