@@ -81,7 +81,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "run directory cannot be used",
         "The run's directory holds a finished or interrupted run, of which nothing is overwritten, or cannot "
         "be made.",
-        "Choose another `run_name`, leave it out to number runs, or name an `output_dir` that can be written.",
+        "Choose another `run_name`, leave it out to number runs, or name an `output_dir` to write to.",
     ),
     "GMR-111": CatalogueEntry(
         "device keys missing",

@@ -34,18 +34,20 @@ _LADDER = list_of(DENSITY.test, "at least one density in (0, 1]", least=1)
 
 #: ``config``: option -> what it can be.
 OPTIONS: dict[str, Rule] = {
+    "method": TEXT,
     "heterogeneity": word("high", "medium", "low", "none"),
     "densities": or_null(_DENSITIES),
     "density_ladder": _LADDER,
     "density_step": word("ladder", "fixed", "proportional"),
-    "score": word("magnitude", "weight_change", "per_cost", "random", "width"),
+    "score": word("magnitude", "weight_change", "per_cost", "random", "width", "rolling_width"),
+    "mask_interval": or_null(POSITIVE),
     "dense_layers": list_of(TEXT.test, "strings"),
     "trigger": word("plateau", "time", "mixed", "gradient", "none"),
     "trigger_metric": word("accuracy", "loss"),
     "time_fractions": list_of(SHARE.test, "numbers in [0, 1]"),
     "time_floors": _DENSITIES,
     "validation_fraction": FRACTION,
-    "schedule": word("async", "sync"),
+    "schedule": word("async", "sync", "buffered"),
     "aggregation": word("mask_aware", "global_average", "plain_average"),
     "update_form": word("delta", "replacement"),
     "update_scope": word("arrivals", "buffer"),
@@ -53,6 +55,7 @@ OPTIONS: dict[str, Rule] = {
     "evaluate": word("coverage_scaled", "global", "validation"),
     "local_steps": STEPS,
     "loss": word("cross_entropy", "bce"),
+    "local_objective": word("plain", "ordered_dropout", "straight_through"),
     "staleness_exponent": Rule(lambda x: SIZE.test(x) and x <= 10, "a number in [0, 10]"),
     "workers": Rule(lambda x: POSITIVE.test(x) and x <= 256, "an integer from 1 to 256"),
     "payload_rule": word("density", "support", "encoded"),
@@ -76,7 +79,7 @@ OPTIONS: dict[str, Rule] = {
     **dict.fromkeys(
         ("plateau_delta", "hinge_delay", "client_jitter", "server_jitter",
          "compute_seconds", "compute_density_exponent", "window_slack", "aggregation_seconds",
-         "retry_seconds"), SIZE,
+         "retry_seconds", "proximal"), SIZE,
     ),
     **dict.fromkeys(
         ("interval", "patience", "min_updates", "jitter_draws", "probe_samples", "clients_at_start"),
@@ -85,7 +88,7 @@ OPTIONS: dict[str, Rule] = {
     **dict.fromkeys(("warmup_windows", "cpu_threads"), COUNT),
     **dict.fromkeys(
         ("dense_start", "prune_biases", "mixing", "shuffle", "incremental_splitting", "probe", "progress",
-         "measured_densities"),
+         "measured_densities", "staleness_normalised", "label_masks"),
         FLAG,
     ),
     **dict.fromkeys(("bandwidth_traces", "trace_family", "run_name", "device_keys"), or_null(TEXT)),
@@ -94,6 +97,12 @@ OPTIONS: dict[str, Rule] = {
 
 #: Options that the plugin's first logs do not have, and what was so without them.
 LATER: dict[str, Any] = {
+    "method": "fedgmr",
+    "mask_interval": None,
+    "local_objective": "plain",
+    "proximal": 0.0,
+    "staleness_normalised": True,
+    "label_masks": False,
     "payload_dtype": "model",
     "workers": 1,
     "staleness_limit": None,

@@ -108,7 +108,7 @@ class Field:
         model = problem.model()
         masks = None
         if self.config.score == "width":
-            masks = lambda w_D, densities: rank_widths(model, self.layout, densities)  # noqa: E731
+            masks = lambda w_D, densities, _: rank_widths(model, self.layout, densities)  # noqa: E731
         server = Server(self.config, plan, self.layout, w_D, masks=masks)
         bench = self._bench(HeldOut(problem.held, seed, self.count))
         return server, Examiner(server, bench, lambda: in_batches(problem.test, 512))

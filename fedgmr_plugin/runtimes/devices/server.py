@@ -201,6 +201,10 @@ def _refuse_simulated(config: FedGMRConfig) -> None:
         wrong.append("probe=true needs the clients' data")
     if config.trigger == "gradient":
         wrong.append("trigger=gradient needs the clients' data")
+    if config.label_masks:
+        wrong.append("label_masks=true needs the clients' data")
+    if config.local_objective != "plain":
+        wrong.append(f"local_objective={config.local_objective} is known to simulated clients only")
     if config.workers > 1:
         wrong.append(f"workers={config.workers}: devices train")
     if wrong:
