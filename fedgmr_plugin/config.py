@@ -210,6 +210,12 @@ class FedGMRConfig(BaseModel):
         "density is 1), w itself, or whichever has the better validation metric.",
     )
 
+    evaluation_seconds: Positive | None = Field(
+        None,
+        description="Seconds between evaluations on the test set: after the first window to end at or after "
+        "each multiple. When absent, FedML's `frequency_of_the_test` counts windows.",
+    )
+
     # -- clients -----------------------------------------------------------------------------------
     local_steps: Annotated[int, Field(ge=1)] | Literal["epochs"] = Field(
         5,

@@ -279,11 +279,12 @@ class Server:
 
     def _close(self, event: WindowClosed) -> list[Effect]:
         effects = self._merge(self._arrived(), event)
+        is_tested = self._is_tested(event.start, event.end)
         self.version += 1
         self.time = event.end
 
         reason = self._budget_spent()
-        if reason or (self.version - 1) % self.plan.test_interval == 0:
+        if reason or is_tested:
             effects.append(Evaluate(last=reason is not None))
         if reason:
             self.phase = "finished"
@@ -296,6 +297,13 @@ class Server:
                 self.put(self.w_D, self._rank())
             effects += self._dispatch()
         return effects
+
+    def _is_tested(self, before: float, end: float) -> bool:
+        """Whether the model is evaluated after the present window, from second `before` to `end`."""
+        every = self.config.evaluation_seconds
+        if every is None:
+            return self.version % self.plan.test_interval == 0
+        return end // every > before // every
 
     def _arrived(self) -> list[Admitted]:
         """The window's uploads in the order of their merge, which are no longer in flight."""
