@@ -1,0 +1,122 @@
+"""One labelled data set, ready to be cut into clients.
+
+Legend: n samples, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Training and test samples, and what a partition of the training samples goes by.
+
+    Attributes:
+        train, test: map-style datasets of pairs (x, y).
+        classes: number of classes, which is the width of a model's output.
+        y_train: int64 [n], class of each training sample; None where a sample has no single class.
+        users: int64 [n], who each training sample is from; None where nobody is known.
+    """
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    classes: int
+    y_train: Array | None = None
+    users: Array | None = None
+
+    @property
+    def samples(self) -> int:
+        """Number of training samples."""
+        return len(cast(Sized, self.train))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Labelled images of one size, in memory.
+
+    Attributes:
+        x_train, x_test: uint8 [n, C, H, W].
+        y_train, y_test: int64 [n], classes 0, 1, ...
+        classes: number of classes.
+        users: int64 [n] of the training images, who wrote each; None where nobody is known.
+    """
+
+    x_train: Array
+    y_train: Array
+    x_test: Array
+    y_test: Array
+    classes: int
+    users: Array | None = None
+
+    @functools.cached_property
+    def mean(self) -> Array:
+        """Mean of each channel of the training images, scaled to [0, 1]; float32 [C, 1, 1]."""
+        mean: Array = (self.x_train.mean(axis=(0, 2, 3), keepdims=True)[0] / 255).astype(np.float32)
+        return mean
+
+    @functools.cached_property
+    def std(self) -> Array:
+        """Standard deviation of each channel, likewise."""
+        std: Array = (self.x_train.std(axis=(0, 2, 3), keepdims=True)[0] / 255).astype(np.float32)
+        return std
+
+    def floats(self, x: Array, *, normalise: bool = False) -> Array:
+        """float32 of uint8 images: in [0, 1], or with mean 0 and deviation 1 per channel."""
+        scaled: Array = x.astype(np.float32) / 255
+        return (scaled - self.mean) / self.std if normalise else scaled
+
+    def labelled(self, *, augment: bool = False, normalise: bool = False) -> Labelled:
+        """As samples: x float32 [C, H, W], y int64.
+
+        Args:
+            augment: flips and crops of the training images, drawn at every read (`AugmentedImages`).
+            normalise: mean 0 and deviation 1 per channel over the training images.
+        """
+        test = self._tensors(self.x_test, self.y_test, normalise)
+        train: Dataset[Any] = (
+            AugmentedImages(self, normalise=normalise)
+            if augment
+            else self._tensors(self.x_train, self.y_train, normalise)
+        )
+        return Labelled(train, test, self.classes, self.y_train, self.users)
+
+    def _tensors(self, x: Array, y: Array, normalise: bool) -> TensorDataset:
+        return TensorDataset(torch.from_numpy(self.floats(x, normalise=normalise)), torch.from_numpy(y))
+
+
+class AugmentedImages(Dataset[tuple[Tensor, int]]):
+    """Training images, flipped and shifted at random whenever one is read.
+
+    A flip with probability 1/2 and a crop of the original size at a random place of the image padded by
+    `pad` black pixels. Draws come from torch's global generator, as usual for transforms; the engine seeds
+    that for each dispatch, so a dispatch that is repeated sees the same images.
+    """
+
+    def __init__(self, data: ImageData, *, pad: int = 4, normalise: bool = False) -> None:
+        self._data, self._pad, self._normalise = data, pad, normalise
+
+    def __len__(self) -> int:
+        return len(self._data.y_train)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        x = torch.from_numpy(self._data.x_train[i].copy())
+        height, width = x.shape[1:]
+        top, left = torch.randint(2 * self._pad + 1, (2,)).tolist()
+        x = F.pad(x, (self._pad,) * 4)[:, top : top + height, left : left + width]
+        if torch.rand(()) < 0.5:
+            x = x.flip(2)
+        floats = self._data.floats(x.numpy(), normalise=self._normalise)
+        return torch.from_numpy(floats), int(self._data.y_train[i])
