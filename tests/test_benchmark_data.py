@@ -235,6 +235,8 @@ def test_a_section_is_read() -> None:
     ("section", "code", "text"),
     [
         ({}, "GMR-107", "One of femnist, cifar10"),
+        ("cifar10", "GMR-102", "data='cifar10' is not a section with keys"),
+        ({"name": ["cifar10"]}, "GMR-103", "is not known"),
         ({"name": "cifar-10"}, "GMR-103", "Did you mean `cifar10`"),
         ({"name": "cifar10", "split": "writer"}, "GMR-103", "One of iid, dirichlet, users"),
         ({"name": "cifar10", "split": "dirichlt"}, "GMR-103", "Did you mean `dirichlet`"),
@@ -246,7 +248,7 @@ def test_a_section_is_read() -> None:
         ({"name": "cifar10", "min_samples": 0}, "GMR-104", "min_samples=0 is below 1"),
     ],
 )
-def test_wrong_sections(section: dict[str, Any], code: str, text: str) -> None:
+def test_wrong_sections(section: Any, code: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         DataSpec.of(section)
     assert caught.value.code == code

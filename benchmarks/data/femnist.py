@@ -67,14 +67,16 @@ def _file(path: Path) -> list[tuple[str, Array, Array]]:
         return [
             (name, *_writer(path, name, n, data.pop(name))) for name, n in zip(users, counts, strict=True)
         ]
+    except DataDamaged:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, DataDamaged):
-            raise
         raise DataDamaged(f"{path} is no file of LEAF's: {type(error).__name__}: {error}") from error
 
 
 def _writer(path: Path, name: str, count: int, data: dict[str, Any]) -> tuple[Array, Array]:
     x, y = np.asarray(data["x"], dtype=np.float64), np.asarray(data["y"], dtype=np.int64)
+    if not count and not x.size:
+        x = x.reshape(0, _SIDE * _SIDE)
     where = f"{path}: writer {name!r}"
     if x.shape != (count, _SIDE * _SIDE) or y.shape != (count,):
         raise DataDamaged(f"{where} has x {x.shape} and y {y.shape}; stated are {count} images of {_SIDE**2}")

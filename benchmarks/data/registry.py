@@ -71,23 +71,23 @@ class DataSpec:
                 neither a data set nor this one has; GMR-102 for a value of another type; GMR-104 for one out
                 of range.
         """
+        if not isinstance(section, Mapping):
+            raise ConfigError("GMR-102", f"data={section!r} is not a section with keys", where="data")
         if "name" not in section:
             raise ConfigError("GMR-107", "`name` is missing", where="data", hint=f"One of {_list(DATASETS)}.")
         name = _choice("name", section["name"], DATASETS)
         parameters = inspect.signature(DATASETS[name]).parameters.values()
         options = {p.name: type(p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        kinds = _KINDS | options
         for key in section:
-            if key not in _KINDS and key not in options:
-                hint = (
-                    _guess(key, [*_KINDS, *options]) or f"{name} has the keys {_list([*_KINDS, *options])}."
-                )
+            if key not in kinds:
+                hint = _guess(key, kinds) or f"Its keys are {_list(kinds)}."
                 raise ConfigError("GMR-101", f"{key} is no key of data set {name}", where="data", hint=hint)
-        values = {key: _typed(key, value, (_KINDS | options)[key]) for key, value in section.items()}
+        values = {key: _typed(key, value, kinds[key]) for key, value in section.items()}
         _choice("split", values.get("split", "iid"), get_args(Split))
         if values.get("min_samples", 1) < 1:
-            raise ConfigError(
-                "GMR-104", f"min_samples={values['min_samples']} is below 1", where="data.min_samples"
-            )
+            problem = f"min_samples={values['min_samples']} is below 1"
+            raise ConfigError("GMR-104", problem, where="data.min_samples")
         own = {key: value for key, value in values.items() if key in _KINDS}
         return cls(**own, options={key: value for key, value in values.items() if key in options})
 
@@ -146,8 +146,8 @@ def load(name: str, **options: Any) -> Labelled:
 
 
 def _choice(key: str, value: Any, choices: Iterable[str]) -> str:
-    if value not in choices:
-        hint = _guess(str(value), choices) or f"One of {_list(choices)}."
+    if not isinstance(value, str) or value not in choices:
+        hint = _guess(value, choices) or f"One of {_list(choices)}."
         raise ConfigError("GMR-103", f"{key}={value!r} is not known", where=f"data.{key}", hint=hint)
     return cast(str, value)
 
@@ -162,8 +162,8 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
     return value
 
 
-def _guess(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+def _guess(word: Any, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.6)
     return f"Did you mean `{near[0]}`?" if near else ""
 
 
