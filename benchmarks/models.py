@@ -239,7 +239,7 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
         ConfigError: GMR-103 for an unknown name.
     """
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.6)
         hint = f"Did you mean `{near[0]}`?" if near else f"One of {', '.join(MODELS)}."
         raise ConfigError("GMR-103", f"model={name!r} is not known", where="model", hint=hint)
     with isolated_rng(seed):

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from benchmarks.data import cifar, femnist, imagenet, shakespeare, stackoverflow, standins
 from benchmarks.data.federated import TEST_BATCH, federated
@@ -149,7 +149,7 @@ def _choice(key: str, value: Any, choices: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         hint = _guess(value, choices) or f"One of {_list(choices)}."
         raise ConfigError("GMR-103", f"{key}={value!r} is not known", where=f"data.{key}", hint=hint)
-    return cast(str, value)
+    return value
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
