@@ -6,7 +6,7 @@ Legend: n samples, C channels, H x W pixels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -112,11 +112,22 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
         return len(self._data.y_train)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        x = torch.from_numpy(self._data.x_train[i].copy())
-        height, width = x.shape[1:]
-        top, left = torch.randint(2 * self._pad + 1, (2,)).tolist()
-        x = F.pad(x, (self._pad,) * 4)[:, top : top + height, left : left + width]
-        if torch.rand(()) < 0.5:
-            x = x.flip(2)
-        floats = self._data.floats(x.numpy(), normalise=self._normalise)
-        return torch.from_numpy(floats), int(self._data.y_train[i])
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Several images at once, as torch's loaders ask for them."""
+        x = F.pad(torch.from_numpy(self._data.x_train[rows]), (self._pad,) * 4)
+        b, channels, height, width = len(rows), *self._data.x_train.shape[1:]
+        top, left = torch.randint(2 * self._pad + 1, (2, b, 1))
+        flipped = torch.rand(b, 1) < 0.5
+        across = torch.arange(width)
+        row = top + torch.arange(height)
+        column = left + torch.where(flipped, across.flip(0), across)
+        x = x[
+            torch.arange(b)[:, None, None, None],
+            torch.arange(channels)[:, None, None],
+            row[:, None, :, None],
+            column[:, None, None, :],
+        ]
+        floats = torch.from_numpy(self._data.floats(x.numpy(), normalise=self._normalise))
+        return list(zip(floats, self._data.y_train[rows].tolist(), strict=True))

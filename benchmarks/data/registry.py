@@ -163,7 +163,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
 
 
 def _guess(word: Any, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(word).lower(), list(words), n=1, cutoff=0.6)
     return f"Did you mean `{near[0]}`?" if near else ""
 
 
