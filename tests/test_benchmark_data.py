@@ -105,6 +105,8 @@ def test_floats_and_normalisation() -> None:
     data = made_up(50, 3)
     plain, normal = data.floats(data.x_train), data.floats(data.x_train, normalise=True)
     assert plain.dtype == normal.dtype == np.float32
+    assert data.mean[:, 0, 0] == pytest.approx(data.x_train.mean(axis=(0, 2, 3)) / 255, rel=1e-6)
+    assert data.std[:, 0, 0] == pytest.approx(data.x_train.std(axis=(0, 2, 3)) / 255, rel=1e-6)
     assert plain[4, 1, 2, 3] == np.float32(data.x_train[4, 1, 2, 3]) / np.float32(255)
     assert normal.mean(axis=(0, 2, 3)) == pytest.approx(np.zeros(3), abs=1e-5)
     assert normal.std(axis=(0, 2, 3)) == pytest.approx(np.ones(3), rel=1e-5)

@@ -3,7 +3,7 @@
 The layout is LEAF's own, ``femnist/data/train/*.json`` and ``femnist/data/test/*.json``. Each file holds
 ``users``, ``num_samples`` and ``user_data``: writer to ``x``, lists of 784 numbers in [0, 1] (1 is white
 paper), and ``y``, numbers 0 to 61. LEAF has divided bytes by 255, so images are read as bytes. The whole of
-it, 805,263 images of 3,550 writers, takes 3.2 GB of memory.
+it, 805,263 images of 3,550 writers, takes 3.2 GB of memory, and some minutes to read.
 """
 
 from __future__ import annotations

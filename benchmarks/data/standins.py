@@ -86,7 +86,7 @@ def _colour(path: Path) -> ImageData:
         return _image_data(arrays, [_channels_first(arrays[f"x_{part}"]) for part in ("train", "test")])
 
 
-@functools.cache  # decoding takes 10 s
+@functools.cache  # decoding takes 10 to 30 s
 def _jpeg_pack(path: Path) -> ImageData:
     with np.load(need(path, _HOW)) as arrays:
         images = [decode_jpegs(arrays[f"jpeg_{part}"], arrays[f"len_{part}"]) for part in ("train", "test")]
