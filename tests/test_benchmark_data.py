@@ -5,6 +5,7 @@ The readers of users' own layouts have a module of their own, `test_benchmark_la
 
 from __future__ import annotations
 
+import inspect
 import io
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +34,7 @@ from benchmarks.data import (
 )
 from benchmarks.data.shakespeare import sequences
 from benchmarks.data.standins import decode_jpegs
+from benchmarks.models import MODELS
 from fedgmr_plugin.engine.client import BatchPlan, LocalStats, train_dispatch
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.seeds import isolated_rng
@@ -102,7 +104,7 @@ def test_a_split_needs_what_it_goes_by(split: Any, problem: str) -> None:
 
 
 def test_floats_and_normalisation() -> None:
-    data = made_up(50, 3)
+    data = made_up(2500, 3)
     plain, normal = data.floats(data.x_train), data.floats(data.x_train, normalise=True)
     assert plain.dtype == normal.dtype == np.float32
     assert data.mean[:, 0, 0] == pytest.approx(data.x_train.mean(axis=(0, 2, 3)) / 255, rel=1e-6)
@@ -434,3 +436,13 @@ def test_shakespeare_in_fedmls_form(real: Path, split: str) -> None:
     x, y = read.clients[3].take(np.array([0, 5, 2]))
     assert x.shape == y.shape == (3, 40) and x.dtype == y.dtype == torch.int64
     assert read.classes == 80
+
+
+# -- the guide -----------------------------------------------------------------------------------------
+
+
+def test_the_guide_names_every_data_set_key_and_model(repository: Path) -> None:
+    guide = (repository / "benchmarks" / "DATA.md").read_text(encoding="utf-8")
+    options = {key for name in DATASETS for key in inspect.signature(DATASETS[name]).parameters}
+    for word in {*DATASETS, *MODELS, *registry._KINDS, *options}:
+        assert f"`{word}`" in guide, word

@@ -73,7 +73,7 @@ class ImageData:
 
     @functools.cached_property
     def _moments(self) -> tuple[Array, Array]:
-        """Mean and deviation, from counts of the 256 values: as exact as floats, and without a copy as such."""
+        """Mean and deviation, from counts of the 256 values: no copy of the images is made."""
         counts = np.zeros((self.x_train.shape[1], 256))
         for start in range(0, len(self.x_train), 1000):
             for channel, x in enumerate(self.x_train[start : start + 1000].swapaxes(0, 1)):
