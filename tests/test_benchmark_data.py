@@ -138,6 +138,14 @@ def test_federated_data_are_what_the_runtime_reads(augment: bool) -> None:
     assert np.array_equal(torch.cat([x for x, _ in batches]).numpy(), data.floats(data.x_test))
 
 
+def test_reading_leaves_the_global_generator_alone() -> None:
+    built = federated(made_up().labelled(), [np.arange(4), np.arange(4, 12)], 4)
+    state = torch.get_rng_state()
+    for loader in (built[2], built[3], *built[5].values(), *built[6].values()):
+        list(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_clients_tests_together_are_the_test_set() -> None:
     data = made_up()
     built = federated(data.labelled(), [np.arange(4), np.arange(4, 12)], 4)
@@ -380,7 +388,7 @@ def test_real_images(
 
 def test_the_small_fashion_mnist_is_the_beginning_of_the_full_one(real: Path) -> None:
     small, full = load("fashion_mnist_small"), load("fashion_mnist")
-    assert full.samples == 60_000 and len(full.test) == 10_000  # type: ignore[arg-type]
+    assert full.samples == 60_000 and full.test_samples == 10_000
     assert all(torch.equal(full.train[i][0], small.train[i][0]) for i in range(0, 5000, 99))
     assert all(full.test[i][1] == small.test[i][1] for i in range(1000))
 

@@ -274,7 +274,7 @@ def test_femnist(leaf: Path) -> None:
     assert x.shape == (1, 28, 28) and (255 * x.flatten()).round().tolist() == [
         (10 + p) % 256 for p in range(784)
     ]
-    assert len(data.test) == 2  # type: ignore[arg-type]
+    assert data.test_samples == 2
 
 
 def test_femnist_in_fedmls_form(leaf: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from benchmarks.data.labelled import Labelled
-from fedgmr_plugin.engine.seeds import derive
+from fedgmr_plugin.engine.seeds import torch_generator
 
 #: Samples of one evaluation batch.
 TEST_BATCH = 200
@@ -35,20 +34,22 @@ def federated(
         seed: of the loaders' shuffling.
     """
 
-    def loader(rows: Dataset[Any], *address: int | str) -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(derive(seed, "loader", *address))
-        if "train" in address:
-            return DataLoader(rows, batch_size=batch_size, shuffle=True, generator=generator)
-        return DataLoader(rows, batch_size=test_batch, generator=generator)
+    def training(rows: Dataset[Any], *address: int) -> DataLoader[Any]:
+        generator = torch_generator(seed, "training loader", *address)
+        return DataLoader(rows, batch_size=batch_size, shuffle=True, generator=generator)
 
-    clients, tests = range(len(parts)), len(data.test)  # type: ignore[arg-type]
+    def testing(rows: Dataset[Any]) -> DataLoader[Any]:
+        # A loader without a generator draws from the global one whenever it is iterated.
+        return DataLoader(rows, batch_size=test_batch, generator=torch_generator(seed, "test loader"))
+
+    clients, tests = range(len(parts)), data.test_samples
     return [
         sum(len(part) for part in parts),
         tests,
-        loader(data.train, "train"),
-        loader(data.test, "test"),
+        training(data.train),
+        testing(data.test),
         {n: len(parts[n]) for n in clients},
-        {n: loader(Subset(data.train, parts[n].tolist()), "train", n) for n in clients},
-        {n: loader(Subset(data.test, range(n, tests, len(parts))), "test", n) for n in clients},
+        {n: training(Subset(data.train, parts[n].tolist()), n) for n in clients},
+        {n: testing(Subset(data.test, range(n, tests, len(parts)))) for n in clients},
         data.classes,
     ]

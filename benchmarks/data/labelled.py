@@ -42,6 +42,11 @@ class Labelled:
         """Number of training samples."""
         return len(cast(Sized, self.train))
 
+    @property
+    def test_samples(self) -> int:
+        """Number of test samples."""
+        return len(cast(Sized, self.test))
+
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
