@@ -225,6 +225,11 @@ class FedGMRConfig(BaseModel):
     loss: Literal["cross_entropy", "bce"] = Field(
         "cross_entropy", description="Loss of the built-in trainer; `bce` is taken on one-hot labels."
     )
+    top_k: int = Field(
+        1,
+        ge=1,
+        description="Accuracy counts a label that is among so many highest scores (built-in trainer).",
+    )
     local_objective: Literal["plain", "ordered_dropout", "straight_through"] = Field(
         "plain",
         description="What the built-in trainer's steps see of the sub-model: all of it; a smaller one of the "

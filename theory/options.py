@@ -83,7 +83,7 @@ OPTIONS: dict[str, Rule] = {
          "retry_seconds", "proximal"), SIZE,
     ),
     **dict.fromkeys(
-        ("interval", "patience", "min_updates", "jitter_draws", "probe_samples", "clients_at_start"),
+        ("interval", "patience", "top_k", "min_updates", "jitter_draws", "probe_samples", "clients_at_start"),
         POSITIVE,
     ),
     **dict.fromkeys(("warmup_windows", "cpu_threads"), COUNT),
@@ -104,6 +104,7 @@ LATER: dict[str, Any] = {
     "proximal": 0.0,
     "staleness_normalised": True,
     "label_masks": False,
+    "top_k": 1,
     "evaluation_seconds": None,
     "payload_dtype": "model",
     "workers": 1,

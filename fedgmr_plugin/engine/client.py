@@ -197,6 +197,7 @@ class BuiltinTrainer:
         loss: ``bce`` takes one-hot labels, mean over classes and samples.
         optimizer: ``sgd``, whose weight decay adds wd * w to the gradient, or ``adam`` (AMSGrad, as FedML's).
         gradient_clip: largest norm of the masked gradient, applied after backward; None turns it off.
+        top_k: highest scores among which a label counts as found.
         proximal: mu of the term (mu / 2) ||x - x_0||^2, which is not part of the loss that is reported.
     """
 
@@ -207,6 +208,7 @@ class BuiltinTrainer:
     weight_decay: float = 0.0
     gradient_clip: float | None = None
     proximal: float = 0.0
+    top_k: int = 1
 
     def train(
         self,
@@ -259,14 +261,24 @@ class BuiltinTrainer:
         with fast_formats(model):
             for x, y in batches:
                 x, y = x.to(self.device), y.to(self.device)
-                output = model(x)
-                loss_sum += float(self.loss_of(output, y)) * len(y)
-                correct += int((output.argmax(dim=1) == y).sum())
-                positions += y.numel()
+                output, is_labelled = model(x), y >= 0  # other targets, such as a text's filling, are none
+                labels = int(is_labelled.sum())
+                if labels == 0:
+                    continue
+                loss_sum += float(self.loss_of(output, y)) * labels
+                correct += self._found(output, y)
+                positions += labels
                 total += len(y)
         if total == 0:
             return Metrics(None, None, 0)
-        return Metrics(correct / positions, loss_sum / total, total)
+        return Metrics(correct / positions, loss_sum / positions, total)
+
+    def _found(self, output: Tensor, y: Tensor) -> int:
+        """How many labels are among the highest scores."""
+        if self.top_k == 1:
+            return int((output.argmax(dim=1) == y).sum())
+        highest = output.topk(min(self.top_k, output.shape[1]), dim=1).indices
+        return int((highest == y.unsqueeze(1)).sum())
 
     def loss_of(self, output: Tensor, y: Tensor, classes: Tensor | None = None) -> Tensor:
         """Mean loss of `output` [b, C, ...] for labels `y` [b, ...].

@@ -13,7 +13,6 @@ METHOD = Method(
         **FROZEN,
         "score": "magnitude",
         "mask_interval": 1,
-        "update_form": "delta",
         "local_objective": "straight_through",
     },
 )

@@ -36,9 +36,10 @@ from fedgmr_plugin.protocol.runlog import LOG_NAME
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.launch import KEYS, simulate
 
+#: An experiment as it runs, in the folder of its runs.
+DESCRIPTION = "experiment.json"
 #: What of an experiment `--reduced` may replace.
 _REDUCIBLE = ("with", "train_args", "fedgmr_args", "methods", "seeds")
-_Name = r"^\w[\w.+=-]*$"
 
 Problem = Callable[..., tuple[list[Any], nn.Module]]
 
@@ -232,3 +233,13 @@ def is_finished(experiment: Experiment, method: str, seed: int, folder: Path) ->
     same = all(header["config"].get(k) == v for k, v in wanted.items() if k not in resume.FREE_OPTIONS)
     keys = {k: v for k, v in experiment.train_args.items() if k in header["fedml"]}
     return same and all(header["fedml"][k] == v for k, v in keys.items())
+
+
+def main(folder: str, method: str, seed: str) -> None:
+    """One run of the experiment that is described in `folder`."""
+    text = (Path(folder) / DESCRIPTION).read_text(encoding="utf-8")
+    train(Experiment.model_validate_json(text), method, int(seed), Path(folder))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -192,6 +192,7 @@ def builtin_trainer(config: FedGMRConfig, keys: FedMLKeys, device: torch.device)
         weight_decay=keys.weight_decay,
         gradient_clip=config.gradient_clip,
         proximal=config.proximal,
+        top_k=config.top_k,
     )
 
 

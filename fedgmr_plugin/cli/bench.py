@@ -1,0 +1,149 @@
+"""`fedgmr bench EXPERIMENT`: every method of an experiment on equal terms, and a report of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from fedgmr_plugin.runtimes.campaign import Campaign, Status
+    from fedgmr_plugin.runtimes.experiment import Experiment
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("experiment", type=_FILE)
+@click.option("--methods", metavar="NAME,...", help="Methods to run; all of the experiment's by default.")
+@click.option("--seeds", metavar="SEED,...", help="Seeds to run; the experiment's by default.")
+@click.option(
+    "--budget",
+    metavar="SECONDS",
+    type=click.FloatRange(0, min_open=True),
+    help="Virtual seconds of every run, instead of the experiment's.",
+)
+@click.option("--reduced", is_flag=True, help="Run the experiment's reduced form.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    help="Runs at the same time, of one thread each; one for each core by default.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the runs; fedgmr_bench/EXPERIMENT by default.",
+)
+@click.option("--list", "only_list", is_flag=True, help="Say what would run, and what is finished.")
+def bench(
+    experiment: Path,
+    methods: str | None,
+    seeds: str | None,
+    budget: float | None,
+    reduced: bool,
+    jobs: int,
+    output: Path | None,
+    only_list: bool,
+) -> None:
+    """Run the methods of an EXPERIMENT file on equal terms, and compare them.
+
+    The same command goes on where it was interrupted; runs that are finished are not repeated. It ends with
+    a table, and report.html, table.csv and table.tex in the folder of the runs.
+    """
+    from fedgmr_plugin.runtimes.campaign import Campaign
+    from fedgmr_plugin.runtimes.experiment import load, problem_of
+
+    chosen = load(experiment)
+    if reduced:
+        chosen = chosen.as_reduced()
+    if budget is not None:
+        changed = {**chosen.fedgmr_args, "time_budget": budget}
+        chosen = chosen.model_copy(update={"fedgmr_args": changed})
+    names = _chosen(methods, list(chosen.methods), str, "--methods")
+    numbers = _chosen(seeds, None, int, "--seeds") if seeds else list(chosen.seeds)
+    chosen.check()
+    problem_of(chosen)
+    folder = output or Path("fedgmr_bench") / (experiment.stem + ("-reduced" if reduced else ""))
+    campaign = Campaign(chosen, folder, names, numbers, jobs, _teller())
+    if only_list:
+        _list(campaign)
+        return
+    try:
+        campaign.run()
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted; the same command goes on", err=True)
+        sys.exit(130)
+    for task in campaign.failed:
+        _show_failure(folder, task.name)
+    if campaign.runs():
+        _report(chosen, campaign, folder)
+    if campaign.failed:
+        sys.exit(1)
+
+
+def _chosen(
+    given: str | None, known: list[str] | None, kind: Callable[[str], object], option: str
+) -> list[Any]:
+    """The values of a list with commas; all that are known where nothing is given."""
+    if given is None:
+        return list(known or ())
+    words = [word.strip() for word in given.split(",") if word.strip()]
+    try:
+        values = [kind(word) for word in words]
+    except ValueError:
+        raise click.BadParameter(f"{given} is not a list of numbers", param_hint=option) from None
+    unknown = [value for value in values if known is not None and value not in known]
+    if unknown or not values:
+        raise click.BadParameter(
+            f"{unknown[0] if unknown else given!r} is not one of {', '.join(known or ())}", param_hint=option
+        )
+    return values
+
+
+def _teller() -> Callable[[Status], None]:
+    """Shows a campaign's status: a line that is written again on a terminal, else a line for each run."""
+    said: list[int] = []
+
+    def tell(status: Status) -> None:
+        running = ", ".join(f"{name} {share:.0%}" for name, share in status.running)
+        left = "" if status.seconds_left is None else f", {_duration(status.seconds_left)} left"
+        line = f"{status.done} of {status.total} runs{left}" + (f": {running}" if running else "")
+        if sys.stderr.isatty():
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            click.echo("\r" + line[:width].ljust(width), err=True, nl=False)
+            if status.done == status.total:
+                click.echo(err=True)
+        elif said[-1:] != [status.done]:
+            said.append(status.done)
+            click.echo(line, err=True)
+
+    return tell
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:.1f} h" if hours >= 2 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+def _list(campaign: Campaign) -> None:
+    finished = {run.name for run in campaign.runs()}
+    for task in campaign.tasks:
+        click.echo(f"{'finished' if task.name in finished else 'to run':9} {task.name}")
+
+
+def _show_failure(folder: Path, name: str) -> None:
+    log = folder / f"{name}.log"
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+    click.echo(f"{name} failed; the end of {log}:", err=True)
+    click.echo("\n".join(f"    {line}" for line in tail), err=True)
+
+
+def _report(experiment: Experiment, campaign: Campaign, folder: Path) -> None:
+    """The report of all finished runs, and its table."""
+    raise NotImplementedError
