@@ -39,7 +39,7 @@ HETEROGENEITY: dict[str, tuple[tuple[float, int], ...]] = {
 class FedGMRConfig(BaseModel):
     """Options of FedGMR; docs/method.md, section 8, says where the defaults are the paper's and where not.
 
-    `method` changes the defaults of others (`fedgmr_plugin.methods`); whatever is given stays as given.
+    `method` changes the defaults of others (docs/methods.md); whatever is given stays as given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import yaml
 
 if TYPE_CHECKING:
     from fedgmr_plugin.runtimes.campaign import Campaign, Status
@@ -26,6 +27,13 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     metavar="SECONDS",
     type=click.FloatRange(0, min_open=True),
     help="Virtual seconds of every run, instead of the experiment's.",
+)
+@click.option(
+    "--set",
+    "changes",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Another value in the experiment, such as fedgmr_args.heterogeneity=low; may be repeated.",
 )
 @click.option("--reduced", is_flag=True, help="Run the experiment's reduced form.")
 @click.option(
@@ -46,6 +54,7 @@ def bench(
     methods: str | None,
     seeds: str | None,
     budget: float | None,
+    changes: tuple[str, ...],
     reduced: bool,
     jobs: int,
     output: Path | None,
@@ -62,9 +71,10 @@ def bench(
     chosen = load(experiment)
     if reduced:
         chosen = chosen.as_reduced()
+    for change in changes:
+        chosen = _changed(chosen, change)
     if budget is not None:
-        changed = {**chosen.fedgmr_args, "time_budget": budget}
-        chosen = chosen.model_copy(update={"fedgmr_args": changed})
+        chosen = chosen.changed("fedgmr_args.time_budget", budget)
     names = _chosen(methods, list(chosen.methods), str, "--methods")
     numbers = _chosen(seeds, None, int, "--seeds") if seeds else list(chosen.seeds)
     chosen.check()
@@ -85,6 +95,18 @@ def bench(
         _report(chosen, campaign, folder)
     if campaign.failed:
         sys.exit(1)
+
+
+def _changed(experiment: Experiment, change: str) -> Experiment:
+    """The experiment with KEY=VALUE, a value as YAML has it."""
+    key, equals, text = change.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        equals = ""
+    if not equals:
+        raise click.BadParameter(f"{change!r} is not KEY=VALUE", param_hint="--set")
+    return experiment.changed(key, value)
 
 
 def _chosen(

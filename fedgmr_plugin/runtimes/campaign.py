@@ -64,8 +64,9 @@ class Campaign:
         jobs: processes at the same time.
         tell: is told the status, every half second.
 
-    Raises:
-        ConfigError: GMR-110 if `folder` cannot be made.
+    Attributes:
+        tasks: the runs, in their order.
+        failed: those that could not be carried out.
     """
 
     def __init__(
@@ -82,12 +83,6 @@ class Campaign:
         self.failed: list[Task] = []
         self._running: dict[Task, subprocess.Popen[bytes]] = {}
         self._shares: dict[Task, float] = {}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = experiment.model_dump_json(by_alias=True, indent=1)
-            (self.folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError("GMR-110", f"{folder} cannot be made: {error.strerror}") from error
 
     def runs(self) -> list[Path]:
         """Directories of the runs that are finished, in order."""
@@ -97,7 +92,11 @@ class Campaign:
         """Carry out what is not finished; `failed` then names the runs that could not be.
 
         Interrupted, it ends the processes and raises again; the same campaign goes on later.
+
+        Raises:
+            ConfigError: GMR-110 if `folder` cannot be made.
         """
+        self._describe()
         waiting = [task for task in self.tasks if not self._is_finished(task)]
         before = len(self.tasks) - len(waiting)
         begun, gone = time.monotonic(), {task: self._share(task) for task in waiting}
@@ -110,6 +109,14 @@ class Campaign:
                 self._tell(self._status(before, gone, time.monotonic() - begun))
         finally:
             self._end()
+
+    def _describe(self) -> None:
+        text = self.experiment.model_dump_json(by_alias=True, indent=1)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError("GMR-110", f"{self.folder} cannot be made: {error.strerror}") from error
 
     def _is_finished(self, task: Task) -> bool:
         return is_finished(self.experiment, *task, self.folder)

@@ -50,7 +50,7 @@ class Experiment(BaseModel):
     Attributes:
         problem: ``module:function``; the module is looked for in the working directory too.
         arguments: of `problem` besides the seed (``with`` in the file).
-        train_args: FedML's keys that differ from `fedgmr_plugin.runtimes.launch.KEYS`.
+        train_args: FedML's keys that differ from those of `launch.KEYS`.
         fedgmr_args: options of all methods.
         methods: by name, the options of each that differ.
         last: evaluations that a run's figure is the mean of.
@@ -110,8 +110,28 @@ class Experiment(BaseModel):
             raise ConfigRefused(problems, where="experiment")
 
     def as_reduced(self) -> Experiment:
-        """The reduced form; the same without one."""
+        """The reduced form; the same without one.
+
+        Raises:
+            ConfigError: what is wrong with it.
+        """
         return _read(_merged(self.model_dump(by_alias=True), self.reduced), "reduced")
+
+    def changed(self, key: str, value: Any) -> Experiment:
+        """The same with another value at a place such as ``fedgmr_args.patience``.
+
+        Raises:
+            ConfigError: GMR-101 if there is no such section, else what is wrong with the value.
+        """
+        content = self.model_dump(by_alias=True)
+        *path, last = key.split(".")
+        section: Any = content
+        for step in path:
+            section = section.get(step) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or (not path and last not in content):
+            raise ConfigError("GMR-101", f"{key} names nothing in an experiment", where="--set")
+        section[last] = value
+        return _read(content, "--set")
 
 
 def load(path: Path) -> Experiment:
