@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgmr_plugin.protocol.runlog import RunLog
+from fedgmr_plugin.report.statistics import to_target
 
 Array = NDArray[np.float64]
 
@@ -30,6 +31,7 @@ class Summary(NamedTuple):
         last_accuracy: at its last evaluation of all.
         target_accuracy: accuracy to reach.
         seconds_to_target: virtual time of the first evaluation that reaches it.
+        megabytes_to_target: traffic up and down until that evaluation, 10^6 bytes.
         megabytes_up, megabytes_down: simulated traffic of the clients, 10^6 bytes.
         mean_density: mean over windows of the clients' mean density.
         mean_staleness: mean over merged uploads, in windows.
@@ -49,6 +51,7 @@ class Summary(NamedTuple):
     last_accuracy: float | None
     target_accuracy: float | None
     seconds_to_target: float | None
+    megabytes_to_target: float | None
     megabytes_up: float
     megabytes_down: float
     mean_density: float | None
@@ -97,8 +100,9 @@ def summarise(run: RunLog, target: float | None = None, *, budget: float | None 
     budget = common_budget([run]) if budget is None else budget
     time, accuracy = evaluations(run)
     until = accuracy if budget is None else accuracy[time <= budget]
+    sent = run.column("evaluation", "bytes_up") + run.column("evaluation", "bytes_down")
     goal = math.inf if target is None else target
-    reached = np.flatnonzero((accuracy >= goal) & np.isfinite(time))
+    reached = to_target(np.where(np.isfinite(time), accuracy, np.nan), goal, time, sent)
     ends = run.column("window", "end")
     return Summary(
         name=run.name,
@@ -112,7 +116,8 @@ def summarise(run: RunLog, target: float | None = None, *, budget: float | None 
         accuracy=_last(until),
         last_accuracy=_last(accuracy),
         target_accuracy=target,
-        seconds_to_target=float(time[reached[0]]) if len(reached) else None,
+        seconds_to_target=_known(reached.seconds),
+        megabytes_to_target=_known(reached.bytes / 1e6),
         megabytes_up=float(np.nansum(run.column("window", "bytes_up"))) / 1e6,
         megabytes_down=float(np.nansum(run.column("window", "bytes_down"))) / 1e6,
         mean_density=_mean(run.column("window", "mean_density")),
@@ -132,6 +137,10 @@ def summarise_all(runs: Sequence[RunLog], target: float | None = None) -> list[S
 def _last(values: Array) -> float | None:
     known = values[np.isfinite(values)]
     return float(known[-1]) if len(known) else None
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _mean(values: Array) -> float | None:
