@@ -105,3 +105,19 @@ def staleness_by_window(run: RunLog) -> tuple[Array, Array]:
     mean = np.full(len(window), np.nan)
     np.divide(total, count, out=mean, where=count > 0)
     return end, mean
+
+
+def held(run: RunLog, key: str) -> tuple[Array, Array]:
+    """A number of the window records as steps: it holds from a window's start to its end."""
+    start, end, value = run.columns("window", "start", "end", key).values()
+    return np.append(start, end[-1:]), np.append(value, value[-1:])
+
+
+def coordinates(run: RunLog) -> int:
+    """Coordinates of the model that are no buffers."""
+    layout = run.header["layout"]
+    layers = [layer for layer in layout.get("layers") or [] if isinstance(layer, dict)]
+    sizes = [layer.get("size") for layer in layers if layer.get("kind") != "buffer"]
+    known = [size for size in sizes if isinstance(size, int)]
+    size = sum(known) or layout.get("size")
+    return size if isinstance(size, int) else 1
