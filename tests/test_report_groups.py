@@ -401,12 +401,14 @@ FINDING = {
 def test_verdicts_beside_a_run_are_shown(two: list[RunLog]) -> None:
     run = two[0]
     law = {**FINDING, "name": "order", "group": "log", "verdict": "VIOLATED"}
-    data = {"runs": [{"name": run.name, "findings": [FINDING, law]}], "expectations": []}
+    unknown = {**FINDING, "name": "unknown", "verdict": "UNDETERMINED", "reason": ""}
+    data = {"runs": [{"name": run.name, "findings": [FINDING, law, unknown]}], "expectations": []}
     (run.path.parent / "theory.json").write_text(json.dumps(data))
     found = [verdicts.read_verdicts(one) for one in two]
-    assert found[0] is not None and len(found[0].findings) == 2 and found[1:] == [None] * 5
+    assert found[0] is not None and len(found[0].findings) == 3 and found[1:] == [None] * 5
     page = render(two, "x", verdicts=found)
     assert '<span title="it does">HOLDS</span>' in page and "1 VIOLATED: <strong>order</strong>" in page
+    assert "UNDETERMINED by every log (1)" in page
     assert "<h2>Theory</h2>" not in render(two, "x")
 
 

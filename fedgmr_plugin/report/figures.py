@@ -23,8 +23,6 @@ Array = NDArray[np.float64]
 BOTH_CANDIDATES, END_LABELS = 3, 7
 #: Seeds from which an interval is drawn: from two it is 13 standard errors wide to either side.
 BAND_SEEDS = FEWEST_PAIRS
-#: Means over windows that a line shows where there are several seeds.
-SEED_BINS = 40
 
 
 class Figures:
@@ -39,8 +37,6 @@ class Figures:
         #: whether there is a group of several seeds
         self.seeds = any(not group.alone for group in groups)
         self._made = 0
-        #: points of a line that shows means over windows: thin lines of many seeds need to be calm
-        self.bins = SEED_BINS if self.seeds else BINS
         timed = (("window", "end"), ("evaluation", "time"), ("restoration", "time"))
         ends = np.concatenate([run.run.column(kind, key) for run in self.runs for kind, key in timed])
         ends = ends[np.isfinite(ends)]
@@ -147,7 +143,7 @@ class Figures:
         """Mean share of a window's updates that hold a coordinate."""
 
         def share(run: RunLog) -> tuple[Array, Array]:
-            return bin_means(run.column("window", "end"), run.column("window", "coverage"), self.bins)
+            return bin_means(run.column("window", "end"), run.column("window", "coverage"))
 
         series = self._all(share, width=1.6)
         caption = "Mean over coordinates of the share of a window’s merged updates that hold it"
@@ -160,7 +156,7 @@ class Figures:
 
         def share(run: RunLog) -> tuple[Array, Array]:
             end, uncovered = run.columns("window", "end", "uncovered").values()
-            return bin_means(end, 1 - uncovered / max(1, coordinates(run)), self.bins)
+            return bin_means(end, 1 - uncovered / max(1, coordinates(run)))
 
         caption = "Share of the coordinates (no buffers) that at least one merged update of a window holds"
         series = self._all(share, width=1.6)
@@ -201,7 +197,7 @@ class Figures:
 
     def staleness_by_time(self) -> str:
         """Mean staleness against virtual time."""
-        series = self._all(lambda run: bin_means(*staleness_by_window(run), self.bins), width=1.6)
+        series = self._all(lambda run: bin_means(*staleness_by_window(run)), width=1.6)
         caption = "Mean over the uploads of a window" + self._thin() + self._binned()
         return self._figure(
             "Staleness over time", caption, series, self.seconds, Axis("staleness (windows)", low=0)
@@ -212,7 +208,7 @@ class Figures:
 
         def sent(run: RunLog) -> tuple[Array, Array]:
             end, size = run.columns("window", "end", key).values()
-            return bin_means(end, size / 1e6, self.bins)
+            return bin_means(end, size / 1e6)
 
         series = self._all(sent, width=1.6)
         if key == "bytes_down" and len(self.runs) == 1:
@@ -305,7 +301,7 @@ class Figures:
             group.dash,
             width,
             at_end=1 < len(self.groups) <= END_LABELS,
-            marker=len(self.groups) > 1,
+            marker=len(self.groups) > 1 and kind != "steps",
         )
         if group.alone:
             return main, []
@@ -348,8 +344,8 @@ class Figures:
         return Axis("accuracy (%)", max(ticks[0], 0.0), ticks[-1], as_percent)
 
     def _binned(self) -> str:
-        long = any(run.run.count("window") > self.bins for run in self.runs)
-        return f". Lines show at most {self.bins} means over consecutive windows." if long else "."
+        long = any(run.run.count("window") > BINS for run in self.runs)
+        return f". Lines show at most {BINS} means over consecutive windows." if long else "."
 
     def _figure(
         self,

@@ -14,7 +14,7 @@ Array = NDArray[np.float64]
 #: Below this a number counts as zero on an axis.
 TINY = 1e-100
 #: Points of a line that shows means over many windows.
-BINS = 120
+BINS = 40
 
 
 def same(low: float, high: float) -> bool:

@@ -79,23 +79,28 @@ def theory(runs: Sequence[Named], verdicts: Sequence[Verdicts | None]) -> str:
     known = [(run, {f.name: f for f in one.findings}) for run, one in shown if not one.problem]
     every = {check: f for _, found in known for check, f in found.items()}
     laws = [check for check, f in every.items() if f.group == "log"]
-    rows = []
+    decided: list[list[str]] = []
+    open_: list[list[str]] = []
     if laws:
-        rows.append(["Laws of the log", *(_counted(found, laws) for _, found in known)])
+        decided.append(["Laws of the log", *(_counted(found, laws) for _, found in known)])
     for check, f in every.items():
         if f.group != "log":
             where = f" ({escape(f.equation)})" if f.equation else ""
             label = f"{escape(f.title)} <small><code>{escape(check)}</code>{where}</small>"
+            told = any(found[check].verdict != "UNDETERMINED" for _, found in known if check in found)
+            rows = decided if told else open_
             rows.append([label, *(_verdict(found.get(check)) for _, found in known)])
-    if not rows:
-        return notes
     head = ["Check", *(name(run.label) for run, _ in known)]
-    body = table("Verdicts of fedgmr-theory check", head, rows, text=tuple(range(len(head))))
+    text = tuple(range(len(head)))
+    body = table("Verdicts of fedgmr-theory check", head, decided, text=text) if decided else ""
+    if open_:
+        caption = f"UNDETERMINED by every log ({len(open_)})"
+        body += f"<details><summary>{caption}</summary>{table(caption, head, open_, text=text)}</details>"
     legend = (
         '<p class="quiet">VACUOUS: it holds, by a bound too loose to say anything. UNDETERMINED: the log '
         "does not decide it. Rest the pointer on a verdict for its reason.</p>"
     )
-    return body + legend + notes
+    return body + (legend if body else "") + notes
 
 
 def _verdict(finding: Finding | None) -> str:
