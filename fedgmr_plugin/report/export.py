@@ -85,17 +85,18 @@ def to_latex(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
     notes = [
         r"Needs \usepackage{booktabs}. Made by fedgmr report from the run logs alone.",
         f"Accuracy: test set, at {budget}; mean over seeds and half of its 95 % interval (Student's t).",
-        "Time and traffic to the target: median over seeds; in brackets how many reached it, if not all.",
+        "Virtual seconds and MB (up and down) to the target: median over seeds; in brackets how many reached "
+        "it, if not all.",
         "Staleness: mean over seeds of a run's mean, in windows.",
     ]
-    head = ["", "seeds", r"accuracy (\%)", f"time to {target} (s)", f"traffic to {target} (MB)", "staleness"]
+    head = ["", "seeds", r"accuracy (\%)", f"s to {target}", f"MB to {target}", "staleness"]
     if comparisons:
         against = rows[comparisons.reference].group.label
         notes.append(
             f"Difference: accuracy minus that of {latex(against)}, paired by seed, percentage points; "
             "its 95 % interval."
         )
-        head.append("difference (points)")
+        head.append("difference")
     lines = [f"% {note}" for note in notes]
     lines += [rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule"]
     lines += [" & ".join(head) + r" \\", r"\midrule"]

@@ -119,6 +119,9 @@ footer { margin-top: 56px; padding-top: 16px; padding-bottom: 40px; color: var(-
   h1 { font-size: 23px; }
   h2 { margin-top: 38px; }
   th, td { padding: 6px 9px; }
+  .chart { min-width: 0; }
+  .chart text { font-size: 15px; }
+  .chart .end, .chart .leader { display: none; }
 }
 @media print {
   :root {
