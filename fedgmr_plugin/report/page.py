@@ -11,7 +11,7 @@ from fedgmr_plugin.report.figures import Figures
 from fedgmr_plugin.report.groups import Group, Named, named
 from fedgmr_plugin.report.results import Comparisons, Result, tabulate
 from fedgmr_plugin.report.style import STYLE
-from fedgmr_plugin.report.summary import TARGET_SHARE, Summary, summarise_all
+from fedgmr_plugin.report.summary import TARGET_SHARE, Summary
 from fedgmr_plugin.report.text import escape, name, number, percent, seconds
 from fedgmr_plugin.report.verdicts import Verdicts, theory
 
@@ -52,7 +52,8 @@ def render(
     groups = [row.group for row in rows]
     pens = {run.label: (group.colour, group.dash) for group in groups for run in group.runs}
     shown = [run._replace(colour=pens[run.label][0], dash=pens[run.label][1]) for run in named(runs)]
-    summaries = summarise_all(runs, target)
+    known = {run.label: one for row in rows for run, one in zip(row.group.runs, row.summaries, strict=True)}
+    summaries = [known[run.label] for run in shown]
     figures = Figures(groups)
     compared = "" if comparisons is None else comparison.comparisons(rows, comparisons)
     single = _summary(shown, summaries, target, fold=figures.seeds and len(runs) > OPEN_RUNS)

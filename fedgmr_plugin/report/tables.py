@@ -15,7 +15,7 @@ from fedgmr_plugin.report.groups import Group, Named, between, options
 from fedgmr_plugin.report.summary import Summary
 from fedgmr_plugin.report.svg import swatch
 from fedgmr_plugin.report.text import NONE, escape, megabytes, name, number, percent, seconds, written
-from fedgmr_plugin.report.tracks import ClassFigures, class_figures, classes
+from fedgmr_plugin.report.tracks import ClassFigures, class_figures
 
 #: Restorations up to which their table is open when the page is.
 OPEN_ROWS = 40
@@ -128,8 +128,8 @@ def client_classes(group: Group) -> str:
     """What became of each client class of one group; means over its seeds."""
     found: dict[float, list[tuple[int, ClassFigures]]] = {}
     for run in group.runs:
-        for one in classes(run.run):
-            found.setdefault(one.density, []).append((len(one.clients), class_figures(run.run, one)))
+        for one, figures in class_figures(run.run):
+            found.setdefault(one.density, []).append((len(one.clients), figures))
     rows = []
     for density in sorted(found, reverse=True):
         sizes, each = zip(*found[density], strict=True)
