@@ -29,6 +29,7 @@ def groups(rows: Sequence[Result]) -> str:
     cells = []
     for row in rows:
         group, all_of = row.group, len(row.group.runs)
+        few = "not reached" if row.reached == 0 else f"in {row.reached} of {all_of} seeds"
         some = "" if row.reached == all_of else f" <small>({row.reached} of {all_of})</small>"
         never = math.isinf(row.seconds)
         cells.append(
@@ -36,8 +37,8 @@ def groups(rows: Sequence[Result]) -> str:
                 f"{swatch(group.colour, group.dash, 2.4, marker=True)}{name(group.label)}",
                 number(all_of),
                 interval(row.accuracy),
-                ("not reached" if never else seconds(row.seconds)) + some,
-                (NONE if never else megabytes(row.megabytes)) + some,
+                few if never else seconds(row.seconds) + some,
+                NONE if never else megabytes(row.megabytes) + some,
                 number(row.staleness.value, 2),
                 megabytes(row.traffic),
             ]

@@ -19,6 +19,8 @@ from fedgmr_plugin.report.verdicts import Verdicts, theory
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 #: Runs up to which the tables of each are open.
 OPEN_RUNS = 3
+#: Groups that the first sentence names at most.
+NAMED = 4
 
 
 def render(
@@ -114,6 +116,10 @@ def _group_lede(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
             ]
             if found:
                 which = ", ".join(map(name, found))
+                if len(found) > NAMED:
+                    which = (
+                        "all others" if len(found) == len(rows) - 1 else f"{len(found)} of {len(rows) - 1}"
+                    )
                 text += f" {verdict.capitalize()} than {name(against.label)}, seed by seed: {which}."
     return f'<p class="lede">{text}</p>'
 

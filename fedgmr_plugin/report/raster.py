@@ -26,6 +26,8 @@ ROWS, TIMES = 40, 90
 SHADES, LIGHTEST = 5, 0.25
 #: Where the raster ends, and where the bars of the staleness begin and end.
 EDGE, BAR, BAR_END = 398, 416, 516
+#: Height of a row from which its number is written.
+NUMBERED = 12
 
 
 class Row(NamedTuple):
@@ -234,7 +236,14 @@ def _cells(shown: Sequence[Row], edges: Sequence[int], step: float) -> list[str]
 def _bars(shown: Sequence[Row], step: float) -> list[str]:
     """Mean staleness as a bar with its number, and each row's note."""
     largest = max((row.staleness for row in shown if row.staleness > 0), default=1.0)
+    digits = 2 if largest < 10 else 1
     parts = []
+    if step < NUMBERED:  # no room for a number in each row: the scale instead
+        below = TOP + step * len(shown) + 18
+        parts.append(f'<text x="{BAR}" y="{below:.1f}" text-anchor="middle">0</text>')
+        parts.append(
+            f'<text x="{BAR_END}" y="{below:.1f}" text-anchor="middle">{number(largest, digits)}</text>'
+        )
     for place, row in enumerate(shown):
         y = TOP + step * place
         if row.staleness > 0:
@@ -243,10 +252,10 @@ def _bars(shown: Sequence[Row], step: float) -> list[str]:
                 f'<rect class="f s6" x="{BAR}" y="{y + step * 0.2:.1f}" width="{max(width, 0.8):.1f}" '
                 f'height="{step * 0.6:.1f}"/>'
             )
-        if step >= 12:
+        if step >= NUMBERED:
             parts.append(
                 f'<text x="{WIDTH - 6}" y="{y + step / 2 + 4:.1f}" text-anchor="end">'
-                f"{number(row.staleness, 2 if largest < 10 else 1)}</text>"
+                f"{number(row.staleness, digits)}</text>"
             )
         note = (
             f"client {row.label}, initial density {row.density:g}: {number(row.uploads)} uploads, "

@@ -34,8 +34,8 @@ SHAPES = (
     ((0.0, -4.6), (4.4, 3.2), (-4.4, 3.2)),
     ((0.0, -4.8), (4.8, 0.0), (0.0, 4.8), (-4.8, 0.0)),
     ((0.0, 4.6), (4.4, -3.2), (-4.4, -3.2)),
-    ((-4.6, -1.6), (4.6, -1.6), (4.6, 1.6), (-4.6, 1.6)),
-    ((-1.6, -4.6), (1.6, -4.6), (1.6, 4.6), (-1.6, 4.6)),
+    ((-4.2, -4.0), (4.2, -4.0), (-4.2, 4.0), (4.2, 4.0)),
+    ((-4.0, -4.2), (-4.0, 4.2), (4.0, -4.2), (4.0, 4.2)),
 )
 #: Markers on a line of many points, and points up to which each has its marker.
 MARKERS, FEW = 6, 12
@@ -107,7 +107,7 @@ def swatch(
         drawn = (
             f'<line class="l s{colour % COLOURS}" x1="0" y1="6" x2="28" y2="6"{_pen(dash, width, faint)}/>'
         )
-        drawn += _marker(colour, 14, 6) if marker else ""
+        drawn += _marker(colour, dash, 14, 6) if marker else ""
     return f'<svg class="swatch" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">{drawn}</svg>'
 
 
@@ -240,9 +240,9 @@ def _bar(colour: int, x: float, y: float, width: float, height: float, note: str
     )
 
 
-def _marker(colour: int, x: float, y: float) -> str:
-    """The marker of one colour."""
-    shape = SHAPES[colour % len(SHAPES)]
+def _marker(colour: int, dash: str, x: float, y: float) -> str:
+    """A marker in one colour, of the shape that goes with the dash pattern."""
+    shape = SHAPES[DASHES.index(dash) if dash in DASHES else 0]
     if not shape:
         return f'<circle class="p s{colour % COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="3.6"/>'
     corners = "L".join(f"{x + dx:.1f} {y + dy:.1f}" for dx, dy in (*shape, shape[0]))
@@ -306,7 +306,7 @@ def _curve(box: _Box, s: Series) -> str:
         last = value
     drawn = f'<path class="l s{s.colour % COLOURS}" d="{"".join(path)}"{_pen(s.dash, s.width, s.faint)}/>'
     return drawn + "".join(
-        _marker(s.colour, box.x(float(s.x[i])), box.y(float(s.y[i]))) for i in _marked(box, s)
+        _marker(s.colour, s.dash, box.x(float(s.x[i])), box.y(float(s.y[i]))) for i in _marked(box, s)
     )
 
 
