@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 #: Most rows, and bins of time.
 ROWS, TIMES = 40, 90
 #: Shades at most; the lightest has this opacity, the darkest 1.
-SHADES, LIGHTEST = 5, 0.25
+SHADES, LIGHTEST = 5, 0.35
 #: Where the raster ends, and where the bars of the staleness begin and end.
 EDGE, BAR, BAR_END = 398, 416, 516
 #: Height of a row from which its number is written.
@@ -238,9 +238,8 @@ def _bars(shown: Sequence[Row], step: float) -> list[str]:
     largest = max((row.staleness for row in shown if row.staleness > 0), default=1.0)
     digits = 2 if largest < 10 else 1
     parts = []
-    if step < NUMBERED:  # no room for a number in each row: the scale instead
+    if step < NUMBERED:  # no room for a number in each row: that of the longest bar instead
         below = TOP + step * len(shown) + 18
-        parts.append(f'<text x="{BAR}" y="{below:.1f}" text-anchor="middle">0</text>')
         parts.append(
             f'<text x="{BAR_END}" y="{below:.1f}" text-anchor="middle">{number(largest, digits)}</text>'
         )
