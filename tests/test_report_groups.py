@@ -224,6 +224,15 @@ def test_the_time_to_a_target_that_some_seeds_miss(two: list[RunLog]) -> None:
     assert "30.0 s <small>(2 of 3)</small>" in page and ">not reached</td>" in page
 
 
+def test_an_accuracy_may_be_the_mean_of_the_last_evaluations(two: list[RunLog]) -> None:
+    ours, base = tabulate(two, last=2).rows
+    assert ours.accuracy.value == pytest.approx(np.mean([0.51, 0.72, 0.52, 0.74, 0.53, 0.76]))
+    assert base.accuracy.value == pytest.approx(np.mean([0.3, 0.51, 0.3, 0.52, 0.3, 0.53]))
+    assert tabulate(two, last=99).rows[0].accuracy.value < ours.accuracy.value
+    assert "means of the last 2 evaluations" in render(two, "x", last=2)
+    assert "mean of 2 evaluations" in export.to_latex(*tabulate(two, last=2))
+
+
 def test_against_a_named_group(two: list[RunLog]) -> None:
     rows = tabulate(two).rows
     for name in ("base", "base_s2"):

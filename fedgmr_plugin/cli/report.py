@@ -30,6 +30,14 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Configuration (or one of its runs) that the others are compared with, seed by seed; the one of the "
     "best mean accuracy by default.",
 )
+@click.option(
+    "--last",
+    metavar="N",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Evaluations that a run's accuracy is the mean of: the last ones until all runs were evaluated.",
+)
 @click.option("--title", help="Heading of the page; the runs' names by default.")
 @click.option("--csv", "csv_file", type=_FILE, help="Write the table of configurations as CSV, too.")
 @click.option("--latex", "latex_file", type=_FILE, help="Write it as a LaTeX tabular (booktabs), too.")
@@ -44,6 +52,7 @@ def report(
     output: Path | None,
     target: float | None,
     against: str | None,
+    last: int,
     title: str | None,
     csv_file: Path | None,
     latex_file: Path | None,
@@ -61,21 +70,23 @@ def report(
 
     logs = [read_run(path) for path in runs]
     try:
-        table = tabulate(logs, target=target, against=against)
+        table = tabulate(logs, target=target, against=against, last=last)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--against") from None
     for file, text in ((csv_file, to_csv(*table)), (latex_file, to_latex(*table))):
         if file is not None:
             _write(file, text)
     if as_json:
-        click.echo(json.dumps([summary._asdict() for summary in summarise_all(logs, target)], indent=2))
+        click.echo(
+            json.dumps([summary._asdict() for summary in summarise_all(logs, target, last=last)], indent=2)
+        )
     if output is None and as_json:
         return
     if title is None:
         names = list(dict.fromkeys(row.group.label for row in table.rows))
         title = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
     verdicts = [read_verdicts(log) for log in logs]
-    page = render(logs, title, target=target, against=against, verdicts=verdicts)
+    page = render(logs, title, target=target, against=against, last=last, verdicts=verdicts)
     place = output or logs[0].path.parent / "report.html"
     _write(place, page)
     if not as_json:

@@ -19,6 +19,7 @@ COLUMNS = (
     "runs",
     "seeds",
     "budget_seconds",
+    "evaluations",
     "accuracy_mean",
     "accuracy_low",
     "accuracy_high",
@@ -39,7 +40,7 @@ COLUMNS = (
 )
 
 
-def to_csv(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
+def to_csv(rows: Sequence[Result], comparisons: Comparisons | None, last: int = 1) -> str:
     """One line for each group under `COLUMNS`, numbers in full precision.
 
     A text that a spreadsheet would take for a formula gets an apostrophe before it.
@@ -55,6 +56,7 @@ def to_csv(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
             "; ".join(run.run.name for run in row.group.runs),
             " ".join(str(summary.seed) for summary in row.summaries),
             first.budget_seconds,
+            last,
             *row.accuracy[:3],
             row.iqm,
             first.target_accuracy,
@@ -74,7 +76,7 @@ def to_csv(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
     return file.getvalue()
 
 
-def to_latex(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
+def to_latex(rows: Sequence[Result], comparisons: Comparisons | None, last: int = 1) -> str:
     """A ``tabular`` for booktabs, one line for each group, under comments that say what the numbers are."""
     first = rows[0].summaries[0]
     budget, target = "the last evaluation", "the target"
@@ -84,7 +86,8 @@ def to_latex(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
         target = rf"{100 * first.target_accuracy:.1f}\,\%"
     notes = [
         r"Needs \usepackage{booktabs}. Made by fedgmr report from the run logs alone.",
-        f"Accuracy: test set, at {budget}; mean over seeds and half of its 95 % interval (Student's t).",
+        f"Accuracy: test set, at {budget}" + (f", mean of {last} evaluations" if last > 1 else "") + ";",
+        "mean over seeds and half of its 95 % interval (Student's t).",
         "Virtual seconds and MB (up and down) to the target: median over seeds; in brackets how many reached "
         "it, if not all.",
         "Staleness: mean over seeds of a run's mean, in windows.",

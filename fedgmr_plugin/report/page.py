@@ -29,6 +29,7 @@ def render(
     *,
     target: float | None = None,
     against: str | None = None,
+    last: int = 1,
     verdicts: Sequence[Verdicts | None] | None = None,
 ) -> str:
     """The report of `runs` as one HTML page without references to anything outside it.
@@ -42,6 +43,7 @@ def render(
         target: accuracy in [0, 1] whose virtual time is tabled; 95 % of the best last accuracy where None.
         against: name of the group, or of one of its runs, that the others are compared with by seed; the one
             of the best mean accuracy where None.
+        last: evaluations that a run's accuracy is the mean of.
         verdicts: of the theory check, one for each run, or None where there are none.
 
     Raises:
@@ -50,7 +52,7 @@ def render(
     """
     if not runs:
         raise ValueError("a report needs at least one run")
-    rows, comparisons = tabulate(runs, target=target, against=against)
+    rows, comparisons, _ = tabulate(runs, target=target, against=against, last=last)
     groups = [row.group for row in rows]
     pens = {run.label: (group.colour, group.dash) for group in groups for run in group.runs}
     shown = [run._replace(colour=pens[run.label][0], dash=pens[run.label][1]) for run in named(runs)]
@@ -58,7 +60,8 @@ def render(
     summaries = [known[run.label] for run in shown]
     figures = Figures(groups)
     compared = "" if comparisons is None else comparison.comparisons(rows, comparisons)
-    single = _summary(shown, summaries, target, fold=figures.seeds and len(runs) > OPEN_RUNS)
+    fold = figures.seeds and len(runs) > OPEN_RUNS
+    single = _summary(shown, summaries, target, last, fold=fold)
     if figures.seeds:
         summary = _group_lede(rows, comparisons) + comparison.groups(rows) + compared + single
     else:
@@ -170,7 +173,9 @@ def _lede(runs: Sequence[Named], summaries: Sequence[Summary], target: float | N
     return f'<p class="lede">{text}</p>'
 
 
-def _summary(runs: Sequence[Named], summaries: Sequence[Summary], target: float | None, *, fold: bool) -> str:
+def _summary(
+    runs: Sequence[Named], summaries: Sequence[Summary], target: float | None, last: int, *, fold: bool
+) -> str:
     """The summary table, folded if wanted, and what has to be known to read it."""
     first = summaries[0]
     notes = []
@@ -182,6 +187,7 @@ def _summary(runs: Sequence[Named], summaries: Sequence[Summary], target: float 
                 if len(runs) > 1
                 else "the last evaluation’s time."
             )
+            + (f" They are means of the last {last} evaluations until then." if last > 1 else "")
         )
     if first.target_accuracy is not None:
         share = f"{TARGET_SHARE:.0%}".replace("%", " %")

@@ -19,7 +19,7 @@ class Result(NamedTuple):
     Attributes:
         group: whose.
         summaries: of its runs, by seed.
-        accuracy: mean over seeds at the budget that all runs share, Student's t interval.
+        accuracy: `Summary.accuracy`, mean over seeds at the budget that all runs share, Student's t interval.
         iqm: interquartile mean of the same.
         seconds, megabytes: median over seeds of virtual time and traffic until the target; infinite where
             half of the seeds or more did not reach it.
@@ -68,33 +68,39 @@ class Comparisons(NamedTuple):
 
 
 class Table(NamedTuple):
-    """All groups in numbers, and their comparisons if there are any."""
+    """All groups in numbers, their comparisons if any, and evaluations that an accuracy is the mean of."""
 
     rows: tuple[Result, ...]
     comparisons: Comparisons | None
+    last: int = 1
 
 
-def tabulate(runs: Sequence[RunLog], *, target: float | None = None, against: str | None = None) -> Table:
+def tabulate(
+    runs: Sequence[RunLog], *, target: float | None = None, against: str | None = None, last: int = 1
+) -> Table:
     """The runs' groups in numbers, with one target and one budget for all, and compared with one of them.
 
     Args:
         runs: at least one.
         target: accuracy in [0, 1]; 95 % of the best last accuracy where None.
         against: name of a group, or of one of its runs; the group of the best mean accuracy where None.
+        last: evaluations that a run's accuracy is the mean of.
 
     Raises:
         ValueError: `against` names no group.
     """
     goal = default_target(runs) if target is None else target
-    rows = results(grouped(runs), goal, common_budget(runs))
-    return Table(tuple(rows), compare(rows, against))
+    rows = results(grouped(runs), goal, common_budget(runs), last)
+    return Table(tuple(rows), compare(rows, against), last)
 
 
-def results(groups: Sequence[Group], target: float | None, budget: float | None) -> list[Result]:
+def results(
+    groups: Sequence[Group], target: float | None, budget: float | None, last: int = 1
+) -> list[Result]:
     """Every group in numbers, with the target and the budget that all of them share."""
     found = []
     for group in groups:
-        rows = tuple(summarise(run.run, target, budget=budget) for run in group.runs)
+        rows = tuple(summarise(run.run, target, budget=budget, last=last) for run in group.runs)
         accuracy = [_number(row.accuracy) for row in rows]
         found.append(
             Result(

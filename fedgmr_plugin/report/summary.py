@@ -27,7 +27,8 @@ class Summary(NamedTuple):
         windows: windows merged.
         virtual_seconds: virtual time at its end (or at the end of the log).
         budget_seconds: virtual time at which `accuracy` is taken.
-        accuracy: of the shipped candidate at its last evaluation until then, in [0, 1].
+        accuracy: of the shipped candidate at its last evaluation until then (or the mean of the last few), in
+            [0, 1].
         last_accuracy: at its last evaluation of all.
         target_accuracy: accuracy to reach.
         seconds_to_target: virtual time of the first evaluation that reaches it.
@@ -85,12 +86,15 @@ def default_target(runs: Sequence[RunLog]) -> float | None:
     return TARGET_SHARE * max(known) if known else None
 
 
-def summarise(run: RunLog, target: float | None = None, *, budget: float | None = None) -> Summary:
+def summarise(
+    run: RunLog, target: float | None = None, *, budget: float | None = None, last: int = 1
+) -> Summary:
     """The run in numbers.
 
     Args:
         target: accuracy to reach, in [0, 1]; `default_target` of this run alone where None.
         budget: virtual seconds at which the accuracy is taken; the run's last evaluation where None.
+        last: evaluations until then that the accuracy is the mean of, or as many as there are.
 
     Raises:
         RunLogError: GMR-602 if a value that is needed has the wrong type.
@@ -113,7 +117,7 @@ def summarise(run: RunLog, target: float | None = None, *, budget: float | None 
         windows=run.count("window"),
         virtual_seconds=_last(ends) or 0.0,
         budget_seconds=budget,
-        accuracy=_last(until),
+        accuracy=_mean(until[np.isfinite(until)][-last:]),
         last_accuracy=_last(accuracy),
         target_accuracy=target,
         seconds_to_target=_known(reached.seconds),
@@ -127,11 +131,11 @@ def summarise(run: RunLog, target: float | None = None, *, budget: float | None 
     )
 
 
-def summarise_all(runs: Sequence[RunLog], target: float | None = None) -> list[Summary]:
+def summarise_all(runs: Sequence[RunLog], target: float | None = None, *, last: int = 1) -> list[Summary]:
     """Every run in numbers, with one target and one budget for all, so that they compare."""
     target = default_target(runs) if target is None else target
     budget = common_budget(runs)
-    return [summarise(run, target, budget=budget) for run in runs]
+    return [summarise(run, target, budget=budget, last=last) for run in runs]
 
 
 def _last(values: Array) -> float | None:
