@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import click
 import yaml
 
 if TYPE_CHECKING:
+    from fedgmr_plugin.report.results import Table
     from fedgmr_plugin.runtimes.campaign import Campaign, Status
     from fedgmr_plugin.runtimes.experiment import Experiment
 
@@ -92,7 +94,7 @@ def bench(
     for task in campaign.failed:
         _show_failure(folder, task.name)
     if campaign.runs():
-        _report(chosen, campaign, folder)
+        _report(chosen, campaign.runs(), folder)
     if campaign.failed:
         sys.exit(1)
 
@@ -166,6 +168,36 @@ def _show_failure(folder: Path, name: str) -> None:
     click.echo("\n".join(f"    {line}" for line in tail), err=True)
 
 
-def _report(experiment: Experiment, campaign: Campaign, folder: Path) -> None:
-    """The report of all finished runs, and its table."""
-    raise NotImplementedError
+def _report(experiment: Experiment, runs: list[Path], folder: Path) -> None:
+    """The report of finished runs, in files, and its table on the terminal."""
+    from fedgmr_plugin.protocol.runlog import read_run
+    from fedgmr_plugin.report import render, tabulate, to_csv, to_latex
+
+    logs = [read_run(run) for run in runs]
+    methods = {run.name.rpartition("-")[0] for run in runs}
+    against = experiment.against if experiment.against in methods else None
+    table = tabulate(logs, against=against, last=experiment.last)
+    page = render(logs, experiment.title, against=against, last=experiment.last)
+    for name, text in (("report.html", page), ("table.csv", to_csv(*table)), ("table.tex", to_latex(*table))):
+        (folder / name).write_text(text, encoding="utf-8")
+    click.echo(_text(table))
+    click.echo(f"{folder / 'report.html'} ({len(logs)} runs)")
+
+
+def _text(table: Table) -> str:
+    """The table of configurations in text: accuracy over seeds, and against the reference."""
+    width = max(len(row.group.label) for row in table.rows)
+    found = table.comparisons
+    lines = [
+        f"{'':{width}}  seeds   accuracy %" + ("" if found is None else "      difference [95 %]  verdict")
+    ]
+    for place, row in enumerate(table.rows):
+        half = "" if math.isnan(row.accuracy.half) else f" ± {100 * row.accuracy.half:.2f}"
+        line = f"{row.group.label:{width}}  {row.accuracy.n:5}  {100 * row.accuracy.value:6.2f}{half:8}"
+        compared = None if found is None else found.others[place]
+        if compared is not None:
+            d = compared.difference
+            span = "" if math.isnan(d.low) else f" [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
+            line += f"  {100 * d.value:+6.2f}{span:18}  {compared.verdict}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)

@@ -11,7 +11,7 @@ from fedgmr_plugin.report.figures import Figures
 from fedgmr_plugin.report.groups import Group, Named, named
 from fedgmr_plugin.report.results import Comparisons, Result, tabulate
 from fedgmr_plugin.report.style import STYLE
-from fedgmr_plugin.report.summary import TARGET_SHARE, Summary
+from fedgmr_plugin.report.summary import TARGET_SHARE, Summary, method_of
 from fedgmr_plugin.report.text import escape, name, number, percent, seconds
 from fedgmr_plugin.report.verdicts import Verdicts, theory
 
@@ -148,7 +148,7 @@ def _subtitle(runs: Sequence[Named]) -> str:
         value = values.pop()
         if not values and value is not None:
             parts.append(f"{number(value, 1 if key == 'model_megabytes' else 0)} {unit}")
-    methods = sorted({str(header["method"]) for header in headers})
+    methods = sorted({method_of(header) for header in headers})
     return escape(" · ".join([*parts, ", ".join(methods)]))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +110,7 @@ def summarise(
     ends = run.column("window", "end")
     return Summary(
         name=run.name,
-        method=header["method"],
+        method=method_of(header),
         seed=header["seed"],
         clients=header["clients"],
         finished=end is not None,
@@ -150,3 +150,8 @@ def _known(value: float) -> float | None:
 def _mean(values: Array) -> float | None:
     mean = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
     return mean if math.isfinite(mean) else None
+
+
+def method_of(header: Mapping[str, Any]) -> str:
+    """The method of a run: the one that was configured, else what wrote the log."""
+    return str(header["config"].get("method", header["method"]))
