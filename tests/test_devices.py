@@ -22,7 +22,7 @@ from fedgmr_plugin.runtimes.devices.field import Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
 from fedgmr_plugin.runtimes.devices.server import measured_by
 from fedgmr_plugin.runtimes.devices.store import Unreachable
-from fedgmr_plugin.runtimes.silos.grpc import Objects
+from fedgmr_plugin.runtimes.silos.objects import Objects
 
 KEYS = {n: bytes([n]) * 32 for n in range(1, 9)}
 
@@ -161,7 +161,7 @@ def test_a_device_measures_its_bandwidth_by_one_object() -> None:
     store = Slow()
     up, down = measure_bandwidth(store, 100_000)
     assert up is not None and down is not None and 1 < up < 5.1 and down > up
-    assert store._contents == {}
+    assert len(store) == 0
 
     class Away(Objects):
         def put(self, piece: Piece, content: Any) -> None:

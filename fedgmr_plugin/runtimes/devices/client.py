@@ -28,6 +28,7 @@ from fedgmr_plugin.runtimes.devices.connection import connection, device_keys, s
 from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.file_training import train_file
 from fedgmr_plugin.runtimes.devices.hands import Store, ThreadedHands
+from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.memory import Memory
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.plain_device import PlainDevice
@@ -103,7 +104,7 @@ class DeviceProcess:
         training = Training(parts.trainer, plan, keys.learning_rate)
         self._bench = Workbench(config, layout, model, clients, training)
         self._threads = config.cpu_threads
-        self._inbox: queue.Queue[Any] = queue.Queue(10_000)
+        self._inbox = Inbox()
         self._trainer = ThreadPoolExecutor(1, thread_name_prefix="fedgmr-training")
         hears = to_device(here.run, here.server, device_id)
         if transport is None:

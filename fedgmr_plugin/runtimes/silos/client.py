@@ -12,11 +12,12 @@ from torch import nn
 from fedgmr_plugin.engine.client import BuiltinTrainer, LocalTrainer, Samples
 from fedgmr_plugin.errors import ConfigError, DataError
 from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts
-from fedgmr_plugin.runtimes.devices.connection import connection
+from fedgmr_plugin.runtimes.devices.connection import connection, device_keys
 from fedgmr_plugin.runtimes.samples import samples_of
 from fedgmr_plugin.runtimes.settings import fedml_keys, options
 from fedgmr_plugin.runtimes.setup import builtin_trainer
-from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Objects, peers
+from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, most_bytes, peers
+from fedgmr_plugin.runtimes.silos.objects import Objects
 from fedgmr_plugin.runtimes.trainer import FedMLTrainer
 
 
@@ -61,10 +62,13 @@ def build(args: Any, device: Any, dataset: Any, model: nn.Module, model_trainer:
         return known[client]
 
     def over_grpc(hears: str, inbox: queue.Queue[Any]) -> tuple[GrpcLink, Objects]:
-        objects = Objects()
         rows = peers(str(getattr(args, "grpc_ipconfig_path", "")))
         expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-        link = GrpcLink(here.run, me, here.server, rows, inbox, objects, expected, plain=False)
+        most = most_bytes(expected)
+        objects = Objects(most, own=most)
+        keys = device_keys(config, (me,), getattr(args, "yaml_config_file", "") or "args")
+        known = {hears: None if keys is None else keys[me]}
+        link = GrpcLink(here.run, me, here.server, rows, inbox, objects, expected, known, plain=False)
         return link, objects
 
     folder = Path(config.output_dir) / f"silo-{here.run}-{me}"
