@@ -19,8 +19,9 @@ from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.desk import Replays
-from fedgmr_plugin.protocol.notes import AnswerNote, StatusNote, answer_key, sign, to_server
+from fedgmr_plugin.protocol.notes import AnswerNote, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.protocol.storekeys import answer_key
 from fedgmr_plugin.runtimes.devices.field import TOKEN, Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Loopback
 
@@ -130,7 +131,7 @@ def test_a_device_with_a_key_cannot_send_rubbish(field: Field, payload: bytes) -
     hear(field, 3, status(3, 1), KEYS[3])
     (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
     w_D = field.office.server.w_D.clone()
-    piece = Piece(answer_key(TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
+    piece = Piece(answer_key("7", TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
     field.world.objects[piece.key] = payload
     hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, piece), KEYS[3], 3)
     field.until(lambda: bool(field.records("rejected")))
@@ -147,7 +148,7 @@ def test_only_a_devices_own_object_is_taken(field: Field) -> None:
     (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
     theirs = next(iter(field.world.objects))
     hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, Piece(theirs, 10, "0" * 64)), KEYS[3], 3)
-    huge = Piece(answer_key(TOKEN, dispatch, 3), 2**40, "0" * 64)
+    huge = Piece(answer_key("7", TOKEN, dispatch, 3), 2**40, "0" * 64)
     other = AnswerNote("f" * 16, 3, 3, dispatch, huge)
     hear(field, 3, other, KEYS[3], 3)
     assert refused(field, 2) == {"GMR-747": 1, "GMR-713": 1} and theirs in field.world.objects

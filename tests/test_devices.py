@@ -159,7 +159,7 @@ def test_a_device_measures_its_bandwidth_by_one_object() -> None:
             super().put(piece, content)
 
     store = Slow()
-    up, down = measure_bandwidth(store, 100_000)
+    up, down = measure_bandwidth(store, "probe", 100_000)
     assert up is not None and down is not None and 1 < up < 5.1 and down > up
     assert len(store) == 0
 
@@ -167,4 +167,4 @@ def test_a_device_measures_its_bandwidth_by_one_object() -> None:
         def put(self, piece: Piece, content: Any) -> None:
             raise Unreachable("nobody is there")
 
-    assert measure_bandwidth(Away()) == (None, None)
+    assert measure_bandwidth(Away(), "probe") == (None, None)

@@ -7,7 +7,6 @@ import logging
 import os
 import queue
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.notes import to_device
 from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.protocol.storekeys import probe_key
 from fedgmr_plugin.runtimes.devices.connection import connection, device_keys, services
 from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.file_training import train_file
@@ -114,6 +114,7 @@ class DeviceProcess:
         else:
             self._link, store = transport(hears, self._inbox)
         self._store, self._measured = store, config.measured_densities
+        self._probe = probe_key(here.run, device_id)
         self._hands = ThreadedHands(store, self._link, self._inbox, fetches=4)
         common = (here.run, here.server, device_id)
         self.device: Device | PlainDevice
@@ -146,7 +147,7 @@ class DeviceProcess:
             self._link.connected.wait(timeout=5)
             with threads(self._threads):
                 if self._measured and isinstance(self.device, Device):
-                    self.device.up, self.device.down = measure_bandwidth(self._store)
+                    self.device.up, self.device.down = measure_bandwidth(self._store, self._probe)
                 self.device.begin()
                 while not self.device.finished:
                     self._next()
@@ -192,10 +193,10 @@ class DeviceProcess:
         self._trainer.submit(self._bench.train, sent).add_done_callback(trained)
 
 
-def measure_bandwidth(store: Store, size: int = PROBE_BYTES) -> tuple[float | None, float | None]:
+def measure_bandwidth(store: Store, key: str, size: int = PROBE_BYTES) -> tuple[float | None, float | None]:
     """Upload and download bandwidth to the store in MB/s, by one object; None where it cannot be reached."""
     content = os.urandom(size)
-    piece = Piece(f"probe/{uuid.uuid4().hex}", size, hashlib.sha256(content).hexdigest())
+    piece = Piece(key, size, hashlib.sha256(content).hexdigest())
     try:
         started = time.perf_counter()
         store.put(piece, content)

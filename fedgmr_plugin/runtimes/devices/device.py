@@ -36,7 +36,6 @@ from fedgmr_plugin.protocol.notes import (
     FinishNote,
     StatusNote,
     TaskNote,
-    answer_key,
     note_of,
     parse,
     sign,
@@ -44,6 +43,7 @@ from fedgmr_plugin.protocol.notes import (
     to_server,
 )
 from fedgmr_plugin.protocol.pieces import Piece, local_ranking
+from fedgmr_plugin.protocol.storekeys import answer_key
 from fedgmr_plugin.protocol.wire import Limits, apply, decode, encode
 from fedgmr_plugin.runtimes.devices.memory import Memory
 from fedgmr_plugin.runtimes.devices.office import Hands
@@ -282,7 +282,7 @@ class Device:
         stats = update.stats
         outcome = Outcome(stats.samples, stats.steps, stats.train_loss, stats.drift_sq, update.change_sq)
         content = encode(update_message(header, note.cuts, update.values_S, outcome, dtype=self._dtype))
-        key = answer_key(note.run, note.dispatch, self.device)
+        key = answer_key(self.run, note.run, note.dispatch, self.device)
         piece = Piece(key, len(content), hashlib.sha256(content).hexdigest())
         self.memory.answered, self.memory.update, self.memory.content = note.dispatch, piece, content
         self._save(with_answer=True)

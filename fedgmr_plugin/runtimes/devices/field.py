@@ -133,13 +133,15 @@ class Field:
                 *self.parts(),
                 self._record,
                 desk,
-                Pieces(TOKEN),
+                Pieces(desk.run, TOKEN),
                 TOKEN,
                 self.hands,
                 self.clock,
                 codec=codec_of(self.config, self.problem.model(), self.layout, self._input_shape),
             )
-        return Office(*self.parts(), self._record, desk, Pieces(TOKEN), TOKEN, self.hands, self.clock)
+        return Office(
+            *self.parts(), self._record, desk, Pieces(desk.run, TOKEN), TOKEN, self.hands, self.clock
+        )
 
     @property
     def _input_shape(self) -> tuple[int, ...]:

@@ -28,8 +28,9 @@ from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
 from fedgmr_plugin.protocol.history import entry_of, event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.messages import PayloadOrder, upload
-from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote, answer_key
+from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote
 from fedgmr_plugin.protocol.pieces import Piece, Pieces
+from fedgmr_plugin.protocol.storekeys import answer_key
 from fedgmr_plugin.protocol.wire import Limits, decode
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Office:
         examiner: measures its models.
         record: receives every record of the run log but the header, in order.
         desk, pieces: of the run.
-        token: name of this run that no other has, 16 hex digits; first part of every object's key.
+        token: name of this run that no other has, 16 hex digits; part of every object's key.
         hands: carries objects and messages.
         clock: seconds since the run began; does not decrease.
         measured: density of a device from its bandwidth (up, down; MB/s); None where the configuration says.
@@ -211,7 +212,7 @@ class Office:
             self._remind(client, note.dispatch)
             if client in self.server.away:
                 self._welcome(client, now)
-        elif note.update.key != answer_key(self.token, note.dispatch, self.desk.devices[client]):
+        elif note.update.key != self._answer_key(note.dispatch, client):
             self.desk.count(client, "GMR-747")
         elif note.dispatch not in self.server.staged and note.dispatch not in self._fetching:
             most = 8 + MOST_HEADER + flight.ranking.ends[flight.rung] * self._dtype.itemsize
@@ -251,6 +252,9 @@ class Office:
         if client in self.server.away:
             events.append(ClientJoined(client, now))
         self._apply(events, [note.update.key])
+
+    def _answer_key(self, dispatch: int, client: int) -> str:
+        return answer_key(self.desk.run, self.token, dispatch, self.desk.devices[client])
 
     def _limits(self, dispatch: int) -> Limits:
         flight = self.server.flights[dispatch]

@@ -21,6 +21,7 @@ from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.protocol.desk import PlainAnswer, PlainStatus
 from fedgmr_plugin.protocol.notes import CHECK, FINISH, INIT, SYNC, StatusNote, plain_message, to_device
 from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.protocol.storekeys import file_key
 from fedgmr_plugin.runtimes.devices.office import Content, Office, Task
 
 
@@ -162,9 +163,8 @@ class PlainOffice(Office):
         new = key not in self._files
         if new:
             content = self._codec.encode(sent.values_S, sent.ranking, sent.rung)
-            # No slash: FedML's clients take the key for the name of a file.
-            name = f"{self.token}_{sent.version}-{sent.ranking.digest}-{sent.rung}"
-            self._files[key] = Piece(name, len(content), "")
+            name = f"{sent.version}-{sent.ranking.digest}-{sent.rung}"
+            self._files[key] = Piece(file_key(self.desk.run, self.token, name), len(content), "")
             self.values[key] = sent.values_S
             self._put(self._files[key], content)
         if self.journal is not None:

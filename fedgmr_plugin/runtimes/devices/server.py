@@ -117,7 +117,7 @@ def assemble_live(
         Examiner(server, setup.bench, lambda: setup.data.test, evaluate),
         lambda fields: run.record(fields),
         desk,
-        Pieces(token, PAYLOAD_TYPES[config.payload_dtype]),
+        Pieces(here.run, token, PAYLOAD_TYPES[config.payload_dtype]),
         token,
         hands,
         clock,
