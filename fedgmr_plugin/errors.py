@@ -525,7 +525,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-747": CatalogueEntry(
         "message for somebody else",
-        "A message names another device or another run than its topic does.",
+        "A message names another device, another run, or an object of somebody else than its topic does.",
         "Stop the processes of the other run, and give every device its own id.",
     ),
     "GMR-748": CatalogueEntry(

@@ -157,6 +157,50 @@ def test_only_a_devices_own_object_is_taken(field: Field) -> None:
     field.run()
 
 
+@pytest.mark.parametrize("refusal", [False, True])
+def test_an_answer_that_was_read_or_refused_is_deleted(field: Field, refusal: bool) -> None:
+    hear(field, 3, status(3, 1), KEYS[3])
+    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
+    piece = Piece(answer_key("7", TOKEN, dispatch, 3), 3, hashlib.sha256(b"bad").hexdigest())
+    if refusal:
+        field.world.objects[piece.key] = b"bad"
+        hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, piece), KEYS[3], 3)
+        field.until(lambda: bool(field.records("rejected")))
+        assert piece.key not in field.world.objects
+    field.run()
+    late = {answer_key("7", TOKEN, d, f.client + 1) for d, f in field.office.server.flights.items()}
+    assert {key for key in field.world.objects if "/answers/" in key} <= late
+
+
+def test_a_device_that_signs_nothing_names_only_its_own_files(tmp_path: Path) -> None:
+    pytest.importorskip("MNN")
+    options = {"device_submodel": "masked", "device_authentication": "off"}
+    config = FedGMRConfig(densities=(1.0, 0.5), window_slack=0.1, answer_deadline=50.0, **options)
+    field = Field(PROBLEM, config, tmp_path, 2, 6, Loopback(0)).begin()
+    field.plain_device(1)
+    own = to_server("7", 1)
+    say = {"sender": 1, "msg_type": 5, "client_status": "ONLINE"}
+    field.office.message(own, json.dumps(say).encode())
+    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 0]
+    sent = next(key for key in field.world.objects if key.startswith("fedml_7_sent_"))
+    others = {sent: field.world.objects[sent], "fedml_7_2_aa": b"two", "fedml_8_1_aa": b"8", "other": b"x"}
+    others["fedml_7/answers/1/0-0"] = others["fedml_7_1_2_aa"] = b"y"
+    field.world.objects.update(others)
+    fetched: list[str] = []
+    real = field.world.get
+    field.world.get = lambda piece, then: (fetched.append(piece.key), real(piece, then))[1]  # type: ignore[method-assign]
+    for key in others:
+        message = {"sender": 1, "msg_type": 3, "num_samples": 5, "model_params": key}
+        field.office.message(own, json.dumps(message).encode())
+        field.until(lambda t=field.world.now: field.world.now > t + 1)  # type: ignore[misc]
+    assert refused(field, 0) == {"GMR-747": len(others)} and not set(fetched) & (set(others) - {sent})
+    assert dispatch in field.office.server.flights and not field.records("rejected")
+    assert {key: field.world.objects.get(key) for key in others} == others
+    field.plain_device(0)
+    field.run()
+    assert {r["client"] for r in field.records("arrival")} == {0, 1}
+
+
 def test_an_object_that_was_exchanged_is_not_read_and_the_device_heals_it(field: Field) -> None:
     done = [0]
     real = field.world.get

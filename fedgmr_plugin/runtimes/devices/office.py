@@ -218,7 +218,7 @@ class Office:
             most = 8 + MOST_HEADER + flight.ranking.ends[flight.rung] * self._dtype.itemsize
             if note.update.size > most:
                 problem = f"bytes={note.update.size} of an update that has {most} at most"
-                self._refuse(client, note.dispatch, WireError("GMR-710", problem))
+                self._refuse(client, note.dispatch, WireError("GMR-710", problem), [note.update.key])
                 return
             self._fetching.add(note.dispatch)
             self._hands.fetch(note.update, lambda content: self._fetched(client, note, content))
@@ -245,7 +245,7 @@ class Office:
                     "GMR-747", f"an update of dispatch={arrived.dispatch}, client={arrived.client}"
                 )
         except WireError as refusal:
-            self._refuse(client, note.dispatch, refusal)
+            self._refuse(client, note.dispatch, refusal, [note.update.key])
             return
         self.received[client] = self.received.get(client, 0) + len(content)
         events: list[LiveEvent] = [arrived]
@@ -272,9 +272,10 @@ class Office:
         """Type in which values travel."""
         return self.pieces.dtype or self.server.layout.dtype
 
-    def _refuse(self, client: int, dispatch: int, refusal: WireError) -> None:
+    def _refuse(self, client: int, dispatch: int, refusal: WireError, needless: Sequence[str] = ()) -> None:
         self.desk.count(client, refusal.code)
-        self._apply([UploadRefused(dispatch, client, self._clock(), refusal.code, refusal.message)])
+        refused = UploadRefused(dispatch, client, self._clock(), refusal.code, refusal.message)
+        self._apply([refused], needless)
 
     # -- events ---------------------------------------------------------------------------------------
 
