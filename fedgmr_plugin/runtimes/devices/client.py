@@ -133,7 +133,7 @@ class DeviceProcess:
                 config.heartbeat_seconds,
                 PAYLOAD_TYPES[config.payload_dtype],
             )
-        self._link.say_when_gone(self.device.speaks, self.device.last_will())
+        self._link.say_when_gone(self.device.speaks, self.device.last_will)
 
     def run(self) -> None:
         """Take part until the server says that the run is over.

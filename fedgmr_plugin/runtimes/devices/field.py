@@ -128,7 +128,8 @@ class Field:
             wall_clock=lambda: int(self.world.now * 1000),
         )
         self.hands = LoopbackHands(self.world)
-        common = (self._record, desk, Pieces(desk.run, TOKEN), TOKEN, self.hands, self.clock)
+        rest = (desk, Pieces(desk.run, TOKEN), TOKEN, self.hands, self.clock)
+        common: tuple[Any, ...] = (self._record, *rest)
         if self.config.device_submodel != "wire":
             codec = codec_of(self.config, self.problem.model(), self.layout, self._input_shape)
             return PlainOffice(*self.parts(), *common, codec=codec)

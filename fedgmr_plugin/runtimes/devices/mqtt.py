@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import paho.mqtt.client as mqtt
@@ -27,7 +27,8 @@ class MqttLink:
     Args:
         broker: where.
         topics: to subscribe to.
-        inbox: gets the messages; what does not fit into it is dropped, for its sender to repeat.
+        inbox: gets messages, and calls to be made in its owner's thread; a message that does not fit into it
+            is dropped, for its sender to repeat.
     """
 
     def __init__(self, broker: Broker, topics: Sequence[str], inbox: queue.Queue[Any]) -> None:
@@ -44,15 +45,22 @@ class MqttLink:
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
+        self._renew_will: Callable[[], None] | None = None
 
     def start(self) -> None:
         """Connect, now or as soon as there is a broker; returns at once."""
         self._client.connect_async(self._broker.host, self._broker.port, self._broker.keepalive)
         self._client.loop_start()
 
-    def say_when_gone(self, topic: str, payload: bytes) -> None:
-        """What the broker is to publish when the connection breaks; to be told before `start`."""
-        self._client.will_set(topic, payload, qos=_QOS)
+    def say_when_gone(self, topic: str, payload: Callable[[], bytes]) -> None:
+        """What the broker is to publish when the connection breaks; to be told before `start`.
+
+        Args:
+            payload: makes the message: now, and after each connect, as a call in the inbox, for the next one.
+                Each is heard once.
+        """
+        self._renew_will = lambda: self._client.will_set(topic, payload(), qos=_QOS)
+        self._renew_will()
 
     def publish(self, topic: str, payload: bytes) -> None:
         """Send a message, now or when the connection is back."""
@@ -72,6 +80,8 @@ class MqttLink:
         if code == 0:
             for start in range(0, len(self._topics), 100):
                 client.subscribe([(topic, _QOS) for topic in self._topics[start : start + 100]])
+            if self._renew_will is not None:
+                self._inbox.put(self._renew_will)
             self.connected.set()
             self.refused = None
             _log.info("connected to the broker at %s:%d", self._broker.host, self._broker.port)

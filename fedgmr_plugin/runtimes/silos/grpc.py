@@ -161,7 +161,7 @@ class GrpcLink:
         self._listener.start()
         self.connected.set()
 
-    def say_when_gone(self, topic: str, payload: bytes) -> None:
+    def say_when_gone(self, topic: str, payload: Callable[[], bytes]) -> None:
         """There is no broker that could say it."""
 
     def publish(self, topic: str, payload: bytes) -> None:
