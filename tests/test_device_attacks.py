@@ -19,11 +19,13 @@ from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.desk import Replays
-from fedgmr_plugin.protocol.notes import AnswerNote, StatusNote, sign, to_server
+from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.storekeys import answer_key
+from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.field import TOKEN, Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Loopback
+from fedgmr_plugin.runtimes.devices.memory import Memory
 
 KEYS = {n: bytes([n]) * 32 for n in (1, 2, 3)}
 OTHER = b"x" * 32
@@ -231,6 +233,34 @@ def test_every_number_counts_once(numbers: list[int]) -> None:
             continue
         assert number not in taken and highest - number < 64
         taken.add(number)
+
+
+def finish(field: Field, device: Device, token: str) -> None:
+    """The server's signed farewell, of some run."""
+    note = FinishNote(token, device.device, field.office.desk.next_sequence())
+    device.message(*field.office.desk.write(note, device.device - 1, {}))
+
+
+def test_a_farewell_of_another_run_stops_no_device(field: Field) -> None:
+    field.until(lambda: field.office.server.version == 2)
+    device = field.devices[0]
+    assert isinstance(device, Device)
+    finish(field, device, "f" * 16)
+    assert not device.finished and device.refused == ["GMR-713"]
+    field.run()
+    field.until(lambda: device.finished)
+
+
+def test_a_farewell_ends_a_device_that_had_no_task(field: Field, tmp_path: Path) -> None:
+    """Whether it remembers nothing, or another run of FedML's."""
+    piece = Piece("k", 1, "0" * 64)
+    other = Memory(tmp_path, token="e" * 16, run="6", answered=3, update=piece, content=b"x")
+    for memory in (None, other):
+        field.office.end = {}
+        device = field.device(2, memory)
+        assert device.memory.token == "" and device.memory.update is None and device.memory.answered == -1
+        finish(field, device, TOKEN)
+        assert device.finished and device.refused == []
 
 
 def test_no_message_breaks_the_server_or_a_device(field: Field) -> None:

@@ -99,6 +99,7 @@ class Device:
         self.up: float | None = None
         self.down: float | None = None
         self.memory = memory
+        memory.enter(run)
         self._server, self._key, self._layout, self._dtype = server, key, layout, dtype or layout.dtype
         self._train, self._hands, self._clock, self._wall = train, hands, clock, wall_clock
         self._heartbeat, self._next_beat = heartbeat, 0.0
@@ -156,6 +157,8 @@ class Device:
         self._replays.check(note.sequence)
         if isinstance(note, TaskNote):
             self._check(note)
+        elif self.memory.token not in ("", note.run):
+            raise WireError("GMR-713", f"the end of run={note.run} instead of {self.memory.token}")
         return note
 
     def _check(self, note: TaskNote) -> None:
