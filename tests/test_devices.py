@@ -19,7 +19,7 @@ from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.schema import problems
 from fedgmr_plugin.runtimes.devices.client import measure_bandwidth
 from fedgmr_plugin.runtimes.devices.field import Field, Problem
-from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
+from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback, LoopbackHands
 from fedgmr_plugin.runtimes.devices.server import measured_by
 from fedgmr_plugin.runtimes.devices.store import Unreachable
 from fedgmr_plugin.runtimes.silos.objects import Objects
@@ -108,6 +108,23 @@ def test_the_log_replayed_gives_the_same_model(tmp_path: Path, options: dict[str
     assert (found.where, found.differences) == ("", [])
     assert found.end is not None and found.end["model_sha256"] == end["model_sha256"]
     assert found.records > 60
+
+
+def test_nothing_is_fetched_twice_where_every_message_comes_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that is told again changes nothing, whatever of it is still on its way."""
+    field = make(tmp_path, faults=Faults(duplicate=1.0, most=2.0), answer_deadline=60.0)
+    fetched: list[tuple[LoopbackHands, str]] = []
+    real = LoopbackHands.fetch
+
+    def fetch(hands: LoopbackHands, piece: Piece, then: Any) -> None:
+        fetched.append((hands, piece.key))
+        real(hands, piece, then)
+
+    monkeypatch.setattr(LoopbackHands, "fetch", fetch)
+    start(field).run(20_000)
+    assert len(fetched) == len(set(fetched)) > 60
 
 
 @pytest.mark.parametrize("loss", [0.0, 0.1, 0.3, 0.5])

@@ -186,8 +186,6 @@ class Device:
             self._begin(note)
         elif note.dispatch > self.working.dispatch:
             self.next = note
-        elif note.dispatch == self.working.dispatch and self._wanted:
-            self._begin(note)  # an object may have been lost; those that are there are not fetched again
 
     def _begin(self, note: TaskNote) -> None:
         self.working, self._repeats = note, 0
@@ -196,9 +194,8 @@ class Device:
             self._save()
         known = len(self._masks[1]) if self._masks[0] == note.ranking else 0
         pieces = [*note.masks[known:], *note.values]
-        self._parts = {p.key: self._parts[p.key] for p in pieces if p.key in self._parts}
-        self._wanted = {p.key: p for p in pieces if p.key not in self._parts}
-        for piece in list(self._wanted.values()):
+        self._parts, self._wanted = {}, {p.key: p for p in pieces}
+        for piece in pieces:
             started = self._clock()
             self._hands.fetch(piece, lambda content, p=piece, s=started: self._fetched(note, p, content, s))  # type: ignore[misc]
 
