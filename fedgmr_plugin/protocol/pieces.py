@@ -104,6 +104,12 @@ class Pieces:
         """The client holds no mask any more: it was started again."""
         self._held.pop(client, None)
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """Names of the objects that are needed now."""
+        lists = (*self._values.values(), *self._masks.values())
+        return frozenset(piece.key for pieces in lists for piece in pieces)
+
     def drop_unused(self, used: Container[tuple[int, str]]) -> list[str]:
         """Forget versions that no dispatch in `used` (version, ranking) needs; returns keys to delete."""
         gone = [key for key in self._values if key not in used]

@@ -39,6 +39,24 @@ def file_key(run: str, token: str, name: str) -> str:
     return f"fedml_{run}_sent_{token}_{name}"
 
 
+def run_prefixes(run: str) -> tuple[str, ...]:
+    """Beginnings of all names of a run; a name with one of them may be another run's."""
+    return f"fedml_{run}/", f"fedml_{run}_"
+
+
+def is_sent(key: str, run: str, token: str) -> bool:
+    """Whether the server of this run stored `key`."""
+    return key.startswith((sent_key(run, token, ""), file_key(run, token, "")))
+
+
+def is_of_run(key: str, run: str, token: str, devices: Container[int]) -> bool:
+    """Whether `key` is of this run, and of no other with its ``run_id`` as far as names tell."""
+    answer = re.fullmatch(rf"fedml_{re.escape(run)}/answers/\d+/(.+)-\d+", key)
+    is_answer = answer is not None and answer[1] == token
+    is_probe = key.startswith(f"fedml_{run}/probes/")
+    return is_sent(key, run, token) or is_answer or is_probe or is_file_answer(key, run, devices)
+
+
 def is_file_answer(key: str, run: str, devices: Container[int]) -> bool:
     """Whether one of FedML's own devices among `devices` may have written `key` in this run."""
     found = re.fullmatch(rf"fedml_{re.escape(run)}_(\d{{1,18}})_[0-9A-Za-z.-]{{1,128}}", key)

@@ -382,6 +382,10 @@ class Office:
         """Objects that are not in the store yet."""
         return self._hands.unsent()
 
+    def needed(self) -> frozenset[str]:
+        """Names of the objects that dispatches in flight need."""
+        return self.pieces.keys
+
     def somebody_works(self) -> bool:
         """Whether a device that was heard of has not said that it knows of the end."""
         return bool(set(self.seen) - self._farewells)

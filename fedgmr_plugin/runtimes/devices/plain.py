@@ -195,6 +195,9 @@ class PlainOffice(Office):
             del self.values[key]
         return [self._files.pop(key).key for key in gone]
 
+    def needed(self) -> frozenset[str]:
+        return frozenset(file.key for file in self._files.values())
+
     # -- state ----------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:

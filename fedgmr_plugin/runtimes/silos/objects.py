@@ -64,6 +64,12 @@ class Objects:
             for shelf in (self._own, *self._received.values()):
                 shelf.delete(gone)
 
+    def keys(self, prefix: str) -> list[str]:
+        """Names of the objects that begin with `prefix`."""
+        with self._lock:
+            names = {key for s in (self._own, *self._received.values()) for key, _ in s.contents}
+        return [key for key in names if key.startswith(prefix)]
+
     def held(self) -> int:
         """Bytes of all objects."""
         with self._lock:
