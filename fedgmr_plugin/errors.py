@@ -325,7 +325,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-608": CatalogueEntry(
         "run cannot be replayed",
-        "The run is none with devices or fedgmr's own silos, or what it was started with is not there any more.",
+        "The run is none with devices or with fedgmr's own silos, or what it was started with is not there "
+        "any more.",
         "Replay on the machine of the server, with the script and the configuration where they were.",
     ),
     "GMR-701": CatalogueEntry(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import queue
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.protocol.journal import Journal
+from fedgmr_plugin.protocol.notes import STATUS, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import host, resume
@@ -23,7 +27,9 @@ from fedgmr_plugin.runtimes.silos.objects import Objects
 
 host.prepare()
 
+from fedgmr_plugin.runtimes.devices import client as client_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices import live_run as live_module  # noqa: E402
+from fedgmr_plugin.runtimes.devices import server as server_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices.client import DeviceProcess  # noqa: E402
 from fedgmr_plugin.runtimes.devices.live_run import LiveRun  # noqa: E402
 from fedgmr_plugin.runtimes.devices.server import Transport, assemble_live, prepare_server  # noqa: E402
@@ -209,3 +215,80 @@ def test_a_store_that_does_not_answer_keeps_no_run_from_its_end(
     for device in devices:
         device.join(20)
     assert read_run(tmp_path / "live").end is not None
+
+
+# -- idle --------------------------------------------------------------------------------------------------
+
+
+class Enough(Exception):
+    """The time of a test is over."""
+
+
+class Sleeping(Inbox):
+    """Time goes on only while somebody waits for something to arrive."""
+
+    now, until = 0.0, 0.0
+    waits: ClassVar[list[float]] = []
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        try:
+            return super().get(False)
+        except queue.Empty:
+            waited = (timeout if timeout is not None else float("inf")) if block else 0.0
+            Sleeping.waits.append(waited)
+            Sleeping.now += waited
+            if Sleeping.now >= Sleeping.until or len(Sleeping.waits) > 5000:
+                raise Enough from None
+            raise
+
+
+@pytest.fixture
+def asleep(monkeypatch: pytest.MonkeyPatch) -> type[Sleeping]:
+    """A fake clock for servers and devices, ten minutes long."""
+    Sleeping.now, Sleeping.until, Sleeping.waits = 0.0, 600.0, []
+    clock = SimpleNamespace(monotonic=lambda: Sleeping.now)
+    for module in (live_module, client_module):
+        monkeypatch.setattr(module, "time", clock)
+    for module in (server_module, client_module):
+        monkeypatch.setattr(module, "Inbox", Sleeping)
+    return Sleeping
+
+
+@pytest.mark.parametrize("scene", ["nobody", "silent", "gone", "full disk"])
+def test_an_idle_server_wakes_up_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asleep: type[Sleeping], scene: str
+) -> None:
+    """Nothing is polled: whatever the server waits for, it sleeps until then, or for a second."""
+    world = World(tmp_path, answer_deadline=60.0, retry_seconds=7.0)
+    run = world.server()
+    for sequence, state in enumerate(("ONLINE", "OFFLINE")[: {"nobody": 0, "gone": 2}.get(scene, 1)], 1):
+        for n in (1, 2):
+            topic = to_server("7", n)
+            note = StatusNote("7", n, sequence, state, samples=40 if state == "ONLINE" else None)
+            run.inbox.put((topic, sign(note, topic, None, {"msg_type": STATUS, "sender": n})))
+    if scene == "full disk":
+
+        def full(journal: Journal, entries: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Journal, "append", full)
+    with pytest.raises(Enough):
+        run.train()
+    assert asleep.now >= 600 and len(asleep.waits) <= 640
+    assert max(asleep.waits) <= 1.0
+    dispatches = len(read_run(tmp_path / "live").records("dispatch"))
+    assert (dispatches > 0) == (scene in ("silent", "gone"))
+
+
+def test_an_idle_device_wakes_up_once_a_second(asleep: type[Sleeping], tmp_path: Path) -> None:
+    world = World(tmp_path, heartbeat_seconds=15.0)
+    process = DeviceProcess(
+        world.args,
+        1,
+        world.data(1),
+        world.model(),
+        transport=lambda hears, inbox: (Line(world, [hears], inbox), world.store),
+    )
+    with pytest.raises(Enough):
+        process.run()
+    assert len(asleep.waits) <= 640 and max(asleep.waits) <= 1.0
