@@ -24,7 +24,7 @@ from fedgmr_plugin.runtimes.silos.objects import MOST_OBJECTS, Objects
 
 pytest.importorskip("grpc", reason="grpcio is not installed")
 
-from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Peer, most_bytes
+from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Outbox, Peer, most_bytes
 
 host.prepare()
 
@@ -114,6 +114,21 @@ def test_a_clients_own_objects_are_bounded_too() -> None:
         objects.put(piece_of(bytes([n]) * 400, f"a{n}"), bytes([n]) * 400)  # again: counted once
         assert objects.held() <= 1000
     assert objects.get(piece_of(bytes([9]) * 400, "a9")) == bytes([9]) * 400
+
+
+def test_what_waits_for_somebody_who_is_away_is_bounded() -> None:
+    """A silo repeats its answer every heartbeat; what is sent when the server is back is the newest."""
+    outbox = Outbox(1000)
+    for n in range(100):
+        outbox.put(bytes([n]) * 300)
+    found = []
+    while not outbox.empty():
+        found.append(outbox.get())
+    assert found == [bytes([n]) * 300 for n in (97, 98, 99)]
+    outbox.put(bytes(5000))  # one alone may be longer
+    assert outbox.get() == bytes(5000)
+    outbox.put(None)
+    assert outbox.get() is None
 
 
 def test_bombs_are_dropped() -> None:

@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
@@ -92,6 +92,36 @@ def most_bytes(expected: Mapping[str, Any]) -> int:
     return 2 * sum(_size(e) for e in expected.values()) + 2**21
 
 
+class Outbox:
+    """Messages for one receiver, in order; of several that have more than `most` bytes the oldest go."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, 0
+        self._waiting: deque[bytes | None] = deque()
+        self._changed = threading.Condition()
+
+    def put(self, data: bytes | None) -> None:
+        """Add a message; None is the last."""
+        with self._changed:
+            self._waiting.append(data)
+            self._bytes += len(data or b"")
+            while self._bytes > self._most and len(self._waiting) > 1:
+                self._bytes -= len(self._waiting.popleft() or b"")
+            self._changed.notify()
+
+    def get(self) -> bytes | None:
+        """Wait for the next message."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            data = self._waiting.popleft()
+            self._bytes -= len(data or b"")
+            return data
+
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._waiting
+
+
 class GrpcLink:
     """As `fedgmr_plugin.runtimes.devices.mqtt.MqttLink`, over FedML's gRPC service.
 
@@ -127,7 +157,7 @@ class GrpcLink:
         self._peers, self._inbox, self._objects, self._plain = dict(peers), inbox, objects, plain
         self._expected, self._hears = expected, dict(hears)
         self.dropped: Counter[str] = Counter()
-        self._outboxes: dict[int, queue.SimpleQueue[bytes | None]] = {}
+        self._outboxes: dict[int, Outbox] = {}
         self._stopped = threading.Event()
         self._grpc, self._messages, self._service = _grpc()
         self._most = most_bytes(expected)
@@ -170,7 +200,7 @@ class GrpcLink:
         receiver = int(message["receiver"])
         data = self._pickled(message) if self._plain else self._framed(topic, payload, message)
         if receiver not in self._outboxes:
-            box: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+            box = Outbox(self._most)
             self._outboxes[receiver] = box
             threading.Thread(
                 target=self._send_all, args=(receiver, box), name=f"fedgmr-grpc-{receiver}", daemon=True
@@ -191,7 +221,7 @@ class GrpcLink:
 
     # -- sending --------------------------------------------------------------------------------------
 
-    def _send_all(self, receiver: int, box: queue.SimpleQueue[bytes | None]) -> None:
+    def _send_all(self, receiver: int, box: Outbox) -> None:
         while (data := box.get()) is not None:
             self._send(receiver, data)
 
