@@ -227,7 +227,7 @@ def test_a_device_that_dies_around_its_training_trains_nothing_twice(tmp_path: P
     else:
         answers = device.memory.answered
         field.until(lambda: device.memory.answered != answers)
-        for key in [k for k in field.world.objects if k.endswith("-1") and "/answers/" in k]:
+        for key in [k for k in field.world.objects if "/answers/1/" in k]:
             del field.world.objects[key]  # it had not reached the store
     field.stop(0)
     field.until(lambda now=field.world.now: field.world.now > now + 1)  # type: ignore[misc]

@@ -128,18 +128,12 @@ class Field:
             wall_clock=lambda: int(self.world.now * 1000),
         )
         self.hands = LoopbackHands(self.world)
+        rest = (desk, Pieces(desk.run, TOKEN), TOKEN, self.hands, self.clock)
+        common: tuple[Any, ...] = (self._record, *rest)
         if self.config.device_submodel != "wire":
-            return PlainOffice(
-                *self.parts(),
-                self._record,
-                desk,
-                Pieces(TOKEN),
-                TOKEN,
-                self.hands,
-                self.clock,
-                codec=codec_of(self.config, self.problem.model(), self.layout, self._input_shape),
-            )
-        return Office(*self.parts(), self._record, desk, Pieces(TOKEN), TOKEN, self.hands, self.clock)
+            codec = codec_of(self.config, self.problem.model(), self.layout, self._input_shape)
+            return PlainOffice(*self.parts(), *common, codec=codec)
+        return Office(*self.parts(), *common)
 
     @property
     def _input_shape(self) -> tuple[int, ...]:

@@ -23,13 +23,14 @@ class Memory:
 
     Attributes:
         folder: made where it is missing; None keeps nothing.
-        token: run that the rest belongs to.
+        token: the server's name of the run that the rest belongs to; "" before the first task.
         sequence: last number used for a message.
         answered: last dispatch that was trained; -1 before the first.
         update: the object of its answer; None once the server has been heard to go on.
         content: its bytes.
         heard: the server's sequence numbers, as `fedgmr_plugin.protocol.desk.Replays.state`.
         reserved: numbers up to this one are not used again after a restart, whatever the clock says.
+        run: FedML's ``run_id`` of that run.
     """
 
     folder: Path | None = None
@@ -40,6 +41,7 @@ class Memory:
     content: bytes | memoryview = b""
     heard: tuple[int, int] = (-1, 0)
     reserved: int = 0
+    run: str = ""
 
     @staticmethod
     def load(folder: Path | None) -> Memory:
@@ -54,6 +56,7 @@ class Memory:
             highest, seen = kept["heard"]
             found = Memory(folder, str(kept["token"]), int(kept["reserved"]), int(kept["answered"]))
             found.heard, found.reserved = (int(highest), int(seen)), found.sequence
+            found.run = str(kept.get("run", ""))
             update = None if kept["update"] is None else Piece(*kept["update"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return Memory(folder)
@@ -62,6 +65,11 @@ class Memory:
             found.update = update if found.content else None
             found.answered = found.answered if found.content else -1
         return found
+
+    def enter(self, run: str) -> None:
+        """Begin anew, except for sequence numbers, where `run` is another one of FedML's than before."""
+        if run != self.run:
+            self.run, self.token, self.answered, self.update, self.content = run, "", -1, None, b""
 
     def next_sequence(self, now: int) -> int:
         """The next sequence number: increasing, also over restarts and where the clock jumps.
@@ -84,6 +92,7 @@ class Memory:
         if self.folder is None:
             return
         kept = {
+            "run": self.run,
             "token": self.token,
             "reserved": self.reserved,
             "answered": self.answered,

@@ -28,8 +28,9 @@ from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
 from fedgmr_plugin.protocol.history import entry_of, event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.messages import PayloadOrder, upload
-from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote, answer_key
+from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote
 from fedgmr_plugin.protocol.pieces import Piece, Pieces
+from fedgmr_plugin.protocol.storekeys import answer_key
 from fedgmr_plugin.protocol.wire import Limits, decode
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Office:
         examiner: measures its models.
         record: receives every record of the run log but the header, in order.
         desk, pieces: of the run.
-        token: name of this run that no other has, 16 hex digits; first part of every object's key.
+        token: name of this run that no other has, 16 hex digits; part of every object's key.
         hands: carries objects and messages.
         clock: seconds since the run began; does not decrease.
         measured: density of a device from its bandwidth (up, down; MB/s); None where the configuration says.
@@ -211,13 +212,13 @@ class Office:
             self._remind(client, note.dispatch)
             if client in self.server.away:
                 self._welcome(client, now)
-        elif note.update.key != answer_key(self.token, note.dispatch, self.desk.devices[client]):
+        elif note.update.key != self._answer_key(note.dispatch, client):
             self.desk.count(client, "GMR-747")
         elif note.dispatch not in self.server.staged and note.dispatch not in self._fetching:
             most = 8 + MOST_HEADER + flight.ranking.ends[flight.rung] * self._dtype.itemsize
             if note.update.size > most:
                 problem = f"bytes={note.update.size} of an update that has {most} at most"
-                self._refuse(client, note.dispatch, WireError("GMR-710", problem))
+                self._refuse(client, note.dispatch, WireError("GMR-710", problem), [note.update.key])
                 return
             self._fetching.add(note.dispatch)
             self._hands.fetch(note.update, lambda content: self._fetched(client, note, content))
@@ -244,13 +245,16 @@ class Office:
                     "GMR-747", f"an update of dispatch={arrived.dispatch}, client={arrived.client}"
                 )
         except WireError as refusal:
-            self._refuse(client, note.dispatch, refusal)
+            self._refuse(client, note.dispatch, refusal, [note.update.key])
             return
         self.received[client] = self.received.get(client, 0) + len(content)
         events: list[LiveEvent] = [arrived]
         if client in self.server.away:
             events.append(ClientJoined(client, now))
         self._apply(events, [note.update.key])
+
+    def _answer_key(self, dispatch: int, client: int) -> str:
+        return answer_key(self.desk.run, self.token, dispatch, self.desk.devices[client])
 
     def _limits(self, dispatch: int) -> Limits:
         flight = self.server.flights[dispatch]
@@ -268,9 +272,10 @@ class Office:
         """Type in which values travel."""
         return self.pieces.dtype or self.server.layout.dtype
 
-    def _refuse(self, client: int, dispatch: int, refusal: WireError) -> None:
+    def _refuse(self, client: int, dispatch: int, refusal: WireError, needless: Sequence[str] = ()) -> None:
         self.desk.count(client, refusal.code)
-        self._apply([UploadRefused(dispatch, client, self._clock(), refusal.code, refusal.message)])
+        refused = UploadRefused(dispatch, client, self._clock(), refusal.code, refusal.message)
+        self._apply([refused], needless)
 
     # -- events ---------------------------------------------------------------------------------------
 
@@ -376,6 +381,10 @@ class Office:
     def unsent(self) -> list[tuple[Piece, Content]]:
         """Objects that are not in the store yet."""
         return self._hands.unsent()
+
+    def needed(self) -> frozenset[str]:
+        """Names of the objects that dispatches in flight need."""
+        return self.pieces.keys
 
     def somebody_works(self) -> bool:
         """Whether a device that was heard of has not said that it knows of the end."""

@@ -26,6 +26,7 @@ from fedgmr_plugin.runtimes.data import ClientSamples, EvaluationBatches, Federa
 from fedgmr_plugin.runtimes.devices.codecs import codec_of
 from fedgmr_plugin.runtimes.devices.connection import connection, device_ids, device_keys, services
 from fedgmr_plugin.runtimes.devices.hands import Store, ThreadedHands
+from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.live_run import Clock, Connected, LiveRun, token_of
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.office import Office
@@ -106,7 +107,7 @@ def assemble_live(
     token = token_of(directory, resumed is not None)
     where = getattr(args, "yaml_config_file", "") or "args"
     desk = Desk(here.run, here.server, here.devices, device_keys(config, here.devices, where))
-    inbox: queue.Queue[Any] = queue.Queue(100_000)
+    inbox = Inbox()
     link, store = transport(desk, inbox)
     hands = ThreadedHands(store, link, inbox)
     clock = Clock()
@@ -116,7 +117,7 @@ def assemble_live(
         Examiner(server, setup.bench, lambda: setup.data.test, evaluate),
         lambda fields: run.record(fields),
         desk,
-        Pieces(token, PAYLOAD_TYPES[config.payload_dtype]),
+        Pieces(here.run, token, PAYLOAD_TYPES[config.payload_dtype]),
         token,
         hands,
         clock,
