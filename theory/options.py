@@ -34,7 +34,10 @@ _LADDER = list_of(DENSITY.test, "at least one density in (0, 1]", least=1)
 
 #: ``config``: option -> what it can be.
 OPTIONS: dict[str, Rule] = {
-    "method": TEXT,
+    "method": word(
+        "fedgmr", "fedavg", "fedprox", "fedasync", "fedbuff",
+        *(name + form for name in ("heterofl", "fjord", "fedrolex", "fiarse") for form in ("", "+aux", "+gmr")),
+    ),
     "heterogeneity": word("high", "medium", "low", "none"),
     "densities": or_null(_DENSITIES),
     "density_ladder": _LADDER,
