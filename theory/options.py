@@ -32,11 +32,13 @@ from theory.rules import (
 _DENSITIES = list_of(DENSITY.test, "densities in (0, 1]")
 _LADDER = list_of(DENSITY.test, "at least one density in (0, 1]", least=1)
 
+_SUBMODEL = ("heterofl", "fjord", "fedrolex", "fiarse")
+
 #: ``config``: option -> what it can be.
 OPTIONS: dict[str, Rule] = {
     "method": word(
         "fedgmr", "fedavg", "fedprox", "fedasync", "fedbuff",
-        *(name + form for name in ("heterofl", "fjord", "fedrolex", "fiarse") for form in ("", "+aux", "+gmr")),
+        *(f"{name}{form}" for name in _SUBMODEL for form in ("", "+aux", "+gmr")),
     ),
     "heterogeneity": word("high", "medium", "low", "none"),
     "densities": or_null(_DENSITIES),
