@@ -174,8 +174,8 @@ def _report(experiment: Experiment, runs: list[Path], folder: Path) -> None:
     from fedgmr_plugin.report import render, tabulate, to_csv, to_latex
 
     logs = [read_run(run) for run in runs]
-    methods = {run.name.rpartition("-")[0] for run in runs}
-    against = experiment.against if experiment.against in methods else None
+    theirs = [run.name for run in runs if run.name.rpartition("-")[0] == experiment.against]
+    against = theirs[0] if theirs else None  # any of its runs names a method
     table = tabulate(logs, against=against, last=experiment.last)
     page = render(logs, experiment.title, against=against, last=experiment.last)
     for name, text in (("report.html", page), ("table.csv", to_csv(*table)), ("table.tex", to_latex(*table))):
