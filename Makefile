@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 	$(BIN)/fedgmr demo
 
 test: system-packages lint
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov --cov-report=term
 	$(MAKE) --no-print-directory docs
 
 lint: $(BUILT_FOR_TESTS)
