@@ -176,6 +176,11 @@ class FedGMRConfig(BaseModel):
     mixing: bool = Field(
         False, description="Mix the merged model in by the participating share of the clients."
     )
+    upload: Literal["full", "decoupled"] = Field(
+        "full",
+        description="What a restored client sends back: its whole update; or the largest part that its link "
+        "carries as fast as its first sub-model, the rest being added to its next one (error feedback).",
+    )
     server_step: Positive = Field(1.0, description="Server step size, a factor on the merged change.")
     norm_bound: Positive | None = Field(
         None,
@@ -443,6 +448,9 @@ class FedGMRConfig(BaseModel):
                 f"GMR-106|local_objective|local_objective={self.local_objective} is about sub-models, but "
                 "dense_start=true gives everybody the whole model"
             )
+        if self.upload == "decoupled" and (self.payload_rule == "encoded" or self.probe):
+            other = "probe=true" if self.probe else "payload_rule=encoded"
+            problems.append(f"GMR-106|upload|upload=decoupled cannot be combined with {other}")
         if self.payload_rule == "encoded" and self.model_megabytes is not None:
             problems.append(
                 f"GMR-106|model_megabytes|model_megabytes={self.model_megabytes} has no meaning with "

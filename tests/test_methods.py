@@ -350,6 +350,11 @@ def test_fiarse_differentiates_the_threshold() -> None:
 # -- what all of them must do --------------------------------------------------------------------------------
 
 ALL = pytest.mark.parametrize("method", list(METHODS))
+#: Every method, and options that a method may be combined with.
+CASES = pytest.mark.parametrize(
+    ("method", "extra"),
+    [*((m, {}) for m in METHODS), *((m, {"upload": "decoupled"}) for m in ("fedgmr", "fjord+gmr"))],
+)
 
 
 def test_every_method_has_a_name_in_the_configuration() -> None:
@@ -367,11 +372,20 @@ def test_options_of_a_method(method: str) -> None:
     assert (changed.interval, changed.staleness) == (7, "hinge")
 
 
-@ALL
-def test_a_method_learns_and_its_log_holds(tmp_path: Path, method: str, capsys: Any) -> None:
+@CASES
+def test_a_method_learns_and_its_log_holds(
+    tmp_path: Path, method: str, extra: dict[str, Any], capsys: Any
+) -> None:
     """Twice the same bits; no check of the theory finds the log untrue."""
     densities = [1.0, 0.6, 0.6, 0.3]
-    options = {"method": method, "densities": densities, "interval": 20, "patience": 1, "density_min": 0.3}
+    options = {
+        "method": method,
+        "densities": densities,
+        "interval": 20,
+        "patience": 1,
+        "density_min": 0.3,
+        **extra,
+    }
     _, log = trained(tmp_path, iid(), 100, **options)
     assert log.records("evaluation")[-1]["accuracy"] > 0.7  # of 4 classes
     _, again = trained(tmp_path, iid(), 100, **options)
@@ -384,12 +398,12 @@ def test_a_method_learns_and_its_log_holds(tmp_path: Path, method: str, capsys: 
     assert status.value.code == 0, capsys.readouterr().out
 
 
-def started(tmp_path: Path, method: str, name: str) -> Run:
+def started(tmp_path: Path, method: str, name: str, **extra: Any) -> Run:
     register()
     x, y, parts = iid()
     options = {"method": method, "densities": list(DENSITIES), "interval": 5, "patience": 1,
                "output_dir": str(tmp_path), "run_name": name, "validation_fraction": 0.2,
-               "local_steps": STEPS, "progress": False}  # fmt: skip
+               "local_steps": STEPS, "progress": False, **extra}  # fmt: skip
     keys = {"client_num_in_total": CLIENTS, "client_num_per_round": CLIENTS, "comm_round": 30}
     args = SimpleNamespace(**{**KEYS, **keys, "random_seed": 3, "batch_size": BATCH, "fedgmr_args": options})
     dataset = fedml_dataset((x, y), blobs(2, 100), parts, BATCH, classes=SIZES[-1])
@@ -403,16 +417,16 @@ def finish(run: Run) -> str:
     return str(end["model_sha256"])
 
 
-@ALL
-def test_a_method_goes_on_from_its_snapshot(tmp_path: Path, method: str) -> None:
-    first = started(tmp_path, method, "first")
+@CASES
+def test_a_method_goes_on_from_its_snapshot(tmp_path: Path, method: str, extra: dict[str, Any]) -> None:
+    first = started(tmp_path, method, "first", **extra)
     first.simulation.start()
     for _ in range(13):
         first.simulation.step()
     saved = snapshot_simulation(first.simulation)
     meta = json.loads(json.dumps(saved.meta))
     tensors = {name: tensor.clone() for name, tensor in saved.tensors.items()}
-    second = started(tmp_path, method, "second")
+    second = started(tmp_path, method, "second", **extra)
     restore_simulation(second.simulation, Snapshot(meta, tensors))
     assert finish(first) == finish(second)
 

@@ -195,14 +195,14 @@ class Frame:
             return "trim or norm_bound changes uploads before they are merged"
         if config("staleness_normalised") is False:
             return "staleness_normalised=false: staleness scales each upload's change"
-        return (
-            "label_masks=true: rows of the last layer count for some clients only" if self.lacks_rows else ""
-        )
+        if config("upload") == "decoupled":
+            return "upload=decoupled: clients send parts of their changes, and earlier parts with them"
+        return "label_masks=true: some rows of the last layer do not count" if self.lacks_rows else ""
 
     @property
     def lacks_rows(self) -> bool:
-        """Whether uploads count without the rows of classes that a client's data do not have."""
-        return self.log.config("label_masks") is True
+        """Whether uploads lack coordinates of their masks: rows of unknown classes, or what was not sent."""
+        return self.log.config("label_masks") is True or self.log.config("upload") == "decoupled"
 
     @property
     def statistics_move(self) -> bool:

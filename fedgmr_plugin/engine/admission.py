@@ -71,7 +71,11 @@ def admit(
         )
     if flight.version < oldest:
         raise UpdateRejected("GMR-407", f"version={flight.version} is older than {oldest}")
-    wanted = (flight.ranking.ends[flight.rung],)
+    wanted: tuple[int, ...] = (flight.ranking.ends[flight.rung],)
+    if upload.sent_S is not None:
+        if tuple(upload.sent_S.shape) != wanted:
+            raise UpdateRejected("GMR-402", f"names of {tuple(upload.sent_S.shape)} instead of {wanted}")
+        wanted = (int(torch.count_nonzero(upload.sent_S)),)
     if tuple(upload.values_S.shape) != wanted:
         raise UpdateRejected("GMR-402", f"shape={tuple(upload.values_S.shape)} instead of {wanted}")
     if upload.values_S.dtype != dtype:

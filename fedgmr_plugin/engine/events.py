@@ -29,6 +29,7 @@ class UploadArrived:
         samples: training samples processed, > 0.
         time: seconds at which the last byte arrived.
         bytes_up: size of the upload, bytes.
+        sent_S: bool [S], the coordinates that `values_S` has, where it does not have all of them.
         steps, train_loss, drift_sq, change_sq: see the run log's `arrival` record.
     """
 
@@ -38,6 +39,7 @@ class UploadArrived:
     samples: float
     time: float
     bytes_up: float = 0.0
+    sent_S: Tensor | None = None
     steps: int = 0
     train_loss: float | None = None
     drift_sq: float | None = None

@@ -29,8 +29,14 @@ class Restricted:
         self._shares = shares
         self._known: OrderedDict[tuple[str, int], Ranking] = OrderedDict()
 
-    def __call__(self, client: int, update: MaskedUpdate) -> MaskedUpdate:
-        """The part of a client's update that counts: none of its rungs holds the other coordinates."""
+    def __call__(self, client: int, update: MaskedUpdate, sent_S: Tensor | None = None) -> MaskedUpdate:
+        """The part of a client's update that counts: none of its rungs holds the other coordinates.
+
+        Args:
+            sent_S: bool [S], which coordinates `update` has the values of; None for all.
+        """
+        if sent_S is not None:
+            update = _named(update, sent_S)
         share_D = None if self._shares is None else self._shares(client)
         if share_D is None:
             return update
@@ -48,6 +54,15 @@ class Restricted:
         if len(self._known) > _MOST:
             self._known.popitem(last=False)
         return self._known[key]
+
+
+def _named(update: MaskedUpdate, sent_S: Tensor) -> MaskedUpdate:
+    """An update of the coordinates `sent_S` alone, under a ranking that has no others."""
+    ranking = update.ranking
+    rung_D = torch.full_like(ranking.rung_D, len(ranking.densities))
+    held_D = update.index_S[sent_S]
+    rung_D[held_D] = ranking.rung_D[held_D]
+    return update._replace(ranking=Ranking(ranking.densities, rung_D))
 
 
 def known_classes(samples: Samples, classes: int) -> Tensor:

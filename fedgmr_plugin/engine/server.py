@@ -330,7 +330,7 @@ class Server:
         )
         samples = float(upload.samples)
         update = MaskedUpdate(flight.ranking, flight.rung, upload.values_S, samples)
-        update = self._restricted(upload.client, update)
+        update = self._restricted(upload.client, update, upload.sent_S)
         if c.staleness_normalised:
             return update._replace(weight=samples * damping)
         return scaled(update, damping, self.w_D, c.update_form, self._buffers)

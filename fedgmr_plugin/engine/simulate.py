@@ -7,7 +7,7 @@ come from callables, and how a window's clients are trained (here, in other proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from fedgmr_plugin.engine.probe import Probe, probe_set
 from fedgmr_plugin.engine.probing import Probing
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Server
+from fedgmr_plugin.engine.uplink import Thinned, Uplink
 from fedgmr_plugin.engine.workbench import Evaluator, Workbench
 
 
@@ -88,6 +89,9 @@ class Simulation(Course):
         self.clients, self.training = bench.clients, bench.training
         self._executor = executor or InTurn(bench.train)
         self._sizes = sizes
+        self.uplink: Uplink | None = None
+        if self.config.upload == "decoupled":
+            self.uplink = Uplink(self.layout, network.densities, self.config.update_form)
         self.pending: dict[int, Dispatch] = {}
         self._probing = self._make_probing()
 
@@ -121,10 +125,10 @@ class Simulation(Course):
         if self._probing is not None:
             self._probing.answered(sent, list(self.pending.values()))
         updates = list(self._train(sent))
-        del sent  # payloads whose time is over: memory for those that the server cuts next
         effects: list[Effect] = []
-        for arrival, update in zip(window.arrivals, updates, strict=True):
-            effects += self.server.handle(_upload(arrival, update))
+        for arrival, update, part in zip(window.arrivals, updates, self._thinned(sent, updates), strict=True):
+            effects += self.server.handle(_upload(arrival, update, part))
+        del sent  # payloads whose time is over: memory for those that the server cuts next
         closed = WindowClosed(window.start, window.close, window.end)
         if self._probing is not None:
             return effects + self._probing.merge(closed, updates)
@@ -137,6 +141,14 @@ class Simulation(Course):
         if probing is None or not probing.watching:
             return self._executor.finish(sent)
         return [self.bench.train(d, probing.watch(d, self.bench.model)) for d in sent]
+
+    def _thinned(self, sent: Sequence[Dispatch], updates: Sequence[LocalUpdate]) -> Iterator[Thinned]:
+        """What of the updates travels."""
+        for dispatch, update in zip(sent, updates, strict=True):
+            if self.uplink is None:
+                yield Thinned(update.values_S, None)
+            else:
+                yield self.uplink.thin(dispatch, update.values_S)
 
     # -- state ----------------------------------------------------------------------------------------
 
@@ -163,7 +175,12 @@ class Simulation(Course):
 
     def _send(self, sent: Dispatch) -> float:
         share = len(sent.values_S) / self.layout.size
-        megabytes = self.network.dispatch(sent.dispatch, sent.client, sent.density, share, self._sizes(sent))
+        transfer = self._sizes(sent)
+        if self.uplink is not None:
+            network = self.network
+            down = payload_megabytes(self.config, network.model_megabytes, sent.density, share)
+            transfer = Transfer(down, min(down, network.model_megabytes * self.uplink.share(sent)))
+        megabytes = self.network.dispatch(sent.dispatch, sent.client, sent.density, share, transfer)
         self._await(sent)
         if self._probing is not None:
             self._probing.dispatched(sent)
@@ -196,12 +213,13 @@ class Simulation(Course):
         return mean_flight_seconds(self.config, megabytes, client, density, network.densities[client])
 
 
-def _upload(arrival: Arrival, update: LocalUpdate) -> UploadArrived:
+def _upload(arrival: Arrival, update: LocalUpdate, part: Thinned) -> UploadArrived:
     stats = update.stats
     return UploadArrived(
         dispatch=arrival.dispatch,
         client=update.client,
-        values_S=update.values_S,
+        values_S=part.values_S,
+        sent_S=part.sent_S,
         samples=stats.samples,
         time=arrival.time,
         bytes_up=arrival.megabytes * 1e6,

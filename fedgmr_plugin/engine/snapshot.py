@@ -45,8 +45,10 @@ def snapshot(server: Server) -> Snapshot:
         }
 
     def admitted(a: Admitted, group: str) -> dict[str, Any]:
-        upload = {k: v for k, v in vars(a.upload).items() if k != "values_S"}
+        upload = {k: v for k, v in vars(a.upload).items() if k not in ("values_S", "sent_S")}
         tensors[f"{group}.{a.upload.dispatch}"] = a.upload.values_S.clone()
+        if a.upload.sent_S is not None:
+            tensors[f"{group}.{a.upload.dispatch}.sent"] = a.upload.sent_S.clone()
         return {"flight": flight(a.flight), "upload": upload}
 
     rankings[server.ranking.digest] = server.ranking
@@ -91,8 +93,10 @@ def restore(server: Server, state: Snapshot) -> None:
         return InFlight(f["client"], f["version"], f["density"], rankings[f["ranking"]], f["rung"])
 
     def admitted(a: dict[str, Any], group: str) -> Admitted:
-        values_S = tensors[f"{group}.{a['upload']['dispatch']}"].clone()
-        return Admitted(flight(a["flight"]), UploadArrived(values_S=values_S, **a["upload"]))
+        name = f"{group}.{a['upload']['dispatch']}"
+        sent_S = tensors.get(f"{name}.sent")
+        upload = UploadArrived(values_S=tensors[name].clone(), sent_S=sent_S, **a["upload"])
+        return Admitted(flight(a["flight"]), upload)
 
     if "interval_start" in tensors:
         server.interval_start_D = tensors["interval_start"].clone()
@@ -124,6 +128,8 @@ def snapshot_simulation(simulation: Simulation) -> Snapshot:
         tensors[payload] = d.values_S
         kept = {k: v for k, v in vars(d).items() if k not in ("ranking", "values_S")}
         pending.append({**kept, "payload": payload})
+    if simulation.uplink is not None:
+        tensors.update({f"residual.{n}": owed_D for n, owed_D in simulation.uplink.residual.items()})
     starts = simulation.probed_starts
     tensors.update({f"start.{version}": w_D for version, w_D in starts.items()})
     return Snapshot(
@@ -151,6 +157,9 @@ def restore_simulation(simulation: Simulation, state: Snapshot) -> None:
         ranking = flights[fields["dispatch"]].ranking
         pending.append(Dispatch(ranking=ranking, values_S=tensors[kept["payload"]], **fields))
     simulation.wait_for(pending)
+    if simulation.uplink is not None:
+        owed = {name[9:]: owed_D for name, owed_D in tensors.items() if name.startswith("residual.")}
+        simulation.uplink.residual = {int(n): owed_D.clone() for n, owed_D in owed.items()}
     simulation.probed_starts = {version: tensors[f"start.{version}"] for version in meta["starts"]}
     simulation.traffic = meta["traffic"]
 

@@ -186,7 +186,7 @@ def nested(frame: Frame) -> Condition:
     if (frame.log["dispatch"].codes["ranking"] < 0).all():
         return Condition("NEST", None, frame.nested, "rankings are not logged")
     if frame.lacks_rows:
-        reason = "label_masks=true: a client's mask lacks the rows of classes that its data do not have"
+        reason = f"uploads lack coordinates of their masks ({frame.hook.split(':')[0]})"
         return Condition("NEST", False, frame.nested, reason, int(several.sum()))
     count = int((several & ~frame.nested).sum())
     reason = (

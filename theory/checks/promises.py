@@ -180,14 +180,20 @@ def local_steps(frame: Frame) -> Finding:
 
 
 def payload(frame: Frame) -> Finding:
-    """A sub-model moves S times its density (``payload_rule`` density) or its share of all coordinates."""
+    """A sub-model moves S times its density (``payload_rule`` density) or its share of all coordinates.
+
+    Decoupled uploads are smaller, by how much the log does not tell.
+    """
     title, log = "sub-models move the bytes of their payload rule", frame.log
     rule, megabytes, size = log.config("payload_rule"), log.number("model_megabytes"), log.layout("size")
     sent, came = log["dispatch"], log["arrival"]
     down = sent["density"] if rule == "density" else sent["support"] / (size or np.nan)
     if rule not in ("density", "support") or megabytes is None:
         return undetermined("payload", "log", title, "the log does not say what a sub-model moves")
-    expected = megabytes * 1e6 * np.concatenate([down, gather(down, frame.arrival_dispatch)])
+    up = gather(down, frame.arrival_dispatch)
+    if log.config("upload") == "decoupled":
+        up = np.full(len(came), np.nan)
+    expected = megabytes * 1e6 * np.concatenate([down, up])
     logged = np.concatenate([sent["bytes_down"], came["bytes_up"]])
     place = Place(np.concatenate([sent.line, came.line]))
     return law(

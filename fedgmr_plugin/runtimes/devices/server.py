@@ -202,6 +202,8 @@ def _refuse_simulated(config: FedGMRConfig) -> None:
         wrong.append("probe=true needs the clients' data")
     if config.trigger == "gradient":
         wrong.append("trigger=gradient needs the clients' data")
+    if config.upload != "full":
+        wrong.append(f"upload={config.upload} is known to simulated clients only")
     if config.label_masks:
         wrong.append("label_masks=true needs the clients' data")
     if config.local_objective != "plain":

@@ -1,0 +1,140 @@
+"""Decoupled uploads: top-k with error feedback, against a loop over coordinates."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.restricted import Restricted
+from fedgmr_plugin.engine.uplink import Uplink
+from fedgmr_plugin.kernels import build_layout
+from fedgmr_plugin.kernels.aggregate import MaskedUpdate, merge
+from fedgmr_plugin.kernels.masks import Ranking, rank, scores
+
+Form = Literal["delta", "replacement"]
+LADDER = (0.1, 0.4, 1.0)
+
+
+def setting(seed: int = 0) -> tuple[Any, Tensor, Ranking]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 8), nn.Linear(8, 3))
+    layout = build_layout(model)
+    w_D = layout.gather(model)
+    return layout, w_D, rank(layout, w_D, scores("magnitude", layout, w_D), LADDER)
+
+
+def dispatch(layout: Any, w_D: Tensor, ranking: Ranking, rung: int, client: int = 0) -> Dispatch:
+    values_S = ranking.cut(w_D, rung)
+    return Dispatch(0, client, 0, 0, LADDER[rung], ranking, rung, values_S, 1.0)
+
+
+def brute(layout: Any, sent: Dispatch, trained_S: Tensor, owed: dict[int, float], k: int, form: Form) -> Any:
+    """{coordinate: value sent}, and what is owed afterwards, one coordinate after another."""
+    index = sent.ranking.support(sent.rung).tolist()
+    prunable = {j for e in layout.of_kind("prunable") for j in range(e.offset, e.offset + e.size)}
+    change, out = {}, {}
+    for place, j in enumerate(index):
+        base = float(sent.values_S[place]) if form == "replacement" else 0.0
+        if j in prunable:
+            change[j] = float(torch.tensor(float(trained_S[place]) - base) + torch.tensor(owed.get(j, 0.0)))
+        else:
+            out[j] = float(trained_S[place])
+    chosen = sorted(change, key=lambda j: (-abs(change[j]), index.index(j)))[:k]
+    for j in chosen:
+        place = index.index(j)
+        base = float(sent.values_S[place]) if form == "replacement" else 0.0
+        out[j] = base + change[j]
+    left = {j: v for j, v in owed.items() if j not in change}
+    return out, {**left, **{j: v for j, v in change.items() if j not in chosen and v != 0.0}}
+
+
+@pytest.mark.parametrize("form", ["delta", "replacement"])
+def test_the_largest_changes_go_first_and_nothing_is_lost(form: Form) -> None:
+    layout, w_D, ranking = setting()
+    uplink = Uplink(layout, [0.1], form)
+    k = int(0.1 * layout.prunable)
+    owed: dict[int, float] = {}
+    generator = torch.Generator().manual_seed(1)
+    for rung in (0, 1, 2, 2, 1, 2):
+        sent = dispatch(layout, w_D, ranking, rung)
+        noise_S = torch.randn(len(sent.values_S), generator=generator)
+        trained_S = sent.values_S + noise_S if form == "replacement" else noise_S
+        expected, owed = brute(layout, sent, trained_S, owed, k, form)
+        thinned = uplink.thin(sent, trained_S)
+        index_S = ranking.support(rung)
+        if thinned.sent_S is not None:
+            index_S = index_S[thinned.sent_S]
+        got = dict(zip(index_S.tolist(), thinned.values_S.tolist(), strict=True))
+        assert got.keys() == expected.keys()
+        assert all(math.isclose(got[j], expected[j], abs_tol=1e-6) for j in got)
+        left_D = uplink.residual.get(0, torch.zeros(layout.size))
+        assert {j for j, v in enumerate(left_D.tolist()) if v} == owed.keys()
+        assert all(math.isclose(float(left_D[j]), v, abs_tol=1e-5) for j, v in owed.items())
+
+
+def test_a_sub_model_that_the_link_carries_goes_as_it_is() -> None:
+    layout, w_D, ranking = setting()
+    uplink = Uplink(layout, [0.4], "delta")
+    for rung in (0, 1):
+        sent = dispatch(layout, w_D, ranking, rung)
+        thinned = uplink.thin(sent, sent.values_S)
+        assert thinned.sent_S is None and thinned.values_S is sent.values_S
+        assert uplink.share(sent) == ranking.ends[rung] / layout.size
+    assert not uplink.residual
+
+
+def test_size_counts_values_and_the_names_of_their_coordinates() -> None:
+    layout, w_D, ranking = setting()
+    uplink = Uplink(layout, [0.1], "delta")
+    n, k = layout.prunable, int(0.1 * layout.prunable)
+    others = layout.size - n
+    bits = math.log2(math.comb(n, k))
+    expected = (others + k + bits / 32) / layout.size
+    assert math.isclose(uplink.share(dispatch(layout, w_D, ranking, 2)), expected, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["delta", "replacement"])
+def test_the_server_merges_a_part_over_those_who_sent_it(form: Form) -> None:
+    """Two clients, one of which sent a part: a coordinate is the mean over who sent it, in fractions."""
+    layout, w_D, ranking = setting()
+    buffers = layout.size - layout.parameters
+    sent = dispatch(layout, w_D, ranking, 2)
+    generator = torch.Generator().manual_seed(4)
+    trained = [torch.randn(len(sent.values_S), generator=generator) for _ in range(2)]
+    uplink = Uplink(layout, [0.1], form)
+    part = uplink.thin(sent, trained[0])
+    assert part.sent_S is not None
+    restricted = Restricted(None)
+    updates = [
+        restricted(0, MaskedUpdate(ranking, 2, part.values_S, 2.0), part.sent_S),
+        restricted(1, MaskedUpdate(ranking, 2, trained[1], 3.0)),
+    ]
+    merged = merge(ranking.ranked(w_D), ranking, updates, form=form, buffers=buffers)
+    found_D = ranking.flat(merged.w_D)
+    index = ranking.support(2).tolist()
+    sent_of = dict(zip([j for j, s in zip(index, part.sent_S.tolist(), strict=True) if s],
+                       part.values_S.tolist(), strict=True))  # fmt: skip
+    whole = dict(zip(index, trained[1].tolist(), strict=True))
+    for j in range(layout.size):
+        values = [(Fraction(2), sent_of[j])] if j in sent_of else []
+        values.append((Fraction(3), whole[j]))
+        mean = sum(c * Fraction(v) for c, v in values) / sum(c for c, _ in values)
+        if form == "delta" and j < layout.parameters:
+            mean += Fraction(float(w_D[j]))
+        assert math.isclose(float(found_D[j]), float(mean), rel_tol=1e-5, abs_tol=1e-6), j
+
+
+def test_options() -> None:
+    from fedgmr_plugin.config import parse
+    from fedgmr_plugin.errors import ConfigError
+
+    assert parse({"upload": "decoupled"}, where="here").upload == "decoupled"
+    for other in ({"probe": True}, {"payload_rule": "encoded"}):
+        with pytest.raises(ConfigError, match="upload=decoupled cannot be combined with"):
+            parse({"upload": "decoupled", **other}, where="here")
