@@ -201,7 +201,11 @@ class Job:
         return [{k: v for k, v in r.items() if k != "wall_seconds"} for r in records]
 
 
-ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+ROOT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_odls_base_sigkill_timeout": "20",  # from SIGTERM to SIGKILL, seconds: machines may be busy
+}
 PYTHON = [sys.executable, "-m", "fedgmr_plugin"]
 
 

@@ -235,7 +235,7 @@ class BuiltinTrainer:
                 for leaf in leaves:
                     leaf.parameter.grad = leaf.tensor.grad = None
                 with view.step():
-                    loss = self.loss_of(model(x), y, context.classes)
+                    loss = self.loss_of(_scores(model(x), context.classes), y)
                     loss.backward()
                 for leaf in leaves:
                     leaf.restrict()
@@ -280,17 +280,9 @@ class BuiltinTrainer:
         highest = output.topk(min(self.top_k, output.shape[1]), dim=1).indices
         return int((highest == y.unsqueeze(1)).sum())
 
-    def loss_of(self, output: Tensor, y: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Mean loss of `output` [b, C, ...] for labels `y` [b, ...].
-
-        Args:
-            classes: bool [C]; the scores of other classes count as 0 and have no gradient (HeteroFL's masked
-                cross-entropy).
-        """
+    def loss_of(self, output: Tensor, y: Tensor) -> Tensor:
+        """Mean loss of `output` [b, classes, ...] for labels `y` [b, ...]."""
         y = y.long()
-        if classes is not None:
-            is_known_C = classes.to(output.device).view(-1, *[1] * (output.dim() - 2))
-            output = output.masked_fill(~is_known_C, 0.0)
         if self.loss == "cross_entropy":
             return F.cross_entropy(output, y)
         one_hot = F.one_hot(y, output.shape[1]).movedim(-1, 1).to(output.dtype)
@@ -302,6 +294,14 @@ class BuiltinTrainer:
             return SGD(tensors, learning_rate, self.momentum, self.weight_decay).step
         adam = torch.optim.Adam(tensors, lr=learning_rate, weight_decay=self.weight_decay, amsgrad=True)
         return adam.step
+
+
+def _scores(output: Tensor, classes: Tensor | None) -> Tensor:
+    """Scores [b, C, ...] that a loss is to see: those of classes not in `classes` (bool [C]) are 0."""
+    if classes is None:
+        return output
+    is_known_C = classes.to(output.device).view(-1, *[1] * (output.dim() - 2))
+    return output.masked_fill(~is_known_C, 0.0)
 
 
 def _pull_back(leaf: Leaf, proximal: float) -> None:
