@@ -341,6 +341,30 @@ def test_a_device_whose_clock_jumps_back_is_still_heard(tmp_path: Path) -> None:
     assert field.office.desk.refused[0]["GMR-744"] == 0
 
 
+def test_a_device_that_was_restarted_often_and_loses_its_memory_is_heard_at_once(tmp_path: Path) -> None:
+    field = start(make(tmp_path / "s"), tmp_path)
+    field.until(lambda: field.office.server.version == 2)
+    for _ in range(5):
+        field.device(0, Memory.load(tmp_path / "0"))
+        field.until(lambda now=field.world.now: field.world.now > now + 0.2)  # type: ignore[misc]
+    field.device(0, Memory(tmp_path / "elsewhere"))
+    now = field.world.now
+    trained = len(field.trained)
+    field.until(lambda: any(n == 0 for n, _ in field.trained[trained:]), now + 20)
+    assert field.office.desk.refused[0]["GMR-744"] == 0
+    field.run()
+
+
+def test_sequence_numbers_follow_the_clock_and_never_repeat(tmp_path: Path) -> None:
+    memory = Memory.load(tmp_path)
+    used = [memory.next_sequence(1_000_000)]
+    for now in (1_000_050, 1_200_000, 5, 6, 1_200_010, 1_600_000):  # milliseconds at each restart
+        memory = Memory.load(tmp_path)
+        used += [memory.next_sequence(now), memory.next_sequence(now + 1)]
+    assert used == sorted(set(used))
+    assert used[-1] == 1_600_001
+
+
 def test_a_device_remembers_which_answer_was_not_heard(tmp_path: Path) -> None:
     piece = Piece("k", 3, "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae")
     Memory(tmp_path, "t", answered=4, update=piece, content=b"foo").save(with_answer=True)
