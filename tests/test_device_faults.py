@@ -372,6 +372,29 @@ def test_a_device_remembers_which_answer_was_not_heard(tmp_path: Path) -> None:
     assert (found.update, found.content, found.answered, found.token) == (piece, b"foo", 4, "t")
 
 
+# -- what is left in the store ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.3])
+def test_nothing_is_left_in_the_store(tmp_path: Path, loss: float) -> None:
+    """Devices store their answer again while they wait; refused answers lie there too."""
+    slow = lambda n: 7.0 if n == 0 else 0.3  # noqa: E731
+    field = make(tmp_path, 6, Faults(loss=loss, duplicate=loss), seconds=slow, answer_deadline=20.0)
+    field.heartbeat = 0.5  # so the fast devices repeat their answer, and store it again, while 0 trains
+    start(field)
+    field.until(lambda: 2 in {f.client for f in field.office.server.flights.values()})
+    refuse(field, 2, next(d for d, f in field.office.server.flights.items() if f.client == 2))
+    field.until(lambda: field.office.server.version == 3)
+    needed = {(f.version, f.ranking.digest) for f in field.office.server.flights.values()}
+    versions = {key.split("/")[2].split("-")[0] for key in field.world.objects if "/values/" in key}
+    assert versions <= {str(version) for version, _ in needed}
+    field.run()
+    field.until(lambda: all(d.finished for d in field.devices.values() if isinstance(d, Device)))
+    while field.world.step():  # what is still on its way
+        pass
+    assert sorted(field.world.objects) == []
+
+
 # -- a full disk -------------------------------------------------------------------------------------------
 
 

@@ -98,6 +98,11 @@ class Pieces:
         values, masks = self._values[version, ranking.digest], self._masks[ranking.digest]
         return tuple(values[:count]), tuple(masks[:count])
 
+    @property
+    def keys(self) -> set[str]:
+        """Of all objects that may still be fetched."""
+        return {p.key for pieces in (*self._values.values(), *self._masks.values()) for p in pieces}
+
     def forget_client(self, client: int) -> None:
         """The client holds no mask any more: it was started again."""
         self._held.pop(client, None)

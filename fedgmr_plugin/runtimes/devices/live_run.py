@@ -83,6 +83,14 @@ class LiveRun(RecordedRun):
     clock: Clock = field(kw_only=True)
 
     def _advance(self, writer: RunLogWriter, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        self._open(checkpoint)
+        self._loop(self.office, writer)
+        if self.office.end is None:
+            raise RuntimeError("the loop ended before the run")
+        return self.office.end
+
+    def _open(self, checkpoint: Checkpoint | None) -> None:
+        """Begin the run, or go on from `checkpoint` and the journals behind it."""
         office = self.office
         _keep(self.directory / TOKEN, office.token)
         if not self.resumed:
@@ -101,13 +109,10 @@ class LiveRun(RecordedRun):
         self.clock.start(max([office.live.now, *(float(entry.head["time"]) for entry in entries)]))
         if self.resumed:
             office.resume(entries, self._journals.next(), unsent)
+            office.abandon([] if checkpoint is None else checkpoint.meta.get("undeleted", []))
         else:
             office.begin(self._journals.next())
         office.hello()
-        self._loop(office, writer)
-        if office.end is None:
-            raise RuntimeError("the loop ended before the run")
-        return office.end
 
     @contextmanager
     def _helped(self) -> Iterator[None]:
@@ -179,6 +184,7 @@ class LiveRun(RecordedRun):
             "office": office.state(),
             "journal": self._journals.last,
             "unsent": [list(piece) for piece, _ in unsent],
+            "undeleted": office.undeleted(),
         }
         if self._save_checkpoint(writer, state, tensors):
             self._journals.checkpointed()

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadRefused
+from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadArrived, UploadRefused
 from fedgmr_plugin.engine.examiner import Examiner
 from fedgmr_plugin.engine.live import Live, LiveEvent, Tick
 from fedgmr_plugin.engine.server import Server
@@ -63,6 +63,10 @@ class Hands(Protocol):
         """Objects that have not been stored yet."""
         ...
 
+    def undeleted(self) -> list[str]:
+        """Keys of objects that have not been removed yet."""
+        ...
+
 
 @dataclass(frozen=True)
 class Task:
@@ -98,7 +102,7 @@ class Office:
         clock: Callable[[], float],
         measured: Callable[[float | None, float | None], float | None] = lambda up, down: None,
     ) -> None:
-        self.live = Live(server, examiner, record, self._send)
+        self.live = Live(server, examiner, self._recorded, self._send)
         self.server, self.desk, self.pieces, self.token = server, desk, pieces, token
         self.journal: Journal | None = None
         self.end: dict[str, Any] | None = None
@@ -108,9 +112,13 @@ class Office:
         self.paused = ""  # why
         self.received: dict[int, int] = {}  # client to the bytes of its updates, since this server began
         self._farewells: set[int] = set()
+        self._record = record
         self._hands, self._clock, self._measured = hands, clock, measured
         self._fetching: set[int] = set()  # dispatches whose answer is on its way
         self._needless: list[str] = []
+        self._left_behind: dict[
+            int, list[int]
+        ] = {}  # client to the dispatches whose answer may lie in the store
         self._past: dict[str, tuple[Piece, Content]] = {}  # what the past put, while it is repeated
         self._version = server.version
 
@@ -143,6 +151,11 @@ class Office:
         for dispatch in list(self.live.deadlines) if self.end is None else ():
             self._tell(dispatch)
 
+    def abandon(self, keys: Iterable[str]) -> None:
+        """Remove objects whose removal an earlier server had ordered and not lived to see."""
+        needed = self.pieces.keys
+        self._hands.delete([key for key in keys if key not in needed])
+
     def hello(self) -> None:
         """Say that the server is there, to devices that do not say by themselves that they are."""
 
@@ -158,6 +171,8 @@ class Office:
             return
         self.seen[client] = now
         if self.end is not None:
+            if isinstance(said, AnswerNote) and said.run == self.token:
+                self._hands.delete([self._answer_key(client, said.dispatch)])
             if isinstance(said, (StatusNote, PlainStatus)) and said.state != "ONLINE":
                 self._farewells.add(client)
             else:
@@ -208,12 +223,15 @@ class Office:
         elif flight is not None and flight.client != client:
             self.desk.count(client, "GMR-406")
         elif flight is None:
+            self._hands.delete([self._answer_key(client, note.dispatch)])  # the device has stored it again
             self._remind(client, note.dispatch)
             if client in self.server.away:
                 self._welcome(client, now)
-        elif note.update.key != answer_key(self.token, note.dispatch, self.desk.devices[client]):
+        elif note.update.key != self._answer_key(client, note.dispatch):
             self.desk.count(client, "GMR-747")
-        elif note.dispatch not in self.server.staged and note.dispatch not in self._fetching:
+        elif note.dispatch in self.server.staged:
+            self._hands.delete([note.update.key])
+        elif note.dispatch not in self._fetching:
             most = 8 + MOST_HEADER + flight.ranking.ends[flight.rung] * self._dtype.itemsize
             if note.update.size > most:
                 problem = f"bytes={note.update.size} of an update that has {most} at most"
@@ -250,7 +268,10 @@ class Office:
         events: list[LiveEvent] = [arrived]
         if client in self.server.away:
             events.append(ClientJoined(client, now))
-        self._apply(events, [note.update.key])
+        self._apply(events)
+
+    def _answer_key(self, client: int, dispatch: int) -> str:
+        return answer_key(self.token, dispatch, self.desk.devices[client])
 
     def _limits(self, dispatch: int) -> Limits:
         flight = self.server.flights[dispatch]
@@ -269,7 +290,6 @@ class Office:
         return self.pieces.dtype or self.server.layout.dtype
 
     def _refuse(self, client: int, dispatch: int, refusal: WireError) -> None:
-        self.desk.count(client, refusal.code)
         self._apply([UploadRefused(dispatch, client, self._clock(), refusal.code, refusal.message)])
 
     # -- events ---------------------------------------------------------------------------------------
@@ -300,12 +320,20 @@ class Office:
             self._take(event)
         self._hands.delete(needless)
 
+    def _recorded(self, fields: dict[str, Any]) -> None:
+        """A record of the run log; refusals are counted for their device, wherever they were found."""
+        if fields["type"] == "rejected":
+            self.desk.count(fields["client"], fields["code"])
+        self._record(fields)
+
     def _take(self, event: LiveEvent) -> None:
         if self.end is not None:
             return
         if isinstance(event, ClientJoined) and event.client in self.server.away:
             self.pieces.forget_client(event.client)
         self.end = self.live.handle(event)
+        if isinstance(event, (UploadArrived, UploadRefused)):
+            self._forget_answers(event.client, event.dispatch)
         if self.server.version != self._version:
             self._version = self.server.version
             self.tasks = {d: task for d, task in self.tasks.items() if d in self.server.flights}
@@ -316,11 +344,24 @@ class Office:
             for client in range(len(self.desk.devices)):
                 self._finish(client)
 
+    def _forget_answers(self, client: int, answered: int) -> None:
+        """Remove a client's answers to `answered` and to earlier dispatches, which its device has left behind.
+
+        Devices store their last answer again until they go on, so the object of `answered` may come back; it
+        is removed once more with the next answer.
+        """
+        asked = [d for d in self._left_behind.get(client, []) if d <= answered]
+        gone = [d for d in asked if d == answered or d not in self.server.flights]
+        self._hands.delete([self._answer_key(client, d) for d in gone])
+        kept = [d for d in self._left_behind.get(client, []) if d not in gone or d == answered]
+        self._left_behind[client] = kept
+
     # -- to devices -----------------------------------------------------------------------------------
 
     def _send(self, sent: Dispatch) -> tuple[float, float]:
         parcel = self.pieces.of(sent)
         self.tasks[sent.dispatch] = Task(sent.count, sent.learning_rate_scale)
+        self._left_behind.setdefault(sent.client, []).append(sent.dispatch)
         for piece, content in parcel.new:
             self._put(piece, content)
         if self.journal is not None:  # else the past is repeated, and what is still out is told at its end
@@ -335,7 +376,12 @@ class Office:
             self._hands.put(piece, content)
 
     def _drop_unused(self) -> list[str]:
-        """Forget objects that no dispatch in flight needs; their keys."""
+        """Forget objects that no dispatch in flight needs; their keys. At the end of the run, all of them."""
+        if self.end is not None:
+            answers = [
+                self._answer_key(client, d) for client, asked in self._left_behind.items() for d in asked
+            ]
+            return self.pieces.drop_unused(()) + answers
         return self.pieces.drop_unused({(f.version, f.ranking.digest) for f in self.server.flights.values()})
 
     def _remind(self, client: int, knows: int | None) -> None:
@@ -376,6 +422,10 @@ class Office:
     def unsent(self) -> list[tuple[Piece, Content]]:
         """Objects that are not in the store yet."""
         return self._hands.unsent()
+
+    def undeleted(self) -> list[str]:
+        """Keys of objects that are still to be removed from the store."""
+        return self._hands.undeleted()
 
     def somebody_works(self) -> bool:
         """Whether a device that was heard of has not said that it knows of the end."""
@@ -418,6 +468,7 @@ class Office:
             "desk": self.desk.state(),
             "pieces": self.pieces.state(),
             "tasks": [[d, task.count, task.scale] for d, task in self.tasks.items()],
+            "asked": [[client, asked] for client, asked in self._left_behind.items()],
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -429,4 +480,5 @@ class Office:
         self.desk.load_state(state["desk"])
         self.pieces.load_state(state["pieces"])
         self.tasks = {d: Task(count, scale) for d, count, scale in state["tasks"]}
+        self._left_behind = {client: list(asked) for client, asked in state.get("asked", [])}
         self._version = self.server.version
