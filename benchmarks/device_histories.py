@@ -140,7 +140,7 @@ class Histories(RuleBasedStateMachine):
     totals: Counter[str] = Counter()
 
     @initialize(
-        windows=st.sampled_from([2, 4, 8]),
+        windows=st.sampled_from([2, 4, 6]),
         options=st.sampled_from(
             [{}, {"window_limit": 4.0}, {"schedule": "sync"}, {"min_updates": 2}, {"staleness_limit": 2}]
         ),

@@ -12,13 +12,13 @@ seed and number, which an error names. The test-suite runs some of both.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import hashlib
 import hmac
 import json
 import logging
 import pickle
-import platform
 import random
 import shutil
 import struct
@@ -81,7 +81,7 @@ class Target:
     def __init__(self, folder: Path, *, plain: bool = False) -> None:
         self.objects: dict[str, bytes] = {}
         self.now, self._sequence = 1024.0, 0
-        self.peak, self._measuring = 0, False
+        self.peak = 0
         options: dict[str, Any] = (
             {"device_authentication": "off", "device_submodel": "masked"} if plain else {}
         )
@@ -132,17 +132,15 @@ class Target:
     @contextmanager
     def _measured(self) -> Iterator[None]:
         """Note the most memory that was taken meanwhile."""
-        if not tracemalloc.is_tracing() or self._measuring:
+        if tracemalloc.is_tracing():
             yield
             return
-        self._measuring = True
-        tracemalloc.reset_peak()
-        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.start()
         try:
             yield
         finally:
-            self._measuring = False
-            self.peak = max(self.peak, tracemalloc.get_traced_memory()[1] - held)
+            self.peak = max(self.peak, tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
 
     def pass_time(self) -> None:
         """Whoever was refused gets another sub-model."""
@@ -299,13 +297,18 @@ def flipped(dice: random.Random, target: Target, n: int, dispatch: int) -> bytes
     return bytes(data)
 
 
+@functools.cache
+def _archive(compress: Callable[[bytes, int], bytes]) -> bytes:
+    return compress(bytes(2**24), 1)
+
+
 def bomb(dice: random.Random, target: Target, n: int, dispatch: int) -> bytes:
     """What is small and unpacks to much: archives, and masks whose packed code says so."""
     kind = dice.randrange(5)
     if kind == 0:
-        return gzip.compress(bytes(2**24), 1)
+        return _archive(gzip.compress)
     if kind == 1:
-        return zlib.compress(bytes(2**24), 1)
+        return _archive(zlib.compress)
     if kind == 2:
         return (
             b"PK\x03\x04" + struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 0, 0, 100, 2**32 - 1, 4, 0) + bytes(200)
@@ -613,7 +616,6 @@ def run_cases(first: int, last: int, seed: int) -> Found:
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     targets: dict[bool, Target] = {}
     made = 0
-    tracemalloc.start()
     try:
         for number in range(first, last):
             dice = random.Random(f"{seed}:{number}")
@@ -630,7 +632,6 @@ def run_cases(first: int, last: int, seed: int) -> Found:
                 targets.pop(plain).close()
                 shutil.rmtree(folder / str(made), ignore_errors=True)
     finally:
-        tracemalloc.stop()
         for target in targets.values():
             target.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -660,8 +661,39 @@ def _quiet() -> None:
     logging.disable(logging.CRITICAL)
 
 
+def table(path: Path = RESULTS) -> str:
+    """The committed figures."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    h, c = found["histories"], found["cases"]
+    cases = sum(kind["cases"] for kind in c["kinds"].values())
+    taken = sum(kind["taken"] for kind in c["kinds"].values())
+    codes = {code for kind in c["kinds"].values() for code in kind["refused"]}
+    peaks = f"{c['peak_bytes_of_objects'] / 1e6:.2f}, {c['peak_bytes'] / 1e6:.2f} MB"
+    rows = (
+        (
+            "histories",
+            f"{h['histories']:,}, of {h['steps']} steps each: {h['broken_promises']} broken promises",
+        ),
+        (
+            "in them",
+            f"{h['crashes']:,} crashes, {h['checkpoints']:,} checkpoints, {h['damaged checkpoints']:,} "
+            f"of them damaged, {h['windows']:,} windows, {h['merged']:,} updates merged",
+        ),
+        (
+            "hostile messages and objects",
+            f"{cases:,}: {c['escapes']} escapes; {taken:,} were sound by chance",
+        ),
+        ("refused with", f"{len(codes)} different codes"),
+        (
+            "most memory for an object, for a message",
+            f"{peaks}, with a model of {c['model_bytes'] / 1e6:.2f} MB",
+        ),
+    )
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
 def main() -> None:
-    """Run what is asked for and write the figures."""
+    """Run what is asked for and write the figures, or print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -669,68 +701,89 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="each with a part, and a seed of its own")
-    parser.add_argument("--json", type=Path, help="written, and what it has of the other kind is kept")
+    parser.add_argument(
+        "--json", type=Path, help="written after each part; figures of the other kind are kept"
+    )
+    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    results = json.loads(given.json.read_text(encoding="utf-8")) if given.json and given.json.exists() else {}
-    results |= {"machine": machine(), "fedgmr": __version__, "hypothesis": hypothesis.__version__}
+    if given.table:
+        print(table())
+        return
     with get_context("spawn").Pool(given.processes, _quiet) as pool:
         if given.histories:
-            results["histories"] = _all_histories(pool, given)
+            seeds = range(given.seed, given.seed - (-given.histories // _EACH))
+            totals: Counter[str] = Counter()
+            for part in _timed(pool.imap_unordered(_history_part, seeds)):
+                totals.update(part)
+                _write(given.json, "histories", _of_histories(totals, given))
         if given.cases:
-            results["cases"] = _all_cases(pool, given)
-    text = json.dumps(results, indent=1)
-    print(text)
-    if given.json is not None:
-        given.json.write_text(text + "\n", encoding="utf-8")
+            parts = [(i, min(i + 2000, given.cases), given.seed) for i in range(0, given.cases, 2000)]
+            found, seconds = Found(), 0.0
+            for of_part, took in _timed(pool.imap_unordered(_case_part, parts)):
+                found.add(of_part)
+                seconds += took
+                _write(given.json, "cases", _of_cases(found, seconds, given))
 
 
-def _all_histories(pool: Any, given: argparse.Namespace) -> dict[str, Any]:
+#: Histories of one seed: hypothesis slows down with what it remembers.
+_EACH = 250
+
+
+def _timed(parts: Iterator[Any]) -> Iterator[Any]:
     started = time.perf_counter()
-    each = 250  # histories of one seed: hypothesis slows down with what it remembers
-    seeds = range(given.seed, given.seed - (-given.histories // each))
-    totals: Counter[str] = Counter()
-    for part in pool.starmap(run_histories, [(each, seed) for seed in seeds], chunksize=1):
-        totals += part
+    for number, part in enumerate(parts, 1):
+        print(f"part {number} after {time.perf_counter() - started:.0f} s", flush=True)
+        yield part
+
+
+def _history_part(seed: int) -> Counter[str]:
+    started = time.process_time()
+    totals = Counter(run_histories(_EACH, seed))
+    totals["cpu_seconds"] = round(time.process_time() - started)
+    return totals
+
+
+def _case_part(part: tuple[int, int, int]) -> tuple[Found, float]:
+    started = time.process_time()
+    return run_cases(*part), time.process_time() - started
+
+
+def _write(path: Path | None, kind: str, figures: dict[str, Any]) -> None:
+    results = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    results |= {"machine": machine(), "fedgmr": __version__, "hypothesis": hypothesis.__version__}
+    results[kind] = figures
+    if path is not None:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _of_histories(totals: Counter[str], given: argparse.Namespace) -> dict[str, Any]:
     codes = {key: n for key, n in sorted(totals.items()) if key.startswith("GMR-")}
     counts = {key: n for key, n in sorted(totals.items()) if not key.startswith("GMR-")}
-    return {
-        "asked": given.histories,
-        "seeds": [seeds[0], seeds[-1]],
-        "steps": STEPS,
-        **counts,
-        "refused": codes,
-        "broken_promises": 0,
-        "seconds": time.perf_counter() - started,
+    figures = {"asked": given.histories, "first_seed": given.seed, "steps": STEPS, **counts}
+    return {**figures, "refused": codes, "broken_promises": 0}
+
+
+def _of_cases(found: Found, seconds: float, given: argparse.Namespace) -> dict[str, Any]:
+    kinds = {
+        kind: {
+            "cases": n,
+            "taken": found.taken[kind],
+            "refused": dict(sorted(found.codes[kind].items())),
+            "peak_bytes": found.peaks[kind],
+        }
+        for kind, n in found.cases.items()
     }
-
-
-def _all_cases(pool: Any, given: argparse.Namespace) -> dict[str, Any]:
-    started = time.perf_counter()
-    each = 2000
-    parts = [(i, min(i + each, given.cases), given.seed) for i in range(0, given.cases, each)]
-    found = Found()
-    for part in pool.starmap(run_cases, parts, chunksize=1):
-        found.add(part)
-    size = sum(p.numel() for p in model().parameters())
     return {
         "asked": given.cases,
         "seed": given.seed,
         "escapes": 0,
-        "kinds": {
-            kind: {
-                "cases": n,
-                "taken": found.taken[kind],
-                "refused": dict(sorted(found.codes[kind].items())),
-                "peak_bytes": found.peaks[kind],
-            }
-            for kind, n in found.cases.items()
-        },
-        "model_bytes": 4 * size,
+        "kinds": kinds,
+        "model_bytes": 4 * sum(p.numel() for p in model().parameters()),
         "peak_bytes": found.peak,
         "peak_bytes_of_objects": max(n for kind, n in found.peaks.items() if not kind.startswith("messages")),
         "slack_bytes": SLACK,
         "slack_bytes_of_messages": MESSAGE_SLACK,
-        "seconds": time.perf_counter() - started,
+        "cpu_seconds": round(seconds),
     }
 
 
