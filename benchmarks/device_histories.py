@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ class Hearing:
 class Histories(RuleBasedStateMachine):
     """One run; see the module."""
 
-    totals: Counter[str] = Counter()
+    totals: ClassVar[Counter[str]] = Counter()
 
     @initialize(
         windows=st.sampled_from([2, 4, 6]),
@@ -215,9 +215,9 @@ class Histories(RuleBasedStateMachine):
 
     def _hear(self, topic: str, payload: bytes, code: str | None) -> None:
         """The server is given a message, and must count it as `code` says."""
-        desk, server = self.office.desk, self.office.server
+        desk = self.office.desk
         before = sum((*desk.refused, desk.strangers), Counter())
-        seen, dispatches, w_D = dict(self.office.seen), server.dispatches, server.w_D
+        seen = dict(self.office.seen)
         self._next((topic, payload))
         refused = sum((*desk.refused, desk.strangers), Counter()) - before
         require(set(refused) <= set(CATALOGUE), "a refusal without a code of the catalogue", refused)
@@ -228,7 +228,6 @@ class Histories(RuleBasedStateMachine):
         else:
             require(not set(refused) & {"GMR-741", "GMR-742", "GMR-743", "GMR-744", "GMR-745"}, refused)
         self.totals.update(refused)
-        del dispatches, w_D
 
     # -- the devices --------------------------------------------------------------------------------
 
@@ -362,6 +361,7 @@ class Histories(RuleBasedStateMachine):
     def restart(self, n: int, forgets: bool) -> None:
         """Under the same name, whether it ran or not."""
         self._stop(n)
+        self.now += 1 / 8  # no device starts within a millisecond
         if forgets:
             shutil.rmtree(self.folder / f"device{n}", ignore_errors=True)
         self._start(n)
@@ -424,7 +424,7 @@ class Histories(RuleBasedStateMachine):
             self.totals["checkpoints"] += 1
 
     def _checkpoints(self) -> list[Path]:
-        return [p for p in (self.folder / "run" / FOLDER).glob("*.safetensors")]
+        return list((self.folder / "run" / FOLDER).glob("*.safetensors"))
 
     @precondition(lambda self: self.run)
     @rule(damage=st.booleans(), torn=st.integers(0, 60), carried_out=st.integers(0, 3))

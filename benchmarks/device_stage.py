@@ -1,8 +1,8 @@
 """A run with devices whose every step is somebody else's choice: what the fuzzer and the kill tests drive.
 
-The server is the real one (`LiveRun`, its office, desk, journal, checkpoints), and so are the devices. Between
-them nothing moves by itself: messages, objects, trainings and crashes happen when a rule says so, and the
-clock stands still until a rule moves it, by multiples of 1/1024 s, so that times are exact.
+The server is the real one (`LiveRun`, its office, desk, journal, checkpoints), and so are the devices.
+Between them nothing moves by itself: messages, objects, trainings and crashes happen when a rule says so, and
+the clock stands still until a rule moves it, by multiples of 1/1024 s, so that times are exact.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.live_run import Clock, LiveRun, token_of
 from fedgmr_plugin.runtimes.devices.loopback import announced
 from fedgmr_plugin.runtimes.devices.memory import Memory
-from fedgmr_plugin.runtimes.devices.plain import PlainOffice
 from fedgmr_plugin.runtimes.devices.office import Content, Fetched, Hands, Office
+from fedgmr_plugin.runtimes.devices.plain import PlainOffice
 
 #: FedML's run, and the devices' keys by their ids.
 RUN = "7"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.course import model_sha256
+from fedgmr_plugin.engine.events import UploadArrived
 from fedgmr_plugin.engine.replay import Comparison, Replay
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
@@ -370,6 +372,23 @@ def test_a_device_remembers_which_answer_was_not_heard(tmp_path: Path) -> None:
     Memory(tmp_path, "t", answered=4, update=piece, content=b"foo").save(with_answer=True)
     found = Memory.load(tmp_path)
     assert (found.update, found.content, found.answered, found.token) == (piece, b"foo", 4, "t")
+
+
+def test_measures_that_overflow_do_not_break_the_journal(tmp_path: Path) -> None:
+    """The change of a model file of huge values has no finite square, and the journal holds JSON."""
+    field = start(make(tmp_path))
+    field.until(lambda: bool(field.office.live.deadlines))
+    dispatch = next(iter(field.office.live.deadlines))
+    flight = field.office.server.flights[dispatch]
+    values_S = torch.full((flight.ranking.ends[flight.rung],), 3e38)
+    now = field.clock()
+    huge = UploadArrived(dispatch, flight.client, values_S, 5, now, change_sq=math.inf, drift_sq=math.nan)
+    field.office._apply([huge])
+    assert [r["code"] for r in field.records("rejected")] == ["GMR-403"]
+    field.run()
+    other, digest = continued(tmp_path / "b", field, list(read(field.journal)), [])
+    assert field.office.end is not None and digest == field.office.end["model_sha256"]
+    assert other.log == field.log
 
 
 # -- what is left in the store ------------------------------------------------------------------------------

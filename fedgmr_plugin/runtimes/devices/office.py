@@ -11,8 +11,9 @@ back as another call. What is kept is the checkpoint and the journal since; see 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -171,8 +172,8 @@ class Office:
             return
         self.seen[client] = now
         if self.end is not None:
-            if isinstance(said, AnswerNote) and said.run == self.token:
-                self._hands.delete([self._answer_key(client, said.dispatch)])
+            answered = [said.dispatch] if isinstance(said, AnswerNote) else []
+            self._delete_answers(client, [*self._left_behind.get(client, []), *answered])
             if isinstance(said, (StatusNote, PlainStatus)) and said.state != "ONLINE":
                 self._farewells.add(client)
             else:
@@ -223,7 +224,7 @@ class Office:
         elif flight is not None and flight.client != client:
             self.desk.count(client, "GMR-406")
         elif flight is None:
-            self._hands.delete([self._answer_key(client, note.dispatch)])  # the device has stored it again
+            self._delete_answers(client, [note.dispatch])  # the device has stored it again
             self._remind(client, note.dispatch)
             if client in self.server.away:
                 self._welcome(client, now)
@@ -270,6 +271,9 @@ class Office:
             events.append(ClientJoined(client, now))
         self._apply(events)
 
+    def _delete_answers(self, client: int, dispatches: Iterable[int]) -> None:
+        self._hands.delete([self._answer_key(client, dispatch) for dispatch in dispatches])
+
     def _answer_key(self, client: int, dispatch: int) -> str:
         return answer_key(self.token, dispatch, self.desk.devices[client])
 
@@ -302,7 +306,7 @@ class Office:
         """
         if self.journal is None:
             raise RuntimeError("the run has not begun")
-        self.waiting += events
+        self.waiting += [_finite(event) for event in events]
         self._needless += needless
         try:
             self.journal.append([entry_of(event) for event in self.waiting])
@@ -345,14 +349,14 @@ class Office:
                 self._finish(client)
 
     def _forget_answers(self, client: int, answered: int) -> None:
-        """Remove a client's answers to `answered` and to earlier dispatches, which its device has left behind.
+        """Remove a client's answers to `answered` and to dispatches that its device has left behind.
 
         Devices store their last answer again until they go on, so the object of `answered` may come back; it
         is removed once more with the next answer.
         """
         asked = [d for d in self._left_behind.get(client, []) if d <= answered]
         gone = [d for d in asked if d == answered or d not in self.server.flights]
-        self._hands.delete([self._answer_key(client, d) for d in gone])
+        self._delete_answers(client, gone)
         kept = [d for d in self._left_behind.get(client, []) if d not in gone or d == answered]
         self._left_behind[client] = kept
 
@@ -482,3 +486,12 @@ class Office:
         self.tasks = {d: Task(count, scale) for d, count, scale in state["tasks"]}
         self._left_behind = {client: list(asked) for client, asked in state.get("asked", [])}
         self._version = self.server.version
+
+
+def _finite(event: LiveEvent) -> LiveEvent:
+    """An event as its journal can hold it: measures that overflowed are unknown."""
+    if not isinstance(event, UploadArrived):
+        return event
+    measured = {name: getattr(event, name) for name in ("train_loss", "drift_sq", "change_sq")}
+    lost = {name: None for name, value in measured.items() if value is not None and not math.isfinite(value)}
+    return replace(event, **lost) if lost else event
