@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -102,6 +103,7 @@ class Account:
             client, sent, index_S, values_S, samples = self.updates[record["dispatch"]]
             require((client, sent) == (record["client"], record["version"]), "another device's", record)
             weight = samples * (1.0 + version - 1 - sent) ** -self.exponent
+            require(math.isclose(record["weight"], weight), "another weight", record, weight)
             top[index_S] += weight * values_S
             bottom[index_S] += weight
         self._arrived = []

@@ -493,5 +493,7 @@ def _finite(event: LiveEvent) -> LiveEvent:
     if not isinstance(event, UploadArrived):
         return event
     measured = {name: getattr(event, name) for name in ("train_loss", "drift_sq", "change_sq")}
-    lost = {name: None for name, value in measured.items() if value is not None and not math.isfinite(value)}
+    lost: dict[str, Any] = {
+        name: None for name, value in measured.items() if value is not None and not math.isfinite(value)
+    }
     return replace(event, **lost) if lost else event
