@@ -64,6 +64,7 @@ class Account:
         self.lines: list[str] = []  # of the run log
         self.place = 0  # of the next one: behind the end, but while the past is repeated
         self.merged: set[int] = set()
+        self.late = 0  # of them, after other windows
         self._arrived: list[dict[str, Any]] = []
 
     def trained(self, sent: Dispatch, update: LocalUpdate) -> None:
@@ -90,6 +91,7 @@ class Account:
         if record["type"] == "arrival":
             require(record["dispatch"] not in self.merged, "merged twice", record)
             self.merged.add(record["dispatch"])
+            self.late += record["staleness"] > 0
             self._arrived.append(record)
         elif record["type"] == "window":
             require(version == len(self.models), "versions are counted up one by one", version)
@@ -169,7 +171,7 @@ class Histories(RuleBasedStateMachine):
         self.began: dict[int, list[int]] = {n: [] for n in range(stage.DEVICES)}
         self.wills: dict[int, bytes] = {}
         self.full = False
-        self.version = self.saved = 0
+        self.version = self.saved = self.breaths = 0
         self.run: LiveRun | None = None
         self._open()
         for n in range(stage.DEVICES):
@@ -513,16 +515,18 @@ class Histories(RuleBasedStateMachine):
         self._replays_to_the_same()
         self.totals["windows"] += self.windows
         self.totals["merged"] += len(self.account.merged)
+        self.totals["merged late"] += self.account.late
 
     def _breathe(self) -> None:
         """Half a second, before which everything arrives."""
         self._arrive()
+        self.breaths += 1
         self.now += 0.5
         self._tick()
 
     def _arrive(self) -> None:
         """Everything that is on its way arrives, and what follows from it."""
-        while self.server_hands.jobs or self.up or self.down or self.trainings or self._fetching():
+        while self.server_hands.jobs or self.up or self.down or self._trained() or self._fetching():
             self.server_hands.work()
             for messages, deliver in ((self.up, self.deliver_now), (self.down, self.deliver_to_a_device_now)):
                 while messages:
@@ -530,8 +534,12 @@ class Histories(RuleBasedStateMachine):
             for hands in (self.server_hands, *self.hands.values()):
                 while hands.fetches:
                     hands.fetched(0)
-            while self.trainings:
-                self.train(pick=0)
+            while self._trained():
+                self.train(pick=self.trainings.index(self._trained()[0]))
+
+    def _trained(self) -> list[tuple[int, Device, Dispatch, Any]]:
+        """Trainings that are over: the more often the lower the number of the device."""
+        return [training for training in self.trainings if self.breaths % (training[0] + 1) == 0]
 
     def _fetching(self) -> bool:
         return any(hands.fetches for hands in (self.server_hands, *self.hands.values()))
