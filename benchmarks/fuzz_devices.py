@@ -679,7 +679,7 @@ def table(path: Path = RESULTS) -> str:
         ),
         (
             "in them",
-            f"{h['crashes']:,} crashes, {h['checkpoints']:,} checkpoints, {h['damaged checkpoints']:,} "
+            f"{h['crashes']:,} crashes, {h['checkpoints']:,} checkpoints, {h.get('damaged checkpoints', 0):,} "
             f"of them damaged, {h['windows']:,} windows, {h['merged']:,} updates merged",
         ),
         (
