@@ -32,8 +32,9 @@ from fedgmr_plugin.engine.replay import Replay
 from fedgmr_plugin.errors import CATALOGUE
 from fedgmr_plugin.protocol import journal as journal_module
 from fedgmr_plugin.protocol.checkpoint import FOLDER
-from fedgmr_plugin.protocol.notes import StatusNote, answer_key, sign, to_server
+from fedgmr_plugin.protocol.notes import StatusNote, sign, to_server
 from fedgmr_plugin.protocol.runlog import encode
+from fedgmr_plugin.protocol.storekeys import answer_key, sent_key
 from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.live_run import LiveRun
 from fedgmr_plugin.runtimes.devices.memory import Memory
@@ -561,13 +562,14 @@ class Histories(RuleBasedStateMachine):
         token, needed = office.token, []
         for dispatch, flight in office.server.flights.items():
             digest = flight.ranking.digest
-            needed += [f"{token}/values/{flight.version}-{digest}-", f"{token}/mask/{digest}-"]
-            needed.append(answer_key(token, dispatch, flight.client + 1))
+            names = f"values-{flight.version}-{digest}-", f"mask-{digest}-"
+            needed += [sent_key(stage.RUN, token, name) for name in names]
+            needed.append(answer_key(stage.RUN, token, dispatch, flight.client + 1))
         for n, device in self.devices.items():
-            needed.append(answer_key(token, device.memory.answered, n + 1))
-        dead = tuple(f"-{n + 1}" for n in range(stage.DEVICES) if n not in self.devices)
+            needed.append(answer_key(stage.RUN, token, device.memory.answered, n + 1))
+        dead = [n + 1 for n in range(stage.DEVICES) if n not in self.devices]
+        needed += [answer_key(stage.RUN, token, 0, n).removesuffix("0") for n in dead]
         left = [k for k in self.objects if not k.startswith(tuple(needed))]
-        left = [k for k in left if not ("/answers/" in k and k.endswith(dead or "!"))]
         require(not left, "objects that nobody needs are left in the store", sorted(left))
 
     def _replays_to_the_same(self) -> None:

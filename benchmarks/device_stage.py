@@ -178,6 +178,9 @@ class StageHands:
     def close(self) -> None:
         """For `LiveRun`: what was not carried out is forgotten."""
 
+    def sweep(self, prefixes: Sequence[str], is_needless: Callable[[str], bool], patience: float) -> None:
+        """For `LiveRun`: nothing is left to be swept."""
+
     @property
     def jobs(self) -> int:
         """What has not been carried out."""
@@ -249,7 +252,7 @@ def live_run(
         Examiner(server, bench, lambda: in_batches(TEST, 8)),
         lambda fields: run.record(fields),
         desk,
-        Pieces(token),
+        Pieces(RUN, token),
         token,
         hands,
         clock,

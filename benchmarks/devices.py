@@ -1,6 +1,7 @@
 """What the server of a run with real devices costs: 1,000 devices, and no training.
 
     python -m benchmarks.devices --json benchmarks/results/devices.json
+    python -m benchmarks.devices --idle --json benchmarks/results/devices.json
 
 The server is the real one (`Office`, journal on the disk and synchronised, signed notes, wire format,
 merges), and so are the devices, except that they answer with a small random change. Messages and
@@ -10,6 +11,9 @@ and disk time of this machine, spent inside the server's own calls.
 Figures: arrivals a second that one server process could take; median, 99th percentile and longest of one
 call, which is what the next message waits for its turn; and the resident memory after two minutes, at its
 highest, and at the end. The journal begins anew every virtual minute, as it does behind a checkpoint.
+
+With ``--idle`` a server of 1,000 devices of which none is there: the CPU time of its process while it listens
+at a real broker, and over gRPC, in per cent of a core; the other figures of the file stay.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ import argparse
 import json
 import statistics
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,8 +41,14 @@ from fedgmr_plugin.engine.client import BatchPlan, LocalStats, LocalUpdate, Tens
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.protocol.journal import Journal
+from fedgmr_plugin.runtimes import host
+from fedgmr_plugin.runtimes.devices.connection import Broker as Where
 from fedgmr_plugin.runtimes.devices.field import Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Loopback
+from fedgmr_plugin.runtimes.local.broker import Broker
+from fedgmr_plugin.runtimes.local.ports import free_port
+from fedgmr_plugin.runtimes.local.processes import Supervisor
+from fedgmr_plugin.runtimes.silos.objects import Objects
 
 RESULTS = Path(__file__).parent / "results" / "devices.json"
 DEVICES = 1000
@@ -162,17 +175,83 @@ def measure(minutes: float, devices: int = DEVICES) -> dict[str, Any]:
         }
 
 
+def idle_percent(transport: str, seconds: float, devices: int = DEVICES) -> float:
+    """CPU time of a server's process in per cent of the time that it waits; `transport` is mqtt or grpc."""
+    host.prepare()
+    from fedgmr_plugin.runtimes.devices.server import assemble_live, prepare_server
+
+    with tempfile.TemporaryDirectory() as folder, Supervisor(folder) as processes:
+        ids = list(range(1, devices + 1))
+        args = SimpleNamespace(
+            client_id_list=ids,
+            client_num_in_total=devices,
+            client_num_per_round=devices,
+            comm_round=10,
+            random_seed=0,
+            batch_size=20,
+            learning_rate=0.1,
+            dataset="none",
+            fedgmr_args={"device_authentication": "off", "output_dir": folder, "progress": False},
+        )
+        data = [(torch.zeros(20, 1, 8, 8), torch.zeros(20, dtype=torch.int64))]
+        setup = prepare_server(args, None, data, model())
+        run = assemble_live(setup, None, _listener(transport, processes, setup.model))
+        spent: list[float] = []
+
+        def watch() -> None:
+            time.sleep(5.0)  # the beginning is not counted
+            started = time.process_time()
+            time.sleep(seconds)
+            spent.append(time.process_time() - started)
+            run.inbox.put(_stop)
+
+        threading.Thread(target=watch, daemon=True).start()
+        with suppress(_Over):
+            run.train()
+    return 100 * spent[0] / seconds
+
+
+class _Over(Exception):
+    """Nothing more is measured."""
+
+
+def _stop() -> None:
+    raise _Over
+
+
+def _listener(transport: str, processes: Supervisor, net: torch.nn.Module) -> Callable[..., Any]:
+    """How a server listens."""
+    from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
+    from fedgmr_plugin.runtimes.devices.server import Transport
+    from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Peer
+
+    def mqtt(desk: Any, inbox: Any) -> Transport:
+        broker = Broker(processes)
+        broker.start()
+        return Transport(MqttLink(Where("127.0.0.1", broker.port), desk.topics, inbox), Objects())
+
+    def grpc(desk: Any, inbox: Any) -> Transport:
+        expected = {name: (tuple(t.shape), t.dtype) for name, t in net.state_dict().items()}
+        rows, objects = {0: Peer("127.0.0.1", free_port())}, Objects()
+        known = (expected, desk.keys_by_topic)
+        return Transport(GrpcLink("0", 0, 0, rows, inbox, objects, *known, plain=False), objects)
+
+    return {"mqtt": mqtt, "grpc": grpc}[transport]
+
+
 def table(path: Path = RESULTS) -> str:
     """The committed figures."""
     d = json.loads(path.read_text(encoding="utf-8"))
     calls = f"{d['call_median_ms']:.2f}, {d['call_p99_ms']:.1f}, {d['call_longest_ms']:.0f} ms"
     memory = f"{d['memory_start_mb']:.0f}, {d['memory_end_mb']:.0f} MB"
+    idle = ", ".join(f"{d['idle'][transport]:.1f}" for transport in ("mqtt", "grpc"))
     each = f"{d['milliseconds_per_arrival']:.1f} ms each, journal synchronised"
     rows = (
         ("arrivals", f"{d['arrivals']:,} in {d['virtual_minutes']} virtual minutes, {d['windows']} windows"),
         ("arrivals a second that one process can take", f"{d['arrivals_per_second']:.0f} ({each})"),
         ("one call of the server: median, 99th percentile, longest", calls),
         ("resident memory, beginning and end", f"{memory}, the devices' included"),
+        ("CPU of a server whose devices are away: MQTT, gRPC", f"{idle} % of a core"),
     )
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
 
@@ -183,13 +262,20 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="virtual minutes after two of warming up")
     parser.add_argument("--devices", type=int, default=DEVICES)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--idle", action="store_true", help="measure only what an idle server costs")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
         print(table())
         return
     torch.set_num_threads(1)
-    found = {"machine": machine(), **measure(arguments.minutes, arguments.devices)}
+    is_there = arguments.json is not None and arguments.json.exists()
+    before = json.loads(arguments.json.read_text(encoding="utf-8")) if is_there else {}
+    if arguments.idle:
+        percent = {transport: idle_percent(transport, 60.0) for transport in ("mqtt", "grpc")}
+        found = {**before, "idle": {"machine": machine(), **percent}}
+    else:
+        found = {**before, "machine": machine(), **measure(arguments.minutes, arguments.devices)}
     text = json.dumps(found, indent=1)
     print(text)
     if arguments.json is not None:

@@ -65,8 +65,6 @@ TITLES = {
 
 def train(method: str, seed: int, budget: float) -> None:
     """One run, in this process."""
-    import torch
-
     from benchmarks import data, models
     from fedgmr_plugin.runtimes.launch import simulate
 
@@ -77,12 +75,9 @@ def train(method: str, seed: int, budget: float) -> None:
         "output_dir": str(RUNS),
         "run_name": name(method, seed),
     }
-    images = data.fashion_mnist()
-    parts = data.partition(images, "dirichlet", 10, seed, alpha=0.6, smallest=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = models.strided_cnn()
-    dataset = data.federated(images, parts, 500, seed=seed)
+    section = {"name": "fashion_mnist", "split": "dirichlet", "alpha": 0.6}
+    dataset = data.dataset(section, 10, 20, seed, test_batch=500)
+    model = models.build("strided_cnn", dataset[-1], seed)
     interval = 2 if method == "fedavg" else 50
     simulate(dataset, model, options, seed, frequency_of_the_test=interval)
 

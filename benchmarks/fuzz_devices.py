@@ -48,8 +48,9 @@ from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import CATALOGUE
 from fedgmr_plugin.protocol.header import Header, Outcome
 from fedgmr_plugin.protocol.messages import PayloadOrder
-from fedgmr_plugin.protocol.notes import AnswerNote, Note, StatusNote, answer_key, sign, to_server
+from fedgmr_plugin.protocol.notes import AnswerNote, Note, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.protocol.storekeys import answer_key, file_key
 from fedgmr_plugin.protocol.wire import Message, encode
 
 RESULTS = Path(__file__).parent / "results" / "fuzz_devices.json"
@@ -373,9 +374,11 @@ def attack_with_object(dice: random.Random, target: Target, kind: str) -> str:
     n = dice.randint(1, 2)
     dispatch = target.dispatch_of(n)
     content = OBJECTS[kind](dice, target, n, dispatch)
-    target.objects[answer_key(target.office.token, dispatch, n + 1)] = content
+    target.objects[answer_key(stage.RUN, target.office.token, dispatch, n + 1)] = content
     piece = Piece(
-        answer_key(target.office.token, dispatch, n + 1), len(content), hashlib.sha256(content).hexdigest()
+        answer_key(stage.RUN, target.office.token, dispatch, n + 1),
+        len(content),
+        hashlib.sha256(content).hexdigest(),
     )
     target.say(AnswerNote(target.office.token, n + 1, target.next_sequence(), dispatch, piece), 3)
     target.fetch_all()
@@ -388,7 +391,11 @@ def attack_with_another_object(dice: random.Random, target: Target, kind: str) -
     dispatch = target.dispatch_of(n)
     token = target.office.token
     content = bytes(encode(update(target, n, dispatch)))
-    key, size, digest = answer_key(token, dispatch, n + 1), len(content), hashlib.sha256(content).hexdigest()
+    key, size, digest = (
+        answer_key(stage.RUN, token, dispatch, n + 1),
+        len(content),
+        hashlib.sha256(content).hexdigest(),
+    )
     target.objects[key] = content
     lie = dice.randrange(6)
     if lie == 0:
@@ -401,14 +408,19 @@ def attack_with_another_object(dice: random.Random, target: Target, kind: str) -
         del target.objects[key]
     elif lie == 4:
         key = dice.choice(
-            [f"{token}/values/0", answer_key(token, dispatch, 1), "../x", next(iter(target.objects))]
+            [
+                f"{token}/values/0",
+                answer_key(stage.RUN, token, dispatch, 1),
+                "../x",
+                next(iter(target.objects)),
+            ]
         )
-        require(key != answer_key(token, dispatch, n + 1))
+        require(key != answer_key(stage.RUN, token, dispatch, n + 1))
     else:
         token = f"{dice.getrandbits(64):016x}"
     target.say(AnswerNote(token, n + 1, target.next_sequence(), dispatch, Piece(key, size, digest)), 3)
     target.fetch_all()
-    target.objects.pop(answer_key(target.office.token, dispatch, n + 1), None)
+    target.objects.pop(answer_key(stage.RUN, target.office.token, dispatch, n + 1), None)
     return "refused"
 
 
@@ -530,7 +542,11 @@ def attack_with_a_file(dice: random.Random, target: Target, kind: str) -> str:
     """One of FedML's own devices sends a model file with bytes changed, cut off, or of another kind."""
     n = dice.randint(1, 2)
     target.dispatch_of(n)
-    file = next(content for key, content in target.objects.items() if key.startswith(target.office.token))
+    file = next(
+        content
+        for key, content in target.objects.items()
+        if key.startswith(file_key(stage.RUN, target.office.token, ""))
+    )
     data = bytearray(file)
     how = dice.randrange(4)
     if how == 0:
@@ -543,8 +559,9 @@ def attack_with_a_file(dice: random.Random, target: Target, kind: str) -> str:
         data = bytearray(dice.randbytes(dice.choice([0, 4, 100, 4000])))
     else:
         data = bytearray(pickle.dumps(Evil()))
-    target.objects["answer"] = bytes(data)
-    message = {"msg_type": 3, "sender": n + 1, "num_samples": 5, "model_params": "answer"}
+    answer = f"fedml_{stage.RUN}_{n + 1}_answer"
+    target.objects[answer] = bytes(data)
+    message = {"msg_type": 3, "sender": n + 1, "num_samples": 5, "model_params": answer}
     target.hear(to_server(stage.RUN, n + 1), json.dumps(message).encode())
     target.fetch_all()
     return "maybe"

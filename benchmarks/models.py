@@ -14,11 +14,15 @@ are to be matched.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.errors import ConfigError
 
 #: S in the paper's MB, by model name.
 PAPER_MEGABYTES = {"conv2": 25.98, "vgg11": 37.20, "resnet18": 43.10, "transformer": 17.26}
@@ -167,6 +171,50 @@ def strided_cnn(classes: int = 10) -> nn.Sequential:
     )
 
 
+def small_cnn32(classes: int = 10) -> nn.Sequential:
+    """89,834 parameters (10 classes) for 32 x 32 colour images: three 3x3 convolutions, linear 1024-64-C.
+
+    448 + 4,640 + 18,496 + 65,600 + 650.
+    """
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, 64),
+        nn.ReLU(),
+        nn.Linear(64, classes),
+    )
+
+
+def strided_cnn32(classes: int = 10) -> nn.Sequential:
+    """24,202 parameters (10 classes) for 32 x 32 colour images: 5x5 strided convolutions, linear 1024-16-C.
+
+    1,216 + 6,416 + 16,400 + 170; the colour sister of `strided_cnn`.
+    """
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 8 * 8, 16),
+        nn.ReLU(),
+        nn.Linear(16, classes),
+    )
+
+
+def char_transformer(classes: int = 80) -> Transformer:
+    """110,288 parameters (80 symbols), for next-character prediction: `Transformer` 64 wide, ffn 256."""
+    return Transformer(classes, width=64, feed_forward=256)
+
+
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "conv2": conv2,
     "vgg11": vgg11,
@@ -175,7 +223,27 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "small_cnn": small_cnn,
     "tiny_cnn": tiny_cnn,
     "strided_cnn": strided_cnn,
+    "small_cnn32": small_cnn32,
+    "strided_cnn32": strided_cnn32,
+    "char_transformer": char_transformer,
 }
+
+
+def build(name: str, classes: int, seed: int) -> nn.Module:
+    """A model by name, its weights drawn from `seed` alone.
+
+    Args:
+        classes: width of the output; for the transformers also the number of tokens.
+
+    Raises:
+        ConfigError: GMR-103 for an unknown name.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.6)
+        hint = f"Did you mean `{near[0]}`?" if near else f"One of {', '.join(MODELS)}."
+        raise ConfigError("GMR-103", f"model={name!r} is not known", where="model", hint=hint)
+    with isolated_rng(seed):
+        return MODELS[name](classes)
 
 
 def parameters(model: nn.Module) -> int:

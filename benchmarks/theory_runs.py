@@ -49,11 +49,12 @@ TASKS = {
 
 def train(folder: Path, name: str) -> Path:
     """One run."""
-    import torch
+    from torch import nn
 
     from benchmarks import data, models
     from benchmarks.fashion_mnist import COMMON as FASHION
     from fedgmr_plugin.datasets import DigitsCNN, digits
+    from fedgmr_plugin.engine.seeds import isolated_rng
     from fedgmr_plugin.runtimes.demo import COMMON as DIGITS
     from fedgmr_plugin.runtimes.launch import simulate
 
@@ -71,15 +72,14 @@ def train(folder: Path, name: str) -> Path:
         "output_dir": str(folder),
         "run_name": name,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = DigitsCNN() if task.data == "digits" else models.strided_cnn()
     if task.data == "digits":
+        with isolated_rng(0):
+            model: nn.Module = DigitsCNN()
         dataset, common = digits(seed=0), DIGITS
     else:
-        images = data.fashion_mnist()
-        parts = data.partition(images, "dirichlet", 10, 0, alpha=0.6, smallest=0)
-        dataset, common = data.federated(images, parts, 500, seed=0), FASHION
+        section = {"name": "fashion_mnist", "split": "dirichlet", "alpha": 0.6}
+        dataset, common = data.dataset(section, 10, 20, 0, test_batch=500), FASHION
+        model = models.build("strided_cnn", dataset[-1], 0)
     simulate(dataset, model, {**common, **options}, 0, learning_rate=task.rate, frequency_of_the_test=50)
     return folder / name
 

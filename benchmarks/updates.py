@@ -89,10 +89,8 @@ def bare_seconds_per_update(parts: list[TensorSamples], model: nn.Module, chosen
 def clients() -> list[TensorSamples]:
     """Fifty parts of Fashion-MNIST; of noise where the data are not at hand, which takes as long."""
     try:
-        images = data.fashion_mnist()
-        x = torch.from_numpy(images.floats(images.x_train[:10_000]))
-        y = torch.from_numpy(images.y_train[:10_000].copy())
-    except FileNotFoundError:
+        x, y = (tensor[:10_000] for tensor in data.load("fashion_mnist").train.tensors)
+    except data.DataMissing:
         x, y = torch.rand(10_000, 1, 28, 28), torch.randint(0, 10, (10_000,))
     return [TensorSamples(*pair) for pair in zip(x.split(200), y.split(200), strict=True)]
 

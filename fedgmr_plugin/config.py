@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedgmr_plugin.errors import ConfigError
+from fedgmr_plugin.methods import METHODS, options_of
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -36,9 +37,36 @@ HETEROGENEITY: dict[str, tuple[tuple[float, int], ...]] = {
 
 
 class FedGMRConfig(BaseModel):
-    """Options of FedGMR; docs/method.md, section 8, says where the defaults are the paper's and where not."""
+    """Options of FedGMR; docs/method.md, section 8, says where the defaults are the paper's and where not.
+
+    `method` changes the defaults of others (docs/methods.md); whatever is given stays as given.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    method: Literal[
+        "fedgmr",
+        "fedavg",
+        "fedprox",
+        "fedasync",
+        "fedbuff",
+        "heterofl",
+        "heterofl+aux",
+        "heterofl+gmr",
+        "fjord",
+        "fjord+aux",
+        "fjord+gmr",
+        "fedrolex",
+        "fedrolex+aux",
+        "fedrolex+gmr",
+        "fiarse",
+        "fiarse+aux",
+        "fiarse+gmr",
+    ] = Field(
+        "fedgmr",
+        description="Method that sets the defaults of the options below; those that are written win. `+aux` "
+        "makes a sub-model method asynchronous with a buffer, `+gmr` restores its densities too.",
+    )
 
     # -- densities -----------------------------------------------------------------------------
     heterogeneity: Literal["high", "medium", "low", "none"] = Field(
@@ -74,11 +102,18 @@ class FedGMRConfig(BaseModel):
     )
 
     # -- masks ---------------------------------------------------------------------------------
-    score: Literal["magnitude", "weight_change", "per_cost", "random", "width"] = Field(
+    score: Literal["magnitude", "weight_change", "per_cost", "random", "width", "rolling_width"] = Field(
         "magnitude",
         description="Which weights a sub-model keeps: largest |w|; largest |w * change over the last "
-        "interval|; largest |w| per communication and computation cost; random; or those of the first units "
-        "of every hidden layer (`width`: a sub-model is then a smaller dense network).",
+        "interval|; largest |w| per communication and computation cost; random; those of the first units "
+        "of every hidden layer (`width`: a sub-model is then a smaller dense network); or those of units "
+        "behind a first one that moves on by one every window (`rolling_width`).",
+    )
+    mask_interval: int | None = Field(
+        None,
+        ge=1,
+        description="Windows between rebuilds of the masks; `interval` when absent. Every trigger check "
+        "rebuilds them too.",
     )
     layer_floor: Fraction = Field(
         0.02,
@@ -124,9 +159,10 @@ class FedGMRConfig(BaseModel):
     )
 
     # -- aggregation -------------------------------------------------------------------------------
-    schedule: Literal["async", "sync"] = Field(
+    schedule: Literal["async", "sync", "buffered"] = Field(
         "async",
-        description="`async`: a window closes after the unconstrained clients; `sync`: after everybody.",
+        description="`async`: a window closes after the unconstrained clients; `sync`: after everybody; "
+        "`buffered`: with the upload number `min_updates`, and takes no more than those.",
     )
     aggregation: Literal["mask_aware", "global_average", "plain_average"] = Field(
         "mask_aware", description="MA, GA or FA (docs/method.md section 5)."
@@ -157,6 +193,11 @@ class FedGMRConfig(BaseModel):
     staleness_exponent: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
         0.6, description="a of (1 + tau)^-a."
     )
+    staleness_normalised: bool = Field(
+        True,
+        description="Staleness weighs uploads against each other; false scales each one's change instead, so "
+        "that a window of stale uploads moves the model less.",
+    )
     hinge_slope: Positive = Field(10.0, description="a of 1/(a (tau - b) + 1).")
     hinge_delay: NonNegative = Field(4.0, description="b: windows without penalty.")
     staleness_limit: int | None = Field(
@@ -169,6 +210,12 @@ class FedGMRConfig(BaseModel):
         "density is 1), w itself, or whichever has the better validation metric.",
     )
 
+    evaluation_seconds: Positive | None = Field(
+        None,
+        description="Seconds between evaluations on the test set: after the first window to end at or after "
+        "each multiple. When absent, FedML's `frequency_of_the_test` counts windows.",
+    )
+
     # -- clients -----------------------------------------------------------------------------------
     local_steps: Annotated[int, Field(ge=1)] | Literal["epochs"] = Field(
         5,
@@ -177,6 +224,25 @@ class FedGMRConfig(BaseModel):
     )
     loss: Literal["cross_entropy", "bce"] = Field(
         "cross_entropy", description="Loss of the built-in trainer; `bce` is taken on one-hot labels."
+    )
+    top_k: int = Field(
+        1,
+        ge=1,
+        description="Accuracy counts a label that is among so many highest scores (built-in trainer).",
+    )
+    local_objective: Literal["plain", "ordered_dropout", "straight_through"] = Field(
+        "plain",
+        description="What the built-in trainer's steps see of the sub-model: all of it; a smaller one of the "
+        "`density_ladder`, drawn for every step (FjORD's); or its weights that are still above the threshold "
+        "of the sub-model, with a gradient that knows of the threshold (FIARSE's).",
+    )
+    proximal: NonNegative = Field(
+        0.0, description="mu of the term (mu / 2) ||x - x_0||^2 in the built-in trainer's loss."
+    )
+    label_masks: bool = Field(
+        False,
+        description="The built-in trainer's loss sees the classes of the client's own data only, and rows of "
+        "the last layer are averaged over the clients whose data have the class (HeteroFL's).",
     )
     client_momentum: Fraction = Field(0.0, description="Momentum of the built-in trainer's SGD.")
     gradient_clip: Positive | None = Field(
@@ -311,6 +377,14 @@ class FedGMRConfig(BaseModel):
     probe_samples: int = Field(64, ge=1, description="Training samples per client in the probe set.")
     progress: bool = Field(True, description="Show live progress on standard error.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_method(cls, given: Any) -> Any:
+        """The method's options where nothing else is given."""
+        if not isinstance(given, Mapping) or given.get("method") not in METHODS:
+            return given
+        return {**options_of(given["method"]), **given}
+
     @model_validator(mode="after")
     def _consistent(self) -> FedGMRConfig:
         problems: list[str] = []
@@ -353,6 +427,21 @@ class FedGMRConfig(BaseModel):
             problems.append(
                 f"GMR-106|probe|probe=true measures terms that know no rounding, but "
                 f"payload_dtype={self.payload_dtype}"
+            )
+        if self.probe and (self.proximal or self.label_masks or self.local_objective != "plain"):
+            problems.append(
+                "GMR-106|probe|probe=true measures the plain loss, but local_objective, proximal or "
+                "label_masks makes clients minimise another one"
+            )
+        if self.local_objective == "straight_through" and self.score != "magnitude":
+            problems.append(
+                f"GMR-106|local_objective|local_objective=straight_through needs the threshold of "
+                f"score=magnitude, but score={self.score}"
+            )
+        if self.local_objective != "plain" and self.dense_start:
+            problems.append(
+                f"GMR-106|local_objective|local_objective={self.local_objective} is about sub-models, but "
+                "dense_start=true gives everybody the whole model"
             )
         if self.payload_rule == "encoded" and self.model_megabytes is not None:
             problems.append(

@@ -78,9 +78,10 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "Give one value per client; instead of `densities`, `heterogeneity` fits any number.",
     ),
     "GMR-110": CatalogueEntry(
-        "run exists already",
-        "`run_name` names a directory that holds a finished or interrupted run; nothing is overwritten.",
-        "Choose another `run_name`, leave it out to number runs, or move the old directory away.",
+        "run directory cannot be used",
+        "The run's directory holds a finished or interrupted run, of which nothing is overwritten, or cannot "
+        "be made.",
+        "Choose another `run_name`, leave it out to number runs, or name an `output_dir` to write to.",
     ),
     "GMR-111": CatalogueEntry(
         "device keys missing",
@@ -325,7 +326,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-608": CatalogueEntry(
         "run cannot be replayed",
-        "The run is none with devices, or what it was started with is not there any more.",
+        "The run is none with devices or with fedgmr's own silos, or what it was started with is not there "
+        "any more.",
         "Replay on the machine of the server, with the script and the configuration where they were.",
     ),
     "GMR-701": CatalogueEntry(
@@ -525,7 +527,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-747": CatalogueEntry(
         "message for somebody else",
-        "A message names another device or another run than its topic does.",
+        "A message names another device, another run, or an object of somebody else than its topic does.",
         "Stop the processes of the other run, and give every device its own id.",
     ),
     "GMR-748": CatalogueEntry(

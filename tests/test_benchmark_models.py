@@ -12,6 +12,8 @@ from benchmarks.models import (
     MODELS,
     PAPER_MEGABYTES,
     Transformer,
+    build,
+    char_transformer,
     conv2,
     mebibytes,
     megabytes,
@@ -19,9 +21,13 @@ from benchmarks.models import (
     resnet18,
     sinusoids,
     small_cnn,
+    small_cnn32,
+    strided_cnn,
+    strided_cnn32,
     tiny_cnn,
     vgg11,
 )
+from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels.layout import build_layout
 
 GREY, COLOUR = (2, 1, 28, 28), (2, 3, 32, 32)
@@ -39,6 +45,9 @@ SHAPES: list[tuple[Any, Any, Any, int, int]] = [
     (lambda: resnet18(), (2, 3, 64, 64), (2, 100), 11_227_812, 11_166_912 - 172_032),
     (lambda: small_cnn(), GREY, (2, 10), 112_554, 9 * 16 + 9 * 16 * 64 + 1600 * 64),
     (lambda: tiny_cnn(), GREY, (2, 10), 18_378, 25 * 16 + 25 * 16 * 32),
+    (lambda: strided_cnn(), GREY, (2, 10), 19_562, 25 * 16 + 25 * 16 * 16 + 784 * 16),
+    (lambda: small_cnn32(), COLOUR, (2, 10), 89_834, 9 * (3 * 16 + 16 * 32 + 32 * 64) + 1024 * 64),
+    (lambda: strided_cnn32(), COLOUR, (2, 10), 24_202, 25 * 3 * 16 + 25 * 16 * 16 + 1024 * 16),
 ]
 
 
@@ -97,6 +106,30 @@ def test_vgg11_passes_the_signal_through_at_its_start() -> None:
     with torch.no_grad():
         out = vgg11()(torch.randn(64, 3, 32, 32))
     assert 0.05 < float(out.std(0).mean()) < 20
+
+
+def test_the_character_transformer() -> None:
+    model = char_transformer().eval()
+    assert parameters(model) == 110_288
+    assert build_layout(model).prunable == 80 * 64 + 2 * (4 * 64 * 64 + 2 * 64 * 256)
+    with torch.no_grad():
+        assert model(torch.zeros(3, 40, dtype=torch.int64)).shape == (3, 80, 40)
+
+
+def test_built_models_follow_the_seed_alone() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        return nn.utils.parameters_to_vector(build("tiny_cnn", 10, seed).parameters())
+
+    state = torch.get_rng_state()
+    first = weights(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert torch.equal(weights(1), first) and not torch.equal(weights(2), first)
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="GMR-103 model='VGG11'.*\n.*\n.*Did you mean `vgg11`"):
+        build("VGG11", 10, 0)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -21,11 +21,14 @@ from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.desk import Replays
 from fedgmr_plugin.protocol.header import Header, Outcome
 from fedgmr_plugin.protocol.messages import PayloadOrder
-from fedgmr_plugin.protocol.notes import AnswerNote, StatusNote, answer_key, sign, to_server
+from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.protocol.storekeys import answer_key
 from fedgmr_plugin.protocol.wire import Message, encode
+from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.field import TOKEN, Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Loopback
+from fedgmr_plugin.runtimes.devices.memory import Memory
 
 KEYS = {n: bytes([n]) * 32 for n in (1, 2, 3)}
 OTHER = b"x" * 32
@@ -133,7 +136,7 @@ def test_a_device_with_a_key_cannot_send_rubbish(field: Field, payload: bytes) -
     hear(field, 3, status(3, 1), KEYS[3])
     (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
     w_D = field.office.server.w_D.clone()
-    piece = Piece(answer_key(TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
+    piece = Piece(answer_key("7", TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
     field.world.objects[piece.key] = payload
     hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, piece), KEYS[3], 3)
     field.until(lambda: bool(field.records("rejected")))
@@ -157,7 +160,7 @@ def test_what_admission_refuses_is_counted_for_its_device(field: Field) -> None:
         outcome=Outcome(40.0),
     )
     payload = bytes(encode(Message(header, torch.full((cuts[-1],), float("nan")))))
-    piece = Piece(answer_key(TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
+    piece = Piece(answer_key("7", TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
     field.world.objects[piece.key] = payload
     hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, piece), KEYS[3], 3)
     field.until(lambda: bool(field.records("rejected")))
@@ -170,13 +173,57 @@ def test_only_a_devices_own_object_is_taken(field: Field) -> None:
     (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
     theirs = next(iter(field.world.objects))
     hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, Piece(theirs, 10, "0" * 64)), KEYS[3], 3)
-    huge = Piece(answer_key(TOKEN, dispatch, 3), 2**40, "0" * 64)
+    huge = Piece(answer_key("7", TOKEN, dispatch, 3), 2**40, "0" * 64)
     other = AnswerNote("f" * 16, 3, 3, dispatch, huge)
     hear(field, 3, other, KEYS[3], 3)
     assert refused(field, 2) == {"GMR-747": 1, "GMR-713": 1} and theirs in field.world.objects
     hear(field, 3, AnswerNote(TOKEN, 3, 4, dispatch, huge), KEYS[3], 3)
     assert refused(field, 2)["GMR-710"] == 1
     field.run()
+
+
+@pytest.mark.parametrize("refusal", [False, True])
+def test_an_answer_that_was_read_or_refused_is_deleted(field: Field, refusal: bool) -> None:
+    hear(field, 3, status(3, 1), KEYS[3])
+    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
+    piece = Piece(answer_key("7", TOKEN, dispatch, 3), 3, hashlib.sha256(b"bad").hexdigest())
+    if refusal:
+        field.world.objects[piece.key] = b"bad"
+        hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, piece), KEYS[3], 3)
+        field.until(lambda: bool(field.records("rejected")))
+        assert piece.key not in field.world.objects
+    field.run()
+    late = {answer_key("7", TOKEN, d, f.client + 1) for d, f in field.office.server.flights.items()}
+    assert {key for key in field.world.objects if "/answers/" in key} <= late
+
+
+def test_a_device_that_signs_nothing_names_only_its_own_files(tmp_path: Path) -> None:
+    pytest.importorskip("MNN")
+    options = {"device_submodel": "masked", "device_authentication": "off"}
+    config = FedGMRConfig(densities=(1.0, 0.5), window_slack=0.1, answer_deadline=50.0, **options)
+    field = Field(PROBLEM, config, tmp_path, 2, 6, Loopback(0)).begin()
+    field.plain_device(1)
+    own = to_server("7", 1)
+    say = {"sender": 1, "msg_type": 5, "client_status": "ONLINE"}
+    field.office.message(own, json.dumps(say).encode())
+    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 0]
+    sent = next(key for key in field.world.objects if key.startswith("fedml_7_sent_"))
+    others = {sent: field.world.objects[sent], "fedml_7_2_aa": b"two", "fedml_8_1_aa": b"8", "other": b"x"}
+    others["fedml_7/answers/1/0-0"] = others["fedml_7_1_2_aa"] = b"y"
+    field.world.objects.update(others)
+    fetched: list[str] = []
+    real = field.world.get
+    field.world.get = lambda piece, then: (fetched.append(piece.key), real(piece, then))[1]  # type: ignore[method-assign]
+    for key in others:
+        message = {"sender": 1, "msg_type": 3, "num_samples": 5, "model_params": key}
+        field.office.message(own, json.dumps(message).encode())
+        field.until(lambda t=field.world.now: field.world.now > t + 1)  # type: ignore[misc]
+    assert refused(field, 0) == {"GMR-747": len(others)} and not set(fetched) & (set(others) - {sent})
+    assert dispatch in field.office.server.flights and not field.records("rejected")
+    assert {key: field.world.objects.get(key) for key in others} == others
+    field.plain_device(0)
+    field.run()
+    assert {r["client"] for r in field.records("arrival")} == {0, 1}
 
 
 def test_an_object_that_was_exchanged_is_not_read_and_the_device_heals_it(field: Field) -> None:
@@ -209,6 +256,34 @@ def test_every_number_counts_once(numbers: list[int]) -> None:
             continue
         assert number not in taken and highest - number < 64
         taken.add(number)
+
+
+def finish(field: Field, device: Device, token: str) -> None:
+    """The server's signed farewell, of some run."""
+    note = FinishNote(token, device.device, field.office.desk.next_sequence())
+    device.message(*field.office.desk.write(note, device.device - 1, {}))
+
+
+def test_a_farewell_of_another_run_stops_no_device(field: Field) -> None:
+    field.until(lambda: field.office.server.version == 2)
+    device = field.devices[0]
+    assert isinstance(device, Device)
+    finish(field, device, "f" * 16)
+    assert not device.finished and device.refused == ["GMR-713"]
+    field.run()
+    field.until(lambda: device.finished)
+
+
+def test_a_farewell_ends_a_device_that_had_no_task(field: Field, tmp_path: Path) -> None:
+    """Whether it remembers nothing, or another run of FedML's."""
+    piece = Piece("k", 1, "0" * 64)
+    other = Memory(tmp_path, token="e" * 16, run="6", answered=3, update=piece, content=b"x")
+    for memory in (None, other):
+        field.office.end = {}
+        device = field.device(2, memory)
+        assert device.memory.token == "" and device.memory.update is None and device.memory.answered == -1
+        finish(field, device, TOKEN)
+        assert device.finished and device.refused == []
 
 
 def test_no_message_breaks_the_server_or_a_device(field: Field) -> None:

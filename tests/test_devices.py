@@ -19,10 +19,10 @@ from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.schema import problems
 from fedgmr_plugin.runtimes.devices.client import measure_bandwidth
 from fedgmr_plugin.runtimes.devices.field import Field, Problem
-from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
+from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback, LoopbackHands
 from fedgmr_plugin.runtimes.devices.server import measured_by
 from fedgmr_plugin.runtimes.devices.store import Unreachable
-from fedgmr_plugin.runtimes.silos.grpc import Objects
+from fedgmr_plugin.runtimes.silos.objects import Objects
 
 KEYS = {n: bytes([n]) * 32 for n in range(1, 9)}
 
@@ -110,6 +110,23 @@ def test_the_log_replayed_gives_the_same_model(tmp_path: Path, options: dict[str
     assert found.records > 60
 
 
+def test_nothing_is_fetched_twice_where_every_message_comes_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that is told again changes nothing, whatever of it is still on its way."""
+    field = make(tmp_path, faults=Faults(duplicate=1.0, most=2.0), answer_deadline=60.0)
+    fetched: list[tuple[LoopbackHands, str]] = []
+    real = LoopbackHands.fetch
+
+    def fetch(hands: LoopbackHands, piece: Piece, then: Any) -> None:
+        fetched.append((hands, piece.key))
+        real(hands, piece, then)
+
+    monkeypatch.setattr(LoopbackHands, "fetch", fetch)
+    start(field).run(20_000)
+    assert len(fetched) == len(set(fetched)) > 60
+
+
 @pytest.mark.parametrize("loss", [0.0, 0.1, 0.3, 0.5])
 def test_a_lossy_field_comes_to_its_end(tmp_path: Path, loss: float) -> None:
     faults = Faults(loss=loss, duplicate=loss, most=2.0)
@@ -159,12 +176,12 @@ def test_a_device_measures_its_bandwidth_by_one_object() -> None:
             super().put(piece, content)
 
     store = Slow()
-    up, down = measure_bandwidth(store, 100_000)
+    up, down = measure_bandwidth(store, "probe", 100_000)
     assert up is not None and down is not None and 1 < up < 5.1 and down > up
-    assert store._contents == {}
+    assert len(store) == 0
 
     class Away(Objects):
         def put(self, piece: Piece, content: Any) -> None:
             raise Unreachable("nobody is there")
 
-    assert measure_bandwidth(Away()) == (None, None)
+    assert measure_bandwidth(Away(), "probe") == (None, None)

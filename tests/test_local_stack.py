@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.protocol.storekeys import answer_key, probe_key, sent_key
 from fedgmr_plugin.runtimes.local import broker as broker_module
 from fedgmr_plugin.runtimes.local import groups, keeper, mqtt, ports, record
 from fedgmr_plugin.runtimes.local import stack as stack_module
@@ -573,6 +574,19 @@ def test_the_guides_policies_keep_devices_apart(stack: Stack) -> None:
     assert bucket == "fedgmr"
     server = s3(stack, stack.storage.add_user("server", for_server))
     seven = s3(stack, stack.storage.add_user("7", for_seven))
+    sent, answer, probe = sent_key("42", "0f", "x"), answer_key("42", "0f", 3, 7), probe_key("42", 7)
+    server.put_object(Bucket=bucket, Key=sent, Body=b"s")
+    assert seven.get_object(Bucket=bucket, Key=sent)["Body"].read() == b"s"
+    for key in (answer, probe):
+        seven.put_object(Bucket=bucket, Key=key, Body=b"y")
+    assert seven.get_object(Bucket=bucket, Key=probe)["Body"].read() == b"y"
+    seven.delete_object(Bucket=bucket, Key=probe)
+    for key in (sent, answer_key("42", "0f", 3, 8), probe_key("42", 8)):
+        assert refused(seven.put_object, Bucket=bucket, Key=key, Body=b"z") == "AccessDenied"
+    assert refused(seven.delete_object, Bucket=bucket, Key=sent) == "AccessDenied"
+    for key in (sent, answer):
+        server.delete_object(Bucket=bucket, Key=key)
+
     for key in ("fedml_42_0_7_a", "fedml_42_0_8_a", "fedml_42_8_a"):
         server.put_object(Bucket=bucket, Key=key, Body=b"x")
 

@@ -18,8 +18,19 @@ from hypothesis import strategies as st
 
 from fedgmr_plugin.errors import RunLogError
 from fedgmr_plugin.protocol import RunLog, RunLogWriter, read_run
-from fedgmr_plugin.report import default_target, render, summarise, summarise_all, svg, tables, text, tracks
-from fedgmr_plugin.report.figures import Figures, named
+from fedgmr_plugin.report import (
+    default_target,
+    render,
+    scales,
+    summarise,
+    summarise_all,
+    svg,
+    tables,
+    text,
+    tracks,
+)
+from fedgmr_plugin.report.figures import Figures
+from fedgmr_plugin.report.groups import grouped, named
 from fedgmr_plugin.report.svg import Axis, Series
 
 HOSTILE = "</title><script>alert('x')</script>\"'&\u202e\ud800\0 onload=x"
@@ -268,10 +279,10 @@ def test_classes(log: Any) -> None:
     run = log(example())
     dense, half = tracks.classes(run)
     assert (dense.density, dense.clients, half.density, half.clients) == (1.0, (0,), 0.5, (1, 2))
-    f = tracks.class_figures(run, half)
+    (_, first), (_, f) = tracks.class_figures(run)
     assert (f.samples, f.final_density, f.uploads, f.mean_staleness, f.full_at) == (500, 1.0, 2, 1.5, 30.0)
     assert (f.megabytes_up, f.megabytes_down) == (2.0, 4.0)
-    assert tracks.class_figures(run, dense).full_at == 0.0
+    assert first.full_at == 0.0
 
 
 def test_staleness_by_window(log: Any) -> None:
@@ -481,9 +492,11 @@ def test_without_accuracy_the_loss_is_drawn(log: Any) -> None:
 
 
 def test_many_runs_and_long_names(log: Any) -> None:
-    runs = [log(example(run_name=f"{'very long name ' * 12}{i % 3}", seed=i)) for i in range(12)]
+    runs = [
+        log(example(run_name=f"{'very long name ' * 12}{i % 3}", config={"interval": i})) for i in range(12)
+    ]
     parsed = check(render(runs, "t" * 400))
-    assert parsed.counts["figure"] == 2 + 1 + 12 + 2 + 2
+    assert parsed.counts["figure"] == 2 + 1 + 12 + 12 + 2 + 2 + 2
     labels = [run.label for run in named(runs)]
     assert len(set(labels)) == 12
     assert len({(run.colour, run.dash) for run in named(runs)}) == 12
@@ -532,7 +545,7 @@ def test_a_step_chart_goes_where_the_data_say(log: Any) -> None:
 
 
 def test_the_mean_density_holds_from_a_window_s_start_to_its_end(log: Any) -> None:
-    page = Figures(named([log(example())])).mean_densities()
+    page = Figures(grouped([log(example())])).mean_densities()
     x = {t: svg.LEFT + t / 40 * (svg.WIDTH - svg.LEFT - svg.RIGHT) for t in (9, 29, 39, 40)}
     y = {d: svg.HEIGHT - svg.BOTTOM - d * (svg.HEIGHT - svg.BOTTOM - svg.TOP) for d in (0.5, 0.75, 1.0)}
     steps = f"M{x[9]:.1f} {y[0.5]:.1f}H.*H{x[29]:.1f}V{y[0.75]:.1f}H{x[39]:.1f}V{y[1.0]:.1f}H{x[40]:.1f}"
@@ -549,7 +562,7 @@ def test_a_line_is_interrupted_where_nothing_is_known() -> None:
 
 
 def test_histogram_shares(log: Any) -> None:
-    page = Figures(named([log(example())])).staleness_histogram()
+    page = Figures(grouped([log(example())])).staleness_histogram()
     notes = [note.replace(text.THIN, " ") for note in re.findall(r"<title>(.*?)</title>", page)]
     assert notes == [
         f"run: {share} % of uploads, tau = {tau}" for share, tau in (("66.7", 0), ("16.7", 1), ("16.7", 2))
@@ -564,7 +577,7 @@ def test_ticks_cover_the_range_in_round_steps(a: float, b: float, count: int) ->
     low, high = min(a, b), max(a, b)
     if high - low < 1e-6 * max(abs(low), abs(high), 1e-6):
         return
-    ticks = svg.nice_ticks(low, high, count)
+    ticks = scales.nice_ticks(low, high, count)
     step = ticks[1] - ticks[0]
     slack = 1e-6 * (high - low)
     assert ticks[0] <= low + slack and ticks[-1] >= high - slack
@@ -576,7 +589,7 @@ def test_ticks_cover_the_range_in_round_steps(a: float, b: float, count: int) ->
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e300])
 def test_ticks_of_a_single_value(value: float) -> None:
-    ticks = svg.nice_ticks(value, value)
+    ticks = scales.nice_ticks(value, value)
     assert ticks[0] <= value <= ticks[-1] and len(ticks) > 1
 
 
@@ -592,7 +605,7 @@ def test_labels_are_moved_apart_within_the_plot(wanted: list[float]) -> None:
 @given(st.integers(1, 5000), st.integers(0, 2**32 - 1))
 def test_thinning_keeps_ends_and_extremes(count: int, seed: int) -> None:
     y = np.random.default_rng(seed).normal(size=count)
-    x, kept = svg.thin(np.arange(float(count)), y)
+    x, kept = scales.thin(np.arange(float(count)), y)
     assert len(x) <= 602
     assert x[0] == 0 and x[-1] == count - 1
     assert kept.min() == y.min() and kept.max() == y.max()
@@ -602,9 +615,9 @@ def test_thinning_keeps_ends_and_extremes(count: int, seed: int) -> None:
 
 @given(st.integers(1, 50), st.integers(0, 2**32 - 1))
 def test_binned_means_keep_the_mean(each: int, seed: int) -> None:
-    y = np.random.default_rng(seed).normal(size=svg.BINS * each)
-    x, means = svg.bin_means(np.arange(float(len(y))), y)
-    assert len(x) == svg.BINS
+    y = np.random.default_rng(seed).normal(size=scales.BINS * each)
+    x, means = scales.bin_means(np.arange(float(len(y))), y)
+    assert len(x) == scales.BINS
     assert means.mean() == pytest.approx(y.mean(), abs=1e-9)
 
 
@@ -651,15 +664,15 @@ def test_everything_is_drawn_inside_the_picture(points: list[tuple[float, float]
         (text.shorten("abcd", 4), "abcd"),
         (text.escape('<a b="c">&\''), "&lt;a b=&quot;c&quot;&gt;&amp;&#x27;"),
         (text.escape("a\ud800\0\x1bb\n"), "a\ufffd\ufffd\ufffdb\n"),
-        (svg.plain(0.25, 0.25), "0.25"),
-        (svg.plain(20000.0, 5000.0), "20 000"),
-        (svg.as_percent(0.1 + 0.2, 0.1), "30"),
-        (svg.as_percent(0.025, 0.025), "2.5"),
-        (tables._text([1.0, 0.05, 0.05, 0.05, "x"]), '[1, 0.05 × 3, "x"]'),
-        (tables._text([1, 1]), "[1, 1]"),
-        (tables._text(2.0), "2"),
-        (tables._text(True), "true"),
-        (tables._text(None), "null"),
+        (scales.plain(0.25, 0.25), "0.25"),
+        (scales.plain(20000.0, 5000.0), "20 000"),
+        (scales.as_percent(0.1 + 0.2, 0.1), "30"),
+        (scales.as_percent(0.025, 0.025), "2.5"),
+        (text.written([1.0, 0.05, 0.05, 0.05, "x"]), '[1, 0.05 × 3, "x"]'),
+        (text.written([1, 1]), "[1, 1]"),
+        (text.written(2.0), "2"),
+        (text.written(True), "true"),
+        (text.written(None), "null"),
     ],
 )
 def test_texts(shown: str, expected: str) -> None:

@@ -111,6 +111,13 @@ class Silos:
             for path in sorted(self.folder.glob("*[0-9].log"))
         )
 
+    def replay(self) -> str:
+        run = self.folder / "fedgmr_runs" / "silos"
+        command = [sys.executable, "-m", "fedgmr_plugin", "replay", str(run)]
+        self.processes.start("replay", command, cwd=self.folder.parent, env=self.env)
+        self.wait("replay")
+        return self.processes.log("replay").read_text()
+
     def check(self, windows: int, silos: int) -> None:
         self.wait("server0")
         assert self.processes.poll("server0") == 0, self.logs()
@@ -161,3 +168,8 @@ def test_silos_train_to_the_end(request: pytest.FixtureRequest, transport: str, 
         silos.start(1, settings)
     silos.start(2, settings)
     silos.check(6, 2)
+    told = silos.replay()
+    if submodel == "wire":
+        assert "(the same)" in told, told
+    else:
+        assert "GMR-608" in told and "FedML's own clients" in told, told

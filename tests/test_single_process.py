@@ -212,6 +212,20 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
         run(arguments(tmp_path, {"run_name": "mine"}))
 
 
+def test_a_run_trains_once(tmp_path: Path) -> None:
+    finished = run(arguments(tmp_path))
+    before = (finished.directory / "run.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="GMR-110.*has a run already"):
+        finished.train()
+    assert (finished.directory / "run.jsonl").read_bytes() == before
+
+
+def test_a_place_for_runs_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ConfigError, match="GMR-110.*cannot be made: Not a directory"):
+        run(arguments(tmp_path, {"output_dir": str(tmp_path / "taken" / "runs")}))
+
+
 # -- every option runs ---------------------------------------------------------------------------------------
 
 

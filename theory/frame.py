@@ -179,9 +179,30 @@ class Frame:
 
     @property
     def hooked(self) -> bool:
-        """Whether hooks of the host, or defences, may change the uploads or the merged vector of a window."""
-        defended = bool(self.log.config("trim")) or self.log.config("norm_bound") is not None
-        return self.log.fedml("aggregation_hooks") is True or defended
+        """Whether something besides the merge may change the uploads or the merged vector of a window.
+
+        Hooks of the host, defences, staleness that scales changes, or rows that do not count.
+        """
+        return bool(self.hook)
+
+    @property
+    def hook(self) -> str:
+        """What does, in words; '' where nothing does."""
+        config = self.log.config
+        if self.log.fedml("aggregation_hooks") is True:
+            return HOOKED
+        if bool(config("trim")) or config("norm_bound") is not None:
+            return "trim or norm_bound changes uploads before they are merged"
+        if config("staleness_normalised") is False:
+            return "staleness_normalised=false: staleness scales each upload's change"
+        return (
+            "label_masks=true: rows of the last layer count for some clients only" if self.lacks_rows else ""
+        )
+
+    @property
+    def lacks_rows(self) -> bool:
+        """Whether uploads count without the rows of classes that a client's data do not have."""
+        return self.log.config("label_masks") is True
 
     @property
     def statistics_move(self) -> bool:
@@ -204,7 +225,7 @@ class Frame:
     def unmerged(self, otherwise: str) -> str:
         """Why a law of what a window merges has nothing to check: hooks, the update scope, or `otherwise`."""
         if self.hooked:
-            return f"does not apply: {HOOKED}"
+            return f"does not apply: {self.hook}"
         if not self.buffered:
             return otherwise
         return (
@@ -322,7 +343,7 @@ class Frame:
         code = np.where(code < 0, np.nan, code)
         sparse = density < 1
         low, high = self.least(code, sparse), self.most(code, sparse)
-        return np.asarray((low == high) | np.isposinf(low))
+        return np.asarray(((low == high) | np.isposinf(low)) & (not self.lacks_rows))
 
     @cached_property
     def holders(self) -> tuple[Floats, Floats]:

@@ -32,20 +32,27 @@ from theory.rules import (
 _DENSITIES = list_of(DENSITY.test, "densities in (0, 1]")
 _LADDER = list_of(DENSITY.test, "at least one density in (0, 1]", least=1)
 
+_SUBMODEL = ("heterofl", "fjord", "fedrolex", "fiarse")
+
 #: ``config``: option -> what it can be.
 OPTIONS: dict[str, Rule] = {
+    "method": word(
+        "fedgmr", "fedavg", "fedprox", "fedasync", "fedbuff",
+        *(f"{name}{form}" for name in _SUBMODEL for form in ("", "+aux", "+gmr")),
+    ),
     "heterogeneity": word("high", "medium", "low", "none"),
     "densities": or_null(_DENSITIES),
     "density_ladder": _LADDER,
     "density_step": word("ladder", "fixed", "proportional"),
-    "score": word("magnitude", "weight_change", "per_cost", "random", "width"),
+    "score": word("magnitude", "weight_change", "per_cost", "random", "width", "rolling_width"),
+    "mask_interval": or_null(POSITIVE),
     "dense_layers": list_of(TEXT.test, "strings"),
     "trigger": word("plateau", "time", "mixed", "gradient", "none"),
     "trigger_metric": word("accuracy", "loss"),
     "time_fractions": list_of(SHARE.test, "numbers in [0, 1]"),
     "time_floors": _DENSITIES,
     "validation_fraction": FRACTION,
-    "schedule": word("async", "sync"),
+    "schedule": word("async", "sync", "buffered"),
     "aggregation": word("mask_aware", "global_average", "plain_average"),
     "update_form": word("delta", "replacement"),
     "update_scope": word("arrivals", "buffer"),
@@ -53,6 +60,7 @@ OPTIONS: dict[str, Rule] = {
     "evaluate": word("coverage_scaled", "global", "validation"),
     "local_steps": STEPS,
     "loss": word("cross_entropy", "bce"),
+    "local_objective": word("plain", "ordered_dropout", "straight_through"),
     "staleness_exponent": Rule(lambda x: SIZE.test(x) and x <= 10, "a number in [0, 10]"),
     "workers": Rule(lambda x: POSITIVE.test(x) and x <= 256, "an integer from 1 to 256"),
     "payload_rule": word("density", "support", "encoded"),
@@ -63,6 +71,7 @@ OPTIONS: dict[str, Rule] = {
     "norm_bound": or_null(ABOVE_ZERO),
     "trim": Rule(lambda x: SIZE.test(x) and x < 0.5, "a number in [0, 0.5)"),
     "window_limit": or_null(ABOVE_ZERO),
+    "evaluation_seconds": or_null(ABOVE_ZERO),
     "device_submodel": word("wire", "width", "masked"),
     "device_authentication": word("hmac", "off"),
     "probe_interval": or_null(POSITIVE),
@@ -76,16 +85,16 @@ OPTIONS: dict[str, Rule] = {
     **dict.fromkeys(
         ("plateau_delta", "hinge_delay", "client_jitter", "server_jitter",
          "compute_seconds", "compute_density_exponent", "window_slack", "aggregation_seconds",
-         "retry_seconds"), SIZE,
+         "retry_seconds", "proximal"), SIZE,
     ),
     **dict.fromkeys(
-        ("interval", "patience", "min_updates", "jitter_draws", "probe_samples", "clients_at_start"),
+        ("interval", "patience", "top_k", "min_updates", "jitter_draws", "probe_samples", "clients_at_start"),
         POSITIVE,
     ),
     **dict.fromkeys(("warmup_windows", "cpu_threads"), COUNT),
     **dict.fromkeys(
         ("dense_start", "prune_biases", "mixing", "shuffle", "incremental_splitting", "probe", "progress",
-         "measured_densities"),
+         "measured_densities", "staleness_normalised", "label_masks"),
         FLAG,
     ),
     **dict.fromkeys(("bandwidth_traces", "trace_family", "run_name", "device_keys"), or_null(TEXT)),
@@ -94,6 +103,14 @@ OPTIONS: dict[str, Rule] = {
 
 #: Options that the plugin's first logs do not have, and what was so without them.
 LATER: dict[str, Any] = {
+    "method": "fedgmr",
+    "mask_interval": None,
+    "local_objective": "plain",
+    "proximal": 0.0,
+    "staleness_normalised": True,
+    "label_masks": False,
+    "top_k": 1,
+    "evaluation_seconds": None,
     "payload_dtype": "model",
     "workers": 1,
     "staleness_limit": None,

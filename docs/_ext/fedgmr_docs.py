@@ -3,6 +3,7 @@
     {config-keys} FIRST LAST    the keys of `FedGMRConfig` from FIRST to LAST, in its order
     {error-codes} 1             the catalogue's entries GMR-1xx, each with its anchor (`gmr-104`)
     {command} plan              usage, text and options of `fedgmr plan`
+    {methods}                   the methods, each with its rule, source and options
     {optional-toctree}          a toctree of glob patterns, some of which may match nothing
 
 The roles {key}`score`, {error}`GMR-104` and {cmd}`plan` link to them. What no page describes is a warning.
@@ -27,6 +28,7 @@ from sphinx.util.matching import patfilter
 from fedgmr_plugin.cli import COMMANDS, main
 from fedgmr_plugin.config import json_schema
 from fedgmr_plugin.errors import CATALOGUE
+from fedgmr_plugin.methods import PLAIN, SUBMODEL, Method
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -202,6 +204,23 @@ class Command(SphinxDirective):
         return [*result, nodes.definition_list("", *items)] if items else result
 
 
+# -- methods ---------------------------------------------------------------------------------------------
+
+
+class Methods(SphinxDirective):
+    """A definition list of the methods; of the forms of sub-model methods, the first."""
+
+    def run(self) -> list[nodes.Node]:
+        return [nodes.definition_list("", *map(self._item, (*PLAIN, *SUBMODEL)), classes=["config-keys"])]
+
+    def _item(self, method: Method) -> nodes.Node:
+        options = ", ".join(f"`{key}: {in_yaml(value)}`" for key, value in method.options.items())
+        parts = [paragraph(method.rule), paragraph(f"{method.title}: {method.source}.", "key-facts")]
+        parts.append(paragraph(options or "The defaults of all options."))
+        term = nodes.term("", "", nodes.literal("", method.name))
+        return nodes.definition_list_item("", term, nodes.definition("", *parts))
+
+
 # -- pages that may be missing ---------------------------------------------------------------------------
 
 
@@ -239,6 +258,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("config-keys", ConfigKeys)
     app.add_directive("error-codes", ErrorCodes)
     app.add_directive("command", Command)
+    app.add_directive("methods", Methods)
     app.add_directive("optional-toctree", OptionalTocTree)
     app.connect("env-check-consistency", _check)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

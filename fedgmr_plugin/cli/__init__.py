@@ -37,6 +37,7 @@ COMMANDS: dict[str, Entry] = {
     "keys": Entry("fedgmr_plugin.cli.keys:keys", "Make the secret keys of devices."),
     "plan": Entry("fedgmr_plugin.cli.plan:plan", "Say what a configuration will cost before running it."),
     "report": Entry("fedgmr_plugin.cli.report:report", "Make one HTML page from one or more run logs."),
+    "bench": Entry("fedgmr_plugin.cli.bench:bench", "Run the methods of an experiment, and compare them."),
     "explain": Entry("fedgmr_plugin.cli.explain:explain", "Explain an error code."),
     "schema": Entry("fedgmr_plugin.cli.schema:schema", "Print the JSON schema of fedgmr_args."),
     "doctor": Entry("fedgmr_plugin.cli.doctor:doctor", "Check Python, FedML and their dependencies."),

@@ -1,4 +1,4 @@
-"""`fedgmr replay RUN`: whether a run with devices gives the same model in one process."""
+"""`fedgmr replay RUN`: whether a run with real clients gives the same model in one process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def replay(run: Path) -> None:
-    """Repeat RUN, a run with devices, in this process: what arrived when is taken from its log.
+    """Repeat RUN, a run with devices or silos, in this process: what arrived when is taken from its log.
 
-    Devices are trained here, from the data that the run's script gives for each. Every record of the log and
+    Clients are trained here, from the data that the run's script gives for each. Every record of the log and
     the model must come out the same; the first difference is told, and the status is then 1.
     """
     from fedgmr_plugin.protocol.runlog import read_run
-    from fedgmr_plugin.runtimes.devices.replaying import replay as replayed
+    from fedgmr_plugin.runtimes.replaying import replay as replayed
 
     run = run.absolute()
     recorded = read_run(run).end

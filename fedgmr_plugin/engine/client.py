@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedgmr_plugin.engine.compact import Masks, drift_sq, leaves_of
+from fedgmr_plugin.engine.compact import Leaf, Masks, drift_sq, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.formats import fast_formats
+from fedgmr_plugin.engine.objectives import PLAIN, Context
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
 from fedgmr_plugin.kernels.blocks import sum_sq
 from fedgmr_plugin.kernels.chain import is_chain
@@ -171,6 +172,7 @@ class LocalTrainer(Protocol):
         *,
         learning_rate: float,
         client: int,
+        context: Context = PLAIN,
     ) -> LocalStats:
         """Train `model` in place; on return masked coordinates are exactly 0.
 
@@ -178,6 +180,7 @@ class LocalTrainer(Protocol):
             model: holds x_0.
             masks: parameter name to bool mask of its shape, for parameters with a masked coordinate; None at
                 density 1.
+            context: of the local objective; only the built-in trainer has others than the plain one.
         """
         ...
 
@@ -194,6 +197,8 @@ class BuiltinTrainer:
         loss: ``bce`` takes one-hot labels, mean over classes and samples.
         optimizer: ``sgd``, whose weight decay adds wd * w to the gradient, or ``adam`` (AMSGrad, as FedML's).
         gradient_clip: largest norm of the masked gradient, applied after backward; None turns it off.
+        top_k: highest scores among which a label counts as found.
+        proximal: mu of the term (mu / 2) ||x - x_0||^2, which is not part of the loss that is reported.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -202,6 +207,8 @@ class BuiltinTrainer:
     momentum: float = 0.0
     weight_decay: float = 0.0
     gradient_clip: float | None = None
+    proximal: float = 0.0
+    top_k: int = 1
 
     def train(
         self,
@@ -211,13 +218,15 @@ class BuiltinTrainer:
         *,
         learning_rate: float,
         client: int,
+        context: Context = PLAIN,
     ) -> LocalStats:
         model.train()
+        view, limited = context.view(model), context.limits_steps
         loss_sum = torch.zeros((), device=self.device)
         drift = torch.zeros((), dtype=torch.float64, device=self.device)
         samples = steps = 0
         watched = (isinstance(batches, BatchList) and batches.watched) or not is_chain(model)
-        with fast_formats(model), leaves_of(model, masks, watched=watched) as leaves:
+        with fast_formats(model), leaves_of(model, masks, watched=watched, whole=limited) as leaves:
             step = self._optimizer([leaf.tensor for leaf in leaves], learning_rate)
             for x, y in batches:
                 if steps:
@@ -225,10 +234,13 @@ class BuiltinTrainer:
                 x, y = x.to(self.device), y.to(self.device)
                 for leaf in leaves:
                     leaf.parameter.grad = leaf.tensor.grad = None
-                loss = self.loss_of(model(x), y)
-                loss.backward()
+                with view.step():
+                    loss = self.loss_of(model(x), y, context.classes)
+                    loss.backward()
                 for leaf in leaves:
                     leaf.restrict()
+                    if self.proximal:
+                        _pull_back(leaf, self.proximal)
                 if self.gradient_clip is not None:
                     torch.nn.utils.clip_grad_norm_([leaf.tensor for leaf in leaves], self.gradient_clip)
                 step()
@@ -249,18 +261,36 @@ class BuiltinTrainer:
         with fast_formats(model):
             for x, y in batches:
                 x, y = x.to(self.device), y.to(self.device)
-                output = model(x)
-                loss_sum += float(self.loss_of(output, y)) * len(y)
-                correct += int((output.argmax(dim=1) == y).sum())
-                positions += y.numel()
+                output, is_labelled = model(x), y >= 0  # other targets, such as a text's filling, are none
+                labels = int(is_labelled.sum())
+                if labels == 0:
+                    continue
+                loss_sum += float(self.loss_of(output, y)) * labels
+                correct += self._found(output, y)
+                positions += labels
                 total += len(y)
         if total == 0:
             return Metrics(None, None, 0)
-        return Metrics(correct / positions, loss_sum / total, total)
+        return Metrics(correct / positions, loss_sum / positions, total)
 
-    def loss_of(self, output: Tensor, y: Tensor) -> Tensor:
-        """Mean loss of `output` [b, classes, ...] for labels `y` [b, ...]."""
+    def _found(self, output: Tensor, y: Tensor) -> int:
+        """How many labels are among the highest scores."""
+        if self.top_k == 1:
+            return int((output.argmax(dim=1) == y).sum())
+        highest = output.topk(min(self.top_k, output.shape[1]), dim=1).indices
+        return int((highest == y.unsqueeze(1)).sum())
+
+    def loss_of(self, output: Tensor, y: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Mean loss of `output` [b, C, ...] for labels `y` [b, ...].
+
+        Args:
+            classes: bool [C]; the scores of other classes count as 0 and have no gradient (HeteroFL's masked
+                cross-entropy).
+        """
         y = y.long()
+        if classes is not None:
+            is_known_C = classes.to(output.device).view(-1, *[1] * (output.dim() - 2))
+            output = output.masked_fill(~is_known_C, 0.0)
         if self.loss == "cross_entropy":
             return F.cross_entropy(output, y)
         one_hot = F.one_hot(y, output.shape[1]).movedim(-1, 1).to(output.dtype)
@@ -272,6 +302,13 @@ class BuiltinTrainer:
             return SGD(tensors, learning_rate, self.momentum, self.weight_decay).step
         adam = torch.optim.Adam(tensors, lr=learning_rate, weight_decay=self.weight_decay, amsgrad=True)
         return adam.step
+
+
+def _pull_back(leaf: Leaf, proximal: float) -> None:
+    """Add the gradient of (mu / 2) ||x - x_0||^2 to that of a leaf."""
+    x, grad = leaf.tensor.detach(), leaf.tensor.grad
+    pull = proximal * (x - leaf.start)
+    leaf.tensor.grad = pull if grad is None else grad.add_(pull)
 
 
 class SGD:
@@ -329,22 +366,31 @@ def train_dispatch(
     on_step: Callable[[], None] | None = None,
     recent: RecentMasks | None = None,
     payload_dtype: torch.dtype | None = None,
+    context: Callable[[Dispatch, nn.Module, RecentMasks], Context] | None = None,
 ) -> LocalUpdate:
     """Carry out one dispatch on `model` (overwritten).
 
     `on_step` is called before each batch is read; with the built-in trainer `model` then holds x_k. `recent`
-    shares masks among calls. `payload_dtype` is the type in which the update travels.
+    shares masks among calls. `payload_dtype` is the type in which the update travels. `context` makes that of
+    the local objective from a model that holds x_0; the objective is the plain one without it.
 
     The result depends on `sent`, the client's samples, the plan and the seed only: all global random
     generators are seeded for this dispatch and restored afterwards.
     """
     x_D = torch.zeros(layout.size, dtype=layout.dtype, device=sent.values_S.device)
     layout.scatter(model, sent.ranking.place(sent.values_S, x_D))
-    masks = (recent or RecentMasks(layout))(sent.ranking, sent.rung)
+    recent = recent or RecentMasks(layout)
+    masks = recent(sent.ranking, sent.rung)
+    beside = {} if context is None else {"context": context(sent, model, recent)}
     batches = BatchList(samples, list(plan.batches(sent.client, len(samples), sent.count)), on_step)
     with isolated_rng(derive(plan.seed, "training", sent.client, sent.count)):
         stats = trainer.train(
-            model, batches, masks, learning_rate=learning_rate * sent.learning_rate_scale, client=sent.client
+            model,
+            batches,
+            masks,
+            learning_rate=learning_rate * sent.learning_rate_scale,
+            client=sent.client,
+            **beside,
         )
     values_S = sent.ranking.cut(layout.gather(model, out=x_D), sent.rung)
     stop = sent.ranking.ends[0]
@@ -399,7 +445,7 @@ def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> dict[str, Tensor] | 
 class RecentMasks:
     """`parameter_masks` of the rungs used last: clients of one density share the work."""
 
-    def __init__(self, layout: ModelLayout, most: int = 4) -> None:
+    def __init__(self, layout: ModelLayout, most: int = 8) -> None:
         self._layout, self._most = layout, most
         self._known: OrderedDict[tuple[str, int], dict[str, Tensor] | None] = OrderedDict()
 

@@ -139,18 +139,19 @@ class Leaf:
 
 @contextmanager
 def leaves_of(
-    model: nn.Module, masks: Mapping[str, Tensor] | None, *, watched: bool = True
+    model: nn.Module, masks: Mapping[str, Tensor] | None, *, watched: bool = True, whole: bool = False
 ) -> Iterator[list[Leaf]]:
     """The leaves of `model`, which holds x_0; on leaving it holds what they do, and computes as before.
 
     Args:
         watched: somebody looks at the model between steps, or it has code of its own (not `kernels.chain`).
+        whole: every leaf is a whole parameter.
     """
     known = masks if isinstance(masks, Masks) else Masks(masks or {})
     thin = {
         name
         for name, parameter in model.named_parameters()
-        if name in known and _is_thin(parameter) and known.share(name) <= THIN_DENSITY
+        if not whole and name in known and _is_thin(parameter) and known.share(name) <= THIN_DENSITY
     }
     layers = _sparse_layers(model, {n for n in thin if known.share(n) <= SPARSE_DENSITY})
     leaves = []

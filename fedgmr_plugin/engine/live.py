@@ -6,8 +6,9 @@ to keep (`fedgmr_plugin.protocol.journal`).
 
 A window closes `window_slack` seconds after the uploads that it waits for have arrived: those of the clients
 in flight with the largest initial density (`schedule` ``sync``: of everybody in flight), and `min_updates` at
-least; after `window_limit` seconds it closes with what there is. Whoever does not answer within
-`answer_deadline` seconds is waited for no longer. See the method page, section 7.
+least. With ``buffered`` it closes with the upload number `min_updates`, whoever's they are. After
+`window_limit` seconds it closes with what there is. Whoever does not answer within `answer_deadline` seconds
+is waited for no longer. See the method page, section 7.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ class Live(Course):
         if self.closing_at is None and self.server.staged and self.config.window_limit is not None:
             waits.append(self.now + self.config.window_limit)
         if self._enough():
-            waits.append(self.now + self.config.window_slack)
+            slack = 0.0 if self.config.schedule == "buffered" else self.config.window_slack
+            waits.append(self.now + slack)
         self.closing_at = None if min(waits) == math.inf else min(waits)
         if self.closing_at is None or self.now < self.closing_at:
             return None
@@ -182,6 +184,8 @@ class Live(Course):
             return True
         if self.config.schedule == "sync" or len(server.staged) < self.config.min_updates:
             return False
+        if self.config.schedule == "buffered":
+            return True
         best = max(self.initial[n] for n in (*waiting, *(a.upload.client for a in server.staged.values())))
         return all(self.initial[n] < best for n in waiting)
 

@@ -246,6 +246,9 @@ class VirtualNetwork:
             ),
             key=lambda a: (a.client, a.dispatch),
         )
+        if self.config.schedule == "buffered":
+            first = sorted(arrivals, key=lambda a: (a.time, a.client, a.dispatch))
+            arrivals = sorted(first[: self.config.min_updates], key=lambda a: (a.client, a.dispatch))
         for arrival in arrivals:
             del self.flights[arrival.dispatch]
         self.flights = {d: self._advance(f, rates[d], end) for d, f in self.flights.items()}
@@ -305,9 +308,11 @@ class VirtualNetwork:
             return self.now
         if self.config.schedule == "sync":
             return max(self.now, *finished.values())
+        enough = sorted(finished.values())[min(self.config.min_updates, len(finished)) - 1]
+        if self.config.schedule == "buffered":
+            return max(self.now, enough)
         best = max(self.densities[f.client] for f in self.flights.values())
         anchors = [finished[d] for d, f in self.flights.items() if self.densities[f.client] == best]
-        enough = sorted(finished.values())[min(self.config.min_updates, len(finished)) - 1]
         return max(self.now, *anchors, enough)
 
     def _finish(self, flight: Flight, rates: tuple[RateFunction, RateFunction]) -> float:

@@ -45,6 +45,7 @@ from fedgmr_plugin.engine.events import (
     WindowClosed,
 )
 from fedgmr_plugin.engine.measures import Norms, norms, step_sq
+from fedgmr_plugin.engine.restricted import Restricted, Shares
 from fedgmr_plugin.engine.sampling import choose_idle
 from fedgmr_plugin.engine.seeds import torch_generator
 from fedgmr_plugin.errors import UpdateRejected, WireError
@@ -52,7 +53,7 @@ from fedgmr_plugin.kernels import density as gmr
 from fedgmr_plugin.kernels.aggregate import Coverage, MaskedUpdate, merge
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
-from fedgmr_plugin.kernels.robust import bounded, trimmed
+from fedgmr_plugin.kernels.robust import bounded, scaled, trimmed
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES, travelled
 from fedgmr_plugin.kernels.staleness import staleness_weight
 
@@ -83,8 +84,8 @@ class Plan:
 BeforeMerge = Callable[[int, Tensor, list[MaskedUpdate]], list[MaskedUpdate]]
 #: Hook on the merged vector: (window, w_D) -> w_D.
 AfterMerge = Callable[[int, Tensor], Tensor]
-#: Nested masks of some densities (ascending) of a global vector: (w_D, densities) -> ranking.
-MaskFamily = Callable[[Tensor, Sequence[float]], Ranking]
+#: Nested masks of some densities (ascending) of a global vector: (w_D, densities, version) -> ranking.
+MaskFamily = Callable[[Tensor, Sequence[float], int], Ranking]
 
 
 class Server:
@@ -97,6 +98,7 @@ class Server:
         w_D: initial global vector; the server's own from now on, which it overwrites.
         before_merge, after_merge: hooks of the host framework; see `BeforeMerge`.
         masks: family of masks; by `score` where None.
+        shares: what of a client's uploads counts; all of them where None.
     """
 
     def __init__(
@@ -109,9 +111,11 @@ class Server:
         before_merge: BeforeMerge | None = None,
         after_merge: AfterMerge | None = None,
         masks: MaskFamily | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self.config, self.plan, self.layout = config, plan, layout
         self.before_merge, self.after_merge, self._masks = before_merge, after_merge, masks
+        self._restricted = Restricted(shares)
         clients = len(plan.client_samples)
         self.rules = restoration_rules(config)
         self.version = 0
@@ -275,11 +279,12 @@ class Server:
 
     def _close(self, event: WindowClosed) -> list[Effect]:
         effects = self._merge(self._arrived(), event)
+        is_tested = self._is_tested(event.start, event.end)
         self.version += 1
         self.time = event.end
 
         reason = self._budget_spent()
-        if reason or (self.version - 1) % self.plan.test_interval == 0:
+        if reason or is_tested:
             effects.append(Evaluate(last=reason is not None))
         if reason:
             self.phase = "finished"
@@ -288,8 +293,17 @@ class Server:
             self.phase = "validating"
             effects.append(Validate())
         else:
+            if self.config.mask_interval and self.version % self.config.mask_interval == 0:
+                self.put(self.w_D, self._rank())
             effects += self._dispatch()
         return effects
+
+    def _is_tested(self, before: float, end: float) -> bool:
+        """Whether the model is evaluated after the present window, from second `before` to `end`."""
+        every = self.config.evaluation_seconds
+        if every is None:
+            return self.version % self.plan.test_interval == 0
+        return end // every > before // every
 
     def _arrived(self) -> list[Admitted]:
         """The window's uploads in the order of their merge, which are no longer in flight."""
@@ -305,13 +319,21 @@ class Server:
         return "windows" if self.version >= self.plan.windows else None
 
     def _weighted(self, admitted: Admitted) -> MaskedUpdate:
-        """c_n = s(tau_n) * samples, with the support of the dispatched mask."""
-        c = self.config
-        tau = self.version - admitted.flight.version
-        weight = admitted.upload.samples * staleness_weight(
+        """c_n = s(tau_n) * samples, with the support of the dispatched mask.
+
+        Without `staleness_normalised`, c_n = samples, and s(tau_n) scales the change.
+        """
+        c, flight, upload = self.config, admitted.flight, admitted.upload
+        tau = self.version - flight.version
+        damping = staleness_weight(
             c.staleness, tau, exponent=c.staleness_exponent, slope=c.hinge_slope, delay=c.hinge_delay
         )
-        return MaskedUpdate(admitted.flight.ranking, admitted.flight.rung, admitted.upload.values_S, weight)
+        samples = float(upload.samples)
+        update = MaskedUpdate(flight.ranking, flight.rung, upload.values_S, samples)
+        update = self._restricted(upload.client, update)
+        if c.staleness_normalised:
+            return update._replace(weight=samples * damping)
+        return scaled(update, damping, self.w_D, c.update_form, self._buffers)
 
     def _merge(self, arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
         """Merge what `update_scope` says, if any `arrived`; returns their records and the window's."""
@@ -356,14 +378,16 @@ class Server:
 
     def _defended(self, updates: list[MaskedUpdate]) -> tuple[list[MaskedUpdate], list[Effect]]:
         """The updates after `norm_bound` and `trim`, and the record of what they did."""
-        config, scaled, undefended = self.config, 0, 0.0
+        config, reduced, undefended = self.config, 0, 0.0
         if not updates or (config.norm_bound is None and config.trim == 0.0):
             return updates, []
         if config.norm_bound is not None:
-            updates, scaled = bounded(updates, self.w_D, config.norm_bound, config.update_form, self._buffers)
+            updates, reduced = bounded(
+                updates, self.w_D, config.norm_bound, config.update_form, self._buffers
+            )
         if config.trim:
             updates, undefended = trimmed(updates, config.trim, self.layout.size, self.layout.parameters)
-        fields = {"updates": len(updates), "scaled": scaled, "undefended": undefended}
+        fields = {"updates": len(updates), "scaled": reduced, "undefended": undefended}
         return updates, [_record("defence", window=self.version, **fields)]
 
     def _refuse_window(self, arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
@@ -472,14 +496,16 @@ class Server:
         """Masks for every density that is held now or could be held after the next restoration."""
         held = set(self.gmr.densities)
         wanted = held | {gmr.next_density(self.rules, d) for d in held}
+        if self.config.local_objective == "ordered_dropout":
+            wanted |= set(self.config.density_ladder)
         if self._masks is not None:
-            return self._masks(self.w_D, sorted(wanted))
+            return self._masks(self.w_D, sorted(wanted), self.version)
         change_D = None
         if self.interval_start_D is not None:
             change_D = self.w_D - self.interval_start_D
         score = self.config.score
-        if score == "width":
-            raise ValueError("score=width needs its family of masks")
+        if score == "width" or score == "rolling_width":
+            raise ValueError(f"score={score} needs its family of masks")
         score_P = scores(
             "magnitude" if score == "weight_change" and self.version == 0 else score,
             self.layout,

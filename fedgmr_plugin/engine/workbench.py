@@ -24,6 +24,7 @@ from fedgmr_plugin.engine.client import (
     train_dispatch,
 )
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.objectives import PLAIN, Context, threshold
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
@@ -70,11 +71,19 @@ class Clients:
 
 @dataclass(frozen=True)
 class Training:
-    """How clients train: the trainer, which batches, and the learning rate eta."""
+    """How clients train.
+
+    Attributes:
+        trainer: makes the steps.
+        plan: which batches.
+        learning_rate: eta.
+        classes: bool [C], the classes of a client's data; needed for `label_masks`.
+    """
 
     trainer: LocalTrainer
     plan: BatchPlan
     learning_rate: float
+    classes: Callable[[int], Tensor | None] = lambda client: None
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,26 @@ class Workbench:
             on_step=on_step,
             recent=self._masks,
             payload_dtype=PAYLOAD_TYPES[self.config.payload_dtype],
+            context=self._context if self._has_objective else None,
         )
+
+    @property
+    def _has_objective(self) -> bool:
+        return self.config.label_masks or self.config.local_objective != "plain"
+
+    def _context(self, sent: Dispatch, model: nn.Module, masks: RecentMasks) -> Context:
+        """What the local objective of a dispatch needs to know; `model` holds x_0."""
+        context = PLAIN
+        if self.config.label_masks:
+            context = context._replace(classes=self.training.classes(sent.client))
+        if self.config.local_objective == "ordered_dropout":
+            narrower = [masks(sent.ranking, rung) for rung in range(sent.rung + 1)]
+            context = context._replace(narrower=narrower)
+        elif self.config.local_objective == "straight_through":
+            names = frozenset(e.name for e in self.layout.of_kind("prunable"))
+            theta = threshold(model, masks(sent.ranking, sent.rung), names)
+            context = context._replace(threshold=theta, pruned=names)
+        return context
 
     def place(self, w_D: Tensor) -> None:
         """Put the vector `w_D` [D] into the scratch model; other buffers as they were at the start."""

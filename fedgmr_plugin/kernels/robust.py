@@ -54,22 +54,35 @@ def bounded(
     Returns:
         The updates, and how many were scaled down.
     """
-    changes = [_change(u, w_D, form, buffers) for u in updates]
-    sizes = [_rms(change, u, len(w_D) - buffers) for change, u in zip(changes, updates, strict=True)]
+    sizes = [_rms(_change(u, w_D, form, buffers), u, len(w_D) - buffers) for u in updates]
     most = bound * statistics.median(sizes)
-    result, scaled = [], 0
-    for update, change_S, size in zip(updates, changes, sizes, strict=True):
-        if size <= most or size == 0.0:
-            result.append(update)
-            continue
-        scaled += 1
-        values_S = change_S * (most / size)
-        if form == "replacement":
-            values_S += w_D[update.index_S]
-        elif buffers:
-            values_S = torch.where(update.index_S < len(w_D) - buffers, values_S, update.values_S)
-        result.append(update._replace(values_S=values_S))
-    return result, scaled
+    within = [size <= most or size == 0.0 for size in sizes]
+    result = [
+        update if is_within else scaled(update, most / size, w_D, form, buffers)
+        for update, size, is_within in zip(updates, sizes, within, strict=True)
+    ]
+    return result, within.count(False)
+
+
+def scaled(
+    update: MaskedUpdate, factor: float, w_D: Tensor, form: Literal["delta", "replacement"], buffers: int
+) -> MaskedUpdate:
+    """The update whose change of the global vector is `factor` times that of `update`.
+
+    In the delta form buffers, which are not changes, stay.
+
+    Args:
+        w_D: global vector in the layout's order.
+        buffers: number of trailing coordinates that are buffers.
+    """
+    if factor == 1.0:
+        return update
+    values_S = _change(update, w_D, form, buffers) * factor
+    if form == "replacement":
+        values_S += w_D[update.index_S]
+    elif buffers:
+        values_S = torch.where(update.index_S < len(w_D) - buffers, values_S, update.values_S)
+    return update._replace(values_S=values_S)
 
 
 def _change(update: MaskedUpdate, w_D: Tensor, form: str, buffers: int) -> Tensor:

@@ -53,6 +53,11 @@ class Axis(NamedTuple):
         """Entries of the axis at `width`: the first ones."""
         return math.ceil(width * self.units) * self.block if self.hidden else self.size
 
+    def places(self, first: int) -> Tensor:
+        """int64 [size]: how many entries come before each one if unit `first` (modulo units) comes first."""
+        entry = torch.arange(self.size)
+        return entry if not self.hidden else (entry - first % self.units * self.block) % self.size
+
 
 #: Axes that a width cuts, of every parameter by name: the leading ones of its shape.
 Axes = dict[str, tuple[Axis, ...]]
@@ -189,11 +194,13 @@ def _shape(entry: Entry, cut: tuple[Axis, ...], width: Fraction) -> tuple[int, .
     return (*(axis.kept(width) for axis in cut), *entry.shape[len(cut) :])
 
 
-def rank_widths(model: nn.Module, layout: ModelLayout, densities: Sequence[float]) -> Ranking:
+def rank_widths(model: nn.Module, layout: ModelLayout, densities: Sequence[float], first: int = 0) -> Ranking:
     """Masks of all `densities`: exactly the coordinates of the stacks of their `widths`, nested.
 
     Args:
         densities: strictly ascending, in (0, 1].
+        first: unit of every hidden layer (modulo its units) where sub-models begin; units behind the last one
+            are the first ones again (FedRolex's rolling windows).
 
     Raises:
         ModelError: GMR-207, `model` has no widths.
@@ -205,7 +212,7 @@ def rank_widths(model: nn.Module, layout: ModelLayout, densities: Sequence[float
         grid = rung_D[entry.slice].view(entry.shape)
         for position, axis in enumerate(cut[entry.name]):
             kept_R = torch.tensor([axis.kept(width) for width in width_R])
-            first_rung = torch.searchsorted(kept_R, torch.arange(axis.size), right=True).to(torch.int16)
+            first_rung = torch.searchsorted(kept_R, axis.places(first), right=True).to(torch.int16)
             ahead = (1,) * position, (1,) * (grid.dim() - position - 1)
             torch.maximum(grid, first_rung.view(*ahead[0], -1, *ahead[1]), out=grid)
     return Ranking(tuple(densities), rung_D)

@@ -142,7 +142,13 @@ class Desk:
     @property
     def topics(self) -> list[str]:
         """Topics on which devices write."""
-        return [to_server(self.run, device) for device in self.devices]
+        return list(self.keys_by_topic)
+
+    @property
+    def keys_by_topic(self) -> dict[str, bytes | None]:
+        """Key with which the notes on each topic are signed; None where devices are not authenticated."""
+        keys = self._keys or {}
+        return {to_server(self.run, device): keys.get(device) for device in self.devices}
 
     def read(self, topic: str, payload: bytes, now: float) -> tuple[int, Said]:
         """Client and content of a message.

@@ -132,11 +132,6 @@ def to_server(run: str, device: int) -> str:
     return f"fedml_{run}_{device}"
 
 
-def answer_key(token: str, dispatch: int, device: int) -> str:
-    """Where the store holds a device's update: nobody names another place to the server."""
-    return f"{token}/answers/{dispatch}-{device}"
-
-
 def sign(note: Note, topic: str, key: bytes | None, message: Mapping[str, Any]) -> bytes:
     """FedML's `message` with the note in it, as it is published on `topic`; unsigned without a key."""
     text = json.dumps({"protocol": PROTOCOL, "kind": _NAMES[type(note)], **asdict(note)}, sort_keys=True)

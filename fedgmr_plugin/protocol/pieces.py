@@ -20,6 +20,7 @@ from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.protocol.mask import Mask
 from fedgmr_plugin.protocol.messages import PayloadOrder, increment_messages
+from fedgmr_plugin.protocol.storekeys import sent_key
 from fedgmr_plugin.protocol.wire import encode
 
 
@@ -57,12 +58,13 @@ class Pieces:
     """The objects of a run.
 
     Args:
-        run: name of the run, the first part of every key.
+        run: FedML's ``run_id``.
+        token: name of this run that no other has; in every key, and in every message.
         dtype: type in which values travel; the model's own by default.
     """
 
-    def __init__(self, run: str, dtype: torch.dtype | None = None) -> None:
-        self._run, self.dtype = run, dtype
+    def __init__(self, run: str, token: str, dtype: torch.dtype | None = None) -> None:
+        self._run, self._token, self.dtype = run, token, dtype
         self._values: dict[tuple[int, str], list[Piece]] = {}  # (version, ranking) to its increments
         self._masks: dict[str, list[Piece]] = {}  # ranking to its masks
         self._held: dict[int, tuple[str, int]] = {}  # client to the ranking and segments of its masks
@@ -76,15 +78,15 @@ class Pieces:
         for k in range(len(masks), count):
             held = order.tops[k - 1] if k else None
             code = Mask.of(sent.ranking, (order.tops[k],), held).code
-            new.append(self._object(f"mask/{digest}-{k}", memoryview(code)))
+            new.append(self._object(f"mask-{digest}-{k}", memoryview(code)))
             masks.append(new[-1][0])
         values = self._values.setdefault((sent.version, digest), [])
         if len(values) < count:
             messages = increment_messages(
-                sent.values_S, order, run=self._run, version=sent.version, dtype=self.dtype
+                sent.values_S, order, run=self._token, version=sent.version, dtype=self.dtype
             )
             for k in range(len(values), count):
-                new.append(self._object(f"values/{sent.version}-{digest}-{k}", encode(messages[k])))
+                new.append(self._object(f"values-{sent.version}-{digest}-{k}", encode(messages[k])))
                 values.append(new[-1][0])
         ranking, segments = self._held.get(sent.client, ("", 0))
         known = segments if ranking == digest else 0
@@ -98,14 +100,15 @@ class Pieces:
         values, masks = self._values[version, ranking.digest], self._masks[ranking.digest]
         return tuple(values[:count]), tuple(masks[:count])
 
-    @property
-    def keys(self) -> set[str]:
-        """Of all objects that may still be fetched."""
-        return {p.key for pieces in (*self._values.values(), *self._masks.values()) for p in pieces}
-
     def forget_client(self, client: int) -> None:
         """The client holds no mask any more: it was started again."""
         self._held.pop(client, None)
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Names of the objects that are needed now."""
+        lists = (*self._values.values(), *self._masks.values())
+        return frozenset(piece.key for pieces in lists for piece in pieces)
 
     def drop_unused(self, used: Container[tuple[int, str]]) -> list[str]:
         """Forget versions that no dispatch in `used` (version, ranking) needs; returns keys to delete."""
@@ -118,7 +121,7 @@ class Pieces:
 
     def _object(self, name: str, content: memoryview) -> tuple[Piece, memoryview]:
         digest = hashlib.sha256(content).hexdigest()
-        return Piece(f"{self._run}/{name}", len(content), digest), content
+        return Piece(sent_key(self._run, self._token, name), len(content), digest), content
 
     # -- state ----------------------------------------------------------------------------------------
 

@@ -3,83 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedgmr_plugin.protocol.runlog import RunLog
+from fedgmr_plugin.report import raster
+from fedgmr_plugin.report.groups import Group, Named
+from fedgmr_plugin.report.scales import BINS, as_percent, bin_means, nice_ticks
+from fedgmr_plugin.report.statistics import FEWEST_PAIRS, align, band
 from fedgmr_plugin.report.summary import evaluations
-from fedgmr_plugin.report.svg import (
-    BINS,
-    DASHES,
-    Axis,
-    Series,
-    as_percent,
-    bin_means,
-    chart,
-    nice_ticks,
-    swatch,
-)
+from fedgmr_plugin.report.svg import DASHES, Axis, Series, chart, swatch
 from fedgmr_plugin.report.text import escape, name, number, percent, seconds, shorten
-from fedgmr_plugin.report.tracks import classes, density_steps, staleness_by_window
+from fedgmr_plugin.report.tracks import classes, coordinates, density_steps, held, staleness_by_window
 
 Array = NDArray[np.float64]
 
-#: Runs up to which both candidates of each are drawn, and up to which lines are labelled at their ends.
+#: Runs up to which both candidates of each are drawn; groups up to which lines are labelled at their ends.
 BOTH_CANDIDATES, END_LABELS = 3, 7
-
-
-class Named(NamedTuple):
-    """A run under the name that the page gives it."""
-
-    label: str
-    run: RunLog
-    colour: int
-    dash: str
-
-
-def named(runs: Sequence[RunLog]) -> list[Named]:
-    """The runs with distinct labels, colours and dash patterns."""
-    found: list[Named] = []
-    for place, run in enumerate(runs):
-        label, again = run.name, 2
-        while label in {other.label for other in found}:
-            label, again = f"{run.name} ({again})", again + 1
-        colours = len(DASHES)
-        found.append(Named(label, run, place % colours, DASHES[(place + place // colours) % colours]))
-    return found
+#: Seeds from which an interval is drawn: from two it is 13 standard errors wide to either side.
+BAND_SEEDS = FEWEST_PAIRS
 
 
 class Figures:
-    """Builds figures with ids that are unique in the page."""
+    """Builds figures with ids that are unique in the page.
 
-    def __init__(self, runs: Sequence[Named]) -> None:
-        self.runs = runs
+    A group of one run is drawn as that run; one of several as its mean, with every seed as a thin line.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = groups
+        self.runs = [run for group in groups for run in group.runs]
+        #: whether there is a group of several seeds
+        self.seeds = any(not group.alone for group in groups)
         self._made = 0
         timed = (("window", "end"), ("evaluation", "time"), ("restoration", "time"))
-        ends = np.concatenate([run.run.column(kind, key) for run in runs for kind, key in timed])
+        ends = np.concatenate([run.run.column(kind, key) for run in self.runs for kind, key in timed])
         ends = ends[np.isfinite(ends)]
         #: one time axis for all figures, so that they compare
         self.seconds = Axis("virtual time (s)", 0.0, float(ends.max()) if len(ends) else None)
-        known = [run for run in runs if np.isfinite(run.run.column("evaluation", "accuracy")).any()]
+        known = [run for run in self.runs if np.isfinite(run.run.column("evaluation", "accuracy")).any()]
         #: the metric that is drawn: accuracy, or loss where no run has an accuracy
-        self.metric = "accuracy" if known or not any(run.run.count("evaluation") for run in runs) else "loss"
+        measured = any(run.run.count("evaluation") for run in self.runs)
+        self.metric = "accuracy" if known or not measured else "loss"
 
     def metric_by_time(self) -> str:
         """Accuracy of the shipped candidate, of w and of the scaled model against virtual time."""
         series = self._metric_series(lambda run, key: evaluations(run, key)[0])
         marks: list[float] = []
         caption = "Test set; thick: the model that would be shipped."
-        if len(self.runs) <= BOTH_CANDIDATES:
+        if self._both():
             caption += " Thin: both candidates, w (dotted) and w scaled by coverage (dashed)."
         if len(self.runs) == 1:
             times = sorted(set(self.runs[0].run.column("restoration", "time").tolist()))
             marks = times if len(times) <= 40 else []
             caption += " Vertical lines: restorations." if marks else ""
-        return self._figure(
-            f"{self._metric_name()} against virtual time", caption, series, self.seconds, self._y(), marks
-        )
+        title = f"{self._metric_name()} against virtual time"
+        return self._figure(title, caption + self._spread(), series, self.seconds, self._y(), marks)
 
     def metric_by_bytes(self) -> str:
         """Accuracy of the shipped candidate against the clients' traffic."""
@@ -91,168 +71,271 @@ class Figures:
         series = self._metric_series(traffic, both=False)
         caption = "The same evaluations; simulated bytes that the clients received and sent, summed."
         axis = Axis("traffic, up and down (MB)", low=0)
-        return self._figure(f"{self._metric_name()} against bytes", caption, series, axis, self._y())
+        title = f"{self._metric_name()} against bytes"
+        return self._figure(title, caption + self._spread(), series, axis, self._y())
 
     def densities(self, place: int) -> str:
-        """Density of each client class of one run: its mean, and every client faintly."""
-        run = self.runs[place]
-        times, densities = density_steps(run.run)
+        """Density of each client class of one group: its mean, and every client (or seed) faintly."""
+        group = self.groups[place]
+        steps = [(run.run, *density_steps(run.run)) for run in group.runs]
         means, single = [], []
-        for colour, group in enumerate(classes(run.run)):
-            own = densities[:, list(group.clients)]
-            dash = DASHES[colour % len(DASHES)]
-            label = f"class {group.density:g} ({len(group.clients)})"
-            means.append(Series(label, times, own.mean(axis=1), colour, "steps", dash, 2.2))
-            distinct = np.unique(own, axis=1) if len(group.clients) > 1 else own[:, :0]
-            single += [
-                Series("", times, column, colour, "steps", "", 1.0, faint=True)
-                for column in distinct.T
-                if not np.allclose(column, means[-1].y)
+        colours = sorted({c.density for run, _, _ in steps for c in classes(run)}, reverse=True)
+        for colour, density in enumerate(colours):
+            own = [
+                (times, values[:, list(c.clients)])
+                for run, times, values in steps
+                for c in classes(run)
+                if c.density == density
             ]
-        single.append(Series("the server's floor", *_held(run.run, "density_floor"), 6, "steps", "1 3", 1.4))
-        title = "Density" if len(self.runs) == 1 else f"Density, {run.label}"
+            dash = DASHES[colour % len(DASHES)]
+            sizes = sorted({values.shape[1] for _, values in own})
+            label = f"class {density:g} ({sizes[0] if len(sizes) == 1 else f'{sizes[0]}–{sizes[-1]}'})"
+            curves = align([(times, values.mean(axis=1)) for times, values in own], steps=True)
+            mean = curves.values.mean(axis=0)
+            means.append(Series(label, curves.at, mean, colour, "steps", dash, 2.2))
+            faint = own[0][1].T if group.alone else [values.mean(axis=1) for _, values in own]
+            places = [own[0][0]] * len(faint) if group.alone else [times for times, _ in own]
+            seen: list[Array] = [mean]
+            for times, values in zip(places, faint, strict=True):
+                if not any(len(values) == len(o) and np.allclose(values, o) for o in seen):
+                    single.append(Series("", times, values, colour, "steps", "", 1.0, faint=True))
+                    seen.append(values)
+        floors = align([held(run.run, "density_floor") for run in group.runs], steps=True)
+        if len(floors.at):
+            floor = floors.values.mean(axis=0)
+            single.append(Series("the server's floor", floors.at, floor, 6, "steps", "1 3", 1.4))
+        title = "Density" if len(self.groups) == 1 else f"Density, {group.label}"
         caption = "Mean of each client class, named by its initial density (number of clients)."
         if any(s.faint for s in single):
-            caption += " Thin: single clients."
+            caption += " Thin: single clients." if group.alone else " Thin: single seeds."
         axis = Axis("density", low=0, high=1)
         return self._figure(title, caption, means + single, self.seconds, axis)
 
     def mean_densities(self) -> str:
-        """Mean density of all clients against virtual time, run against run."""
-        series = [self._series(run, *_held(run.run, "mean_density"), kind="steps") for run in self.runs]
-        caption = "Mean over all clients."
+        """Mean density of all clients against virtual time, group against group."""
+        series = self._all(lambda run: held(run, "mean_density"), kind="steps")
+        caption = "Mean over all clients" + self._thin() + "."
         return self._figure("Mean density", caption, series, self.seconds, Axis("density", low=0, high=1))
+
+    def participation(self) -> list[str]:
+        """Uploads of every client over time, and its mean staleness: each group's first seed."""
+        end = self.seconds.high or 0.0
+        if not end > 0:
+            return []
+        first = [group.runs[0].run for group in self.groups]
+        most = max((int(row.arrivals.max()) for run in first for row in raster.rows(run, end)), default=0)
+        figures = []
+        for group, run in zip(self.groups, first, strict=True):
+            self._made += 1
+            figures.append(
+                raster.figure(
+                    run,
+                    self.seconds,
+                    most,
+                    ident=f"figure-{self._made}",
+                    title="Who contributed when" + ("" if len(self.groups) == 1 else f", {group.label}"),
+                    seed="" if group.alone else f" Seed {run.header['seed']}, of {len(group.runs)} seeds.",
+                )
+            )
+        return figures
+
+    def coverage(self) -> str:
+        """Mean share of a window's updates that hold a coordinate."""
+
+        def share(run: RunLog) -> tuple[Array, Array]:
+            return bin_means(run.column("window", "end"), run.column("window", "coverage"))
+
+        series = self._all(share, width=1.6)
+        caption = "Mean over coordinates of the share of a window’s merged updates that hold it"
+        caption += self._thin() + self._binned()
+        axis = Axis("share (%)", low=0, high=1, write=as_percent)
+        return self._figure("Coverage", caption, series, self.seconds, axis)
+
+    def covered(self) -> str:
+        """Share of the coordinates that at least one update of a window holds."""
+
+        def share(run: RunLog) -> tuple[Array, Array]:
+            end, uncovered = run.columns("window", "end", "uncovered").values()
+            return bin_means(end, 1 - uncovered / max(1, coordinates(run)))
+
+        caption = "Share of the coordinates (no buffers) that at least one merged update of a window holds"
+        series = self._all(share, width=1.6)
+        axis = Axis("share (%)", low=0, high=1, write=as_percent)
+        return self._figure(
+            "Coordinates reached", caption + self._thin() + self._binned(), series, self.seconds, axis
+        )
 
     def staleness_histogram(self) -> str:
         """Share of merged uploads by staleness."""
-        values = [run.run.column("arrival", "staleness") for run in self.runs]
-        top = max((int(v.max()) for v in values if len(v)), default=0)
+        values = [
+            [v for run in group.runs if len(v := run.run.column("arrival", "staleness"))]
+            for group in self.groups
+        ]
+        top = max((int(v.max()) for some in values for v in some), default=0)
         width = max(1, -(-(top + 1) // 16))
         count = top // width + 1
         series = []
-        for run, staleness in zip(self.runs, values, strict=True):
-            if not len(staleness):
+        for group, some in zip(self.groups, values, strict=True):
+            if not some:
                 continue
-            shares = np.bincount(np.clip(staleness, 0, None) // width, minlength=count) / len(staleness)
+            counts = [np.bincount(np.clip(v, 0, None) // width, minlength=count) / len(v) for v in some]
+            shares = np.mean(counts, axis=0)
             notes = [
-                f"{run.label}: {percent(s)} of uploads, tau = {_range(i, width)}"
+                f"{group.label}: {percent(s)} of uploads, tau = {_range(i, width)}"
                 for i, s in enumerate(shares)
             ]
-            series.append(
-                Series(run.label, np.arange(count, dtype=float), shares, run.colour, "bars", notes=notes)
-            )
+            at = np.arange(count, dtype=float)
+            series.append(Series(group.label, at, shares, group.colour, "bars", notes=notes))
         every = 1 if width == 1 else 2
         ticks = [(float(i), _range(i, width)) for i in range(0, count, every if count > 8 else 1)]
         x = Axis("staleness (windows)", low=-0.5, high=count - 0.5, ticks=ticks)
         caption = "How many windows had been merged between a sub-model's dispatch and its upload's merge."
+        caption += " Mean of the seeds." if self.seeds else ""
         return self._figure(
             "Staleness of the uploads", caption, series, x, Axis("uploads (%)", low=0, write=as_percent)
         )
 
     def staleness_by_time(self) -> str:
         """Mean staleness against virtual time."""
-        series = [
-            self._series(run, *bin_means(*staleness_by_window(run.run)), width=1.6) for run in self.runs
-        ]
-        caption = "Mean over the uploads of a window" + self._binned()
+        series = self._all(lambda run: bin_means(*staleness_by_window(run)), width=1.6)
+        caption = "Mean over the uploads of a window" + self._thin() + self._binned()
         return self._figure(
             "Staleness over time", caption, series, self.seconds, Axis("staleness (windows)", low=0)
         )
 
     def traffic(self, key: str) -> str:
         """Clients' bytes in each window, one direction."""
-        series = []
-        for run in self.runs:
-            end, sent, uplink = run.run.columns("window", "end", key, "server_bytes_down").values()
-            series.append(self._series(run, *bin_means(end, sent / 1e6), width=1.6))
-            if key == "bytes_down" and len(self.runs) == 1:
-                x, y = bin_means(end, uplink / 1e6)
-                series.append(Series("server's uplink", x, y, 1, dash=DASHES[1], width=1.6))
+
+        def sent(run: RunLog) -> tuple[Array, Array]:
+            end, size = run.columns("window", "end", key).values()
+            return bin_means(end, size / 1e6)
+
+        series = self._all(sent, width=1.6)
+        if key == "bytes_down" and len(self.runs) == 1:
+            end, uplink = self.runs[0].run.columns("window", "end", "server_bytes_down").values()
+            series.append(
+                Series("server's uplink", *bin_means(end, uplink / 1e6), 1, dash=DASHES[1], width=1.6)
+            )
         if key == "bytes_up":
             title, caption = "Upload per window", "Uploads that arrived, all clients together"
         else:
             title, caption = "Download per window", "Sub-models that left, as the clients receive them"
             if len(self.runs) == 1:
                 caption += "; the server's uplink carries each increment once under IMS"
-        return self._figure(
-            title, caption + self._binned(), series, self.seconds, Axis("MB per window", low=0)
-        )
+        caption += self._thin() + self._binned()
+        return self._figure(title, caption, series, self.seconds, Axis("MB per window", low=0))
 
     # -- parts ----------------------------------------------------------------------------------------
 
+    def _both(self) -> bool:
+        """Whether both candidates of each run are drawn."""
+        return not self.seeds and len(self.runs) <= BOTH_CANDIDATES
+
     def _metric_series(self, x: Callable[[RunLog, str], Array], *, both: bool = True) -> list[Series]:
         shipped, thin = [], []
-        for run in self.runs:
-            place, value = x(run.run, self.metric), run.run.column("evaluation", self.metric)
-            shipped.append(
-                self._series(run, place, value, width=2.4, notes=self._evaluation_notes(run, value))
+        for group in self.groups:
+            main, seeds = self._curve(
+                group,
+                lambda run: (x(run, self.metric), run.column("evaluation", self.metric)),
+                width=2.4,
+                interval=True,
             )
-            if both and len(self.runs) <= BOTH_CANDIDATES:
-                thin += self._candidates(run, place)
+            if group.alone:
+                main = main._replace(notes=self._evaluation_notes(group.runs[0], main.y))
+            shipped.append(main)
+            thin += seeds
+            if both and self._both():
+                thin += self._candidates(group.runs[0], main.x)
         return shipped + thin
 
     def _evaluation_notes(self, run: Named, values: Array) -> list[str]:
-        shown = percent if self.metric == "accuracy" else (lambda value: number(value, 4))
         rows = run.run.columns("evaluation", "window", "time", "candidate")
         return [
-            f"{run.label}, window {window}, {seconds(time)}: {shown(float(value))} ({candidate})"
+            f"{run.label}, window {window}, {seconds(time)}: {self._shown(value)} ({candidate})"
             for window, time, candidate, value in zip(*rows.values(), values, strict=True)
         ]
+
+    def _shown(self, value: float) -> str:
+        return percent(float(value)) if self.metric == "accuracy" else number(float(value), 4)
 
     def _candidates(self, run: Named, place: Array) -> list[Series]:
         """Both candidates of a run: thin and in its colour, or in colours of their own if it is alone."""
         alone = len(self.runs) == 1
-        w, scaled = (run.run.column("evaluation", f"{which}.{self.metric}") for which in ("global", "scaled"))
+        pens = (("global", "w", 1, "1.5 3"), ("scaled", "w scaled by coverage", 2, "5 3"))
         return [
             Series(
-                "w" if alone else "",
+                label if alone else "",
                 place,
-                w,
-                1 if alone else run.colour,
-                dash="1.5 3",
+                run.run.column("evaluation", f"{which}.{self.metric}"),
+                colour if alone else run.colour,
+                dash=dash,
                 width=1.4,
                 faint=True,
-            ),
-            Series(
-                "w scaled by coverage" if alone else "",
-                place,
-                scaled,
-                2 if alone else run.colour,
-                dash="5 3",
-                width=1.4,
-                faint=True,
-            ),
+            )
+            for which, label, colour, dash in pens
         ]
 
-    def _series(
+    def _all(
+        self, points: Callable[[RunLog], tuple[Array, Array]], *, kind: str = "line", width: float = 2.0
+    ) -> list[Series]:
+        """One curve for each group, and thin ones for its seeds."""
+        found = [self._curve(group, points, kind=kind, width=width) for group in self.groups]
+        return [main for main, _ in found] + [one for _, seeds in found for one in seeds]
+
+    def _curve(
         self,
-        run: Named,
-        x: Array,
-        y: Array,
+        group: Group,
+        points: Callable[[RunLog], tuple[Array, Array]],
         *,
         kind: str = "line",
         width: float = 2.0,
-        notes: Sequence[str] = (),
-    ) -> Series:
-        at_end = 1 < len(self.runs) <= END_LABELS
-        return Series(
-            run.label,
-            x,
-            y,
-            run.colour,
+        interval: bool = False,
+    ) -> tuple[Series, list[Series]]:
+        """A group's curve, with its interval where that is wanted, and the curves of its seeds."""
+        each = [points(run.run) for run in group.runs]
+        main = Series(
+            group.label,
+            *each[0],
+            group.colour,
             "steps" if kind == "steps" else "line",
-            run.dash,
+            group.dash,
             width,
-            at_end=at_end,
-            notes=notes,
+            at_end=1 < len(self.groups) <= END_LABELS,
+            marker=len(self.groups) > 1 and kind != "steps",
         )
+        if group.alone:
+            return main, []
+        found = band(align(each, steps=kind == "steps"))
+        main = main._replace(x=found.at, y=found.mean)
+        if interval and found.n >= BAND_SEEDS:
+            notes = [
+                f"{group.label} at {number(at, 1)}: {self._shown(mean)} "
+                f"({self._shown(low)} to {self._shown(high)}, {found.n} seeds)"
+                for at, mean, low, high in zip(*found[:4], strict=True)
+            ]
+            main = main._replace(low=found.low, high=found.high, notes=notes)
+        return main, [Series("", x, y, group.colour, main.kind, width=0.9, faint=True) for x, y in each]
+
+    def _spread(self) -> str:
+        """What mean, band and thin lines are."""
+        if not self.seeds:
+            return ""
+        text = " Mean over seeds; thin: every seed."
+        if any(len(group.runs) >= BAND_SEEDS for group in self.groups):
+            text += (
+                f" Band, from {BAND_SEEDS} seeds on: 95 % interval of the mean, Student’s t, place by place."
+            )
+        return text
+
+    def _thin(self) -> str:
+        return ". Mean over seeds; thin: every seed" if self.seeds else ""
 
     def _metric_name(self) -> str:
         return self.metric.capitalize()
 
     def _y(self) -> Axis:
-        """One axis for all figures of the metric: it spans the shipped model and both candidates."""
-        keys = (self.metric, f"global.{self.metric}", f"scaled.{self.metric}")
+        """One axis for all figures of the metric: it spans what they draw of it."""
+        keys = (self.metric, *(f"{which}.{self.metric}" for which in ("global", "scaled") if not self.seeds))
         values = np.concatenate([run.run.column("evaluation", key) for run in self.runs for key in keys])
         values = values[np.isfinite(values)]
         ticks = nice_ticks(float(values.min()), float(values.max())) if len(values) else [0.0, 1.0]
@@ -262,7 +345,7 @@ class Figures:
 
     def _binned(self) -> str:
         long = any(run.run.count("window") > BINS for run in self.runs)
-        return f". Each line shows {BINS} means over consecutive windows." if long else "."
+        return f". Lines show at most {BINS} means over consecutive windows." if long else "."
 
     def _figure(
         self,
@@ -284,19 +367,13 @@ class Figures:
         return f'<figure>{head}{_legend(drawn)}<div class="plot" tabindex="0">{svg}</div></figure>'
 
 
-def _held(run: RunLog, key: str) -> tuple[Array, Array]:
-    """A number of the window records as steps: it holds from a window's start to its end."""
-    start, end, value = run.columns("window", "start", "end", key).values()
-    return np.append(start, end[-1:]), np.append(value, value[-1:])
-
-
 def _legend(series: Sequence[Series]) -> str:
     """Samples and names of the named series; nothing for a single one."""
     shown = [s for s in series if s.label]
     if len(shown) < 2:
         return ""
     items = "".join(
-        f"<li>{swatch(s.colour, s.dash, s.width, kind=s.kind, faint=s.faint)}"
+        f"<li>{swatch(s.colour, s.dash, s.width, kind=s.kind, faint=s.faint, marker=s.marker)}"
         f"{name(shorten(s.label, 40))}</li>"
         for s in shown
     )

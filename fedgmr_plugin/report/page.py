@@ -6,53 +6,80 @@ import importlib
 from collections.abc import Sequence
 
 from fedgmr_plugin.protocol.runlog import RunLog
-from fedgmr_plugin.report import tables
-from fedgmr_plugin.report.figures import Figures, Named, named
+from fedgmr_plugin.report import comparison, tables
+from fedgmr_plugin.report.figures import Figures
+from fedgmr_plugin.report.groups import Group, Named, named
+from fedgmr_plugin.report.results import Comparisons, Result, tabulate
 from fedgmr_plugin.report.style import STYLE
-from fedgmr_plugin.report.summary import TARGET_SHARE, Summary, summarise_all
+from fedgmr_plugin.report.summary import TARGET_SHARE, Summary, method_of
 from fedgmr_plugin.report.text import escape, name, number, percent, seconds
+from fedgmr_plugin.report.verdicts import Verdicts, theory
 
 #: The page may load nothing and run nothing, whatever a log holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+#: Runs up to which the tables of each are open.
+OPEN_RUNS = 3
+#: Groups that the first sentence names at most.
+NAMED = 4
 
 
-def render(runs: Sequence[RunLog], title: str, *, target: float | None = None) -> str:
+def render(
+    runs: Sequence[RunLog],
+    title: str,
+    *,
+    target: float | None = None,
+    against: str | None = None,
+    last: int = 1,
+    verdicts: Sequence[Verdicts | None] | None = None,
+) -> str:
     """The report of `runs` as one HTML page without references to anything outside it.
 
-    The page depends on the logs alone: the same logs give the same bytes.
+    The page depends on the logs (and verdicts) alone: the same logs give the same bytes.
 
     Args:
-        runs: at least one; compared with each other where there are several.
+        runs: at least one; compared with each other where there are several. Those that differ only in their
+            seed are one group: a mean with its interval.
         title: heading of the page; any text.
         target: accuracy in [0, 1] whose virtual time is tabled; 95 % of the best last accuracy where None.
+        against: name of the group, or of one of its runs, that the others are compared with by seed; the one
+            of the best mean accuracy where None.
+        last: evaluations that a run's accuracy is the mean of.
+        verdicts: of the theory check, one for each run, or None where there are none.
 
     Raises:
-        ValueError: `runs` is empty.
+        ValueError: `runs` is empty, or `against` names no group.
         RunLogError: GMR-602 if a log holds values of the wrong type.
     """
     if not runs:
         raise ValueError("a report needs at least one run")
-    shown = named(runs)
-    summaries = summarise_all(runs, target)
-    figures = Figures(shown)
-    several = len(shown) > 1
+    rows, comparisons, _ = tabulate(runs, target=target, against=against, last=last)
+    groups = [row.group for row in rows]
+    pens = {run.label: (group.colour, group.dash) for group in groups for run in group.runs}
+    shown = [run._replace(colour=pens[run.label][0], dash=pens[run.label][1]) for run in named(runs)]
+    known = {run.label: one for row in rows for run, one in zip(row.group.runs, row.summaries, strict=True)}
+    summaries = [known[run.label] for run in shown]
+    figures = Figures(groups)
+    compared = "" if comparisons is None else comparison.comparisons(rows, comparisons)
+    fold = figures.seeds and len(runs) > OPEN_RUNS
+    single = _summary(shown, summaries, target, last, fold=fold)
+    if figures.seeds:
+        summary = _group_lede(rows, comparisons) + comparison.groups(rows) + compared + single
+    else:
+        summary = _lede(shown, summaries, target) + single + compared
+    density = [figures.mean_densities(), *map(figures.densities, range(len(groups)))]
     sections = [
-        ("Summary", _lede(shown, summaries, target) + _summary(shown, summaries, target)),
+        ("Summary", summary),
         (figures.metric.capitalize(), _grid([figures.metric_by_time(), figures.metric_by_bytes()])),
-        (
-            "Density",
-            _grid(
-                ([figures.mean_densities()] if several else [])
-                + [figures.densities(place) for place in range(len(shown))]
-                + ([] if several else [figures.mean_densities()])
-            ),
-        ),
-        ("Clients", "".join(tables.client_classes(run) for run in shown)),
+        ("Density", _grid(density if len(groups) > 1 else density[::-1])),
+        ("Participation", _grid(figures.participation())),
+        ("Client classes", "".join(map(tables.client_classes, groups))),
+        ("Coverage", _grid([figures.coverage(), figures.covered()])),
         ("Staleness", _grid([figures.staleness_histogram(), figures.staleness_by_time()])),
         ("Traffic", _grid([figures.traffic("bytes_up"), figures.traffic("bytes_down")])),
-        ("Restorations", "".join(tables.restorations(run) for run in shown)),
-        ("Configuration", tables.configuration(shown)),
-        ("Versions", tables.versions(shown)),
+        ("Restorations", tables.restorations(shown, is_open=len(runs) <= OPEN_RUNS)),
+        ("Theory", theory(shown, verdicts or [None] * len(runs))),
+        ("Configuration", tables.differences(groups) if figures.seeds else tables.configuration(shown)),
+        ("Versions and hashes", _mixed(groups) + tables.versions(shown) + tables.hashes(shown, summaries)),
         ("Citation", _citation()),
     ]
     body = "".join(
@@ -70,6 +97,45 @@ def render(runs: Sequence[RunLog], title: str, *, target: float | None = None) -
     )
 
 
+def _group_lede(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
+    """The result over seeds in a sentence or two."""
+    known = [row for row in rows if row.accuracy.n]
+    if not known:
+        return '<p class="lede">No evaluation with an accuracy was recorded.</p>'
+    best = max(known, key=lambda row: row.accuracy.value)
+    budget, count = best.summaries[0].budget_seconds, best.accuracy.n
+    text = "" if budget is None else f"After {seconds(budget)} "
+    text += f"{name(best.group.label)} has "
+    text += f"{comparison.interval(best.accuracy)} on the test set"
+    text += f" (mean of {count} seeds, 95 % interval)" if count > 1 else ""
+    text += ", the best mean." if len(rows) > 1 else "."
+    if comparisons is not None:
+        against = rows[comparisons.reference].group
+        for verdict in ("better", "worse"):
+            found = [
+                row.group.label
+                for row, one in zip(rows, comparisons.others, strict=True)
+                if one is not None and one.verdict == verdict
+            ]
+            if found:
+                which = ", ".join(map(name, found))
+                if len(found) > NAMED:
+                    which = (
+                        "all others" if len(found) == len(rows) - 1 else f"{len(found)} of {len(rows) - 1}"
+                    )
+                text += f" {verdict.capitalize()} than {name(against.label)}, seed by seed: {which}."
+    return f'<p class="lede">{text}</p>'
+
+
+def _mixed(groups: Sequence[Group]) -> str:
+    """A warning for each group whose runs were made with different versions."""
+    return "".join(
+        f"<p>The runs of {name(group.label)} are one group although their versions differ.</p>"
+        for group in groups
+        if any(run.run.header["versions"] != group.runs[0].run.header["versions"] for run in group.runs)
+    )
+
+
 def _subtitle(runs: Sequence[Named]) -> str:
     headers = [run.run.header for run in runs]
     parts = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}"]
@@ -82,7 +148,7 @@ def _subtitle(runs: Sequence[Named]) -> str:
         value = values.pop()
         if not values and value is not None:
             parts.append(f"{number(value, 1 if key == 'model_megabytes' else 0)} {unit}")
-    methods = sorted({str(header["method"]) for header in headers})
+    methods = sorted({method_of(header) for header in headers})
     return escape(" · ".join([*parts, ", ".join(methods)]))
 
 
@@ -107,8 +173,10 @@ def _lede(runs: Sequence[Named], summaries: Sequence[Summary], target: float | N
     return f'<p class="lede">{text}</p>'
 
 
-def _summary(runs: Sequence[Named], summaries: Sequence[Summary], target: float | None) -> str:
-    """The summary table and what has to be known to read it."""
+def _summary(
+    runs: Sequence[Named], summaries: Sequence[Summary], target: float | None, last: int, *, fold: bool
+) -> str:
+    """The summary table, folded if wanted, and what has to be known to read it."""
     first = summaries[0]
     notes = []
     if first.budget_seconds is not None:
@@ -119,6 +187,7 @@ def _summary(runs: Sequence[Named], summaries: Sequence[Summary], target: float 
                 if len(runs) > 1
                 else "the last evaluation’s time."
             )
+            + (f" They are means of the last {last} evaluations until then." if last > 1 else "")
         )
     if first.target_accuracy is not None:
         share = f"{TARGET_SHARE:.0%}".replace("%", " %")
@@ -135,11 +204,12 @@ def _summary(runs: Sequence[Named], summaries: Sequence[Summary], target: float 
             notes.append(f"{name(run.label)} has no end record: it is still running, or was stopped.")
     quiet = "".join(f'<p class="quiet">{note}</p>' for note in notes)
     caption = "Every run in numbers" if len(runs) > 1 else "The run in numbers"
-    return f"<div>{tables.summary(runs, summaries, caption)}</div>{quiet}"
+    body = f"<div>{tables.summary(runs, summaries, caption)}</div>"
+    return (f"<details><summary>{caption}</summary>{body}</details>" if fold else body) + quiet
 
 
 def _grid(figures: Sequence[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
+    return "" if not figures else f'<div class="grid">{"".join(figures)}</div>'
 
 
 def _citation() -> str:

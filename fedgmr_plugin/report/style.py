@@ -57,6 +57,11 @@ figcaption p { font-size: 13.5px; line-height: 1.45; margin: 2px 0 8px; max-widt
 .chart .leader { fill: none; stroke: var(--rule); }
 .chart .note { fill: transparent; }
 .l { fill: none; stroke-linejoin: round; }
+.b { fill-opacity: 0.15; }
+.p { stroke: var(--paper); stroke-width: 1; }
+.raster .row { fill: transparent; }
+.raster .lane { stroke: var(--grid); }
+.raster .cut { stroke: var(--muted); }
 .empty {
   padding: 40px 0; color: var(--muted); border: 1px dashed var(--rule); text-align: center;
   max-width: none;
@@ -86,6 +91,7 @@ thead th {
 }
 tbody th { font-weight: 500; min-width: 11em; }
 thead small { display: block; font-size: 12px; font-weight: 400; color: var(--muted); }
+.word { white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; min-width: 0; }
 tbody th.n { min-width: 4em; }
 code, pre {
@@ -100,7 +106,8 @@ pre {
   font-size: 12px; color: var(--muted); border: 1px solid var(--rule); border-radius: 9px;
   padding: 1px 8px; white-space: nowrap;
 }
-details { margin: 0 0 12px; }
+details { margin: 0 0 2px; }
+.quiet + details, .quiet + div, .quiet + .table { margin-top: 22px; }
 summary { cursor: pointer; padding: 4px 0; color: var(--accent); }
 details .table { margin-top: 8px; }
 section:first-child h2 { margin-top: 30px; }
@@ -112,6 +119,9 @@ footer { margin-top: 56px; padding-top: 16px; padding-bottom: 40px; color: var(-
   h1 { font-size: 23px; }
   h2 { margin-top: 38px; }
   th, td { padding: 6px 9px; }
+  .chart { min-width: 0; }
+  .chart text { font-size: 15px; }
+  .chart .end, .chart .leader { display: none; }
 }
 @media print {
   :root {
@@ -125,6 +135,7 @@ footer { margin-top: 56px; padding-top: 16px; padding-bottom: 40px; color: var(-
   h2 { break-after: avoid; margin-top: 24pt; }
   .grid { grid-template-columns: 1fr 1fr; gap: 16pt; }
   .chart { min-width: 0; }
+  figcaption p, .legend, .quiet, caption { font-size: 8pt; line-height: 1.35; }
   .table, .plot, pre { overflow: visible; }
   th, td { padding: 3pt 5pt; font-size: 8.5pt; }
   tr { break-inside: avoid; }
@@ -137,7 +148,8 @@ footer { margin-top: 56px; padding-top: 16px; padding-bottom: 40px; color: var(-
 def _series_rules() -> str:
     """One rule for strokes, fills and label texts of each series colour."""
     return "".join(
-        f".l.s{i}{{stroke:var(--s{i})}}.f.s{i},.p.s{i}{{fill:var(--s{i})}}.chart .t{i}{{fill:var(--t{i})}}"
+        f".l.s{i},.f.s{i}{{stroke:var(--s{i})}}.f.s{i},.p.s{i},.b.s{i}{{fill:var(--s{i})}}"
+        f".chart .t{i}{{fill:var(--t{i})}}"
         for i in range(7)
     )
 

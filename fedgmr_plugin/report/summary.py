@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedgmr_plugin.protocol.runlog import RunLog
+from fedgmr_plugin.report.statistics import to_target
 
 Array = NDArray[np.float64]
 
@@ -26,10 +27,12 @@ class Summary(NamedTuple):
         windows: windows merged.
         virtual_seconds: virtual time at its end (or at the end of the log).
         budget_seconds: virtual time at which `accuracy` is taken.
-        accuracy: of the shipped candidate at its last evaluation until then, in [0, 1].
+        accuracy: of the shipped candidate at its last evaluation until then (or the mean of the last few), in
+            [0, 1].
         last_accuracy: at its last evaluation of all.
         target_accuracy: accuracy to reach.
         seconds_to_target: virtual time of the first evaluation that reaches it.
+        megabytes_to_target: traffic up and down until that evaluation, 10^6 bytes.
         megabytes_up, megabytes_down: simulated traffic of the clients, 10^6 bytes.
         mean_density: mean over windows of the clients' mean density.
         mean_staleness: mean over merged uploads, in windows.
@@ -49,6 +52,7 @@ class Summary(NamedTuple):
     last_accuracy: float | None
     target_accuracy: float | None
     seconds_to_target: float | None
+    megabytes_to_target: float | None
     megabytes_up: float
     megabytes_down: float
     mean_density: float | None
@@ -82,12 +86,15 @@ def default_target(runs: Sequence[RunLog]) -> float | None:
     return TARGET_SHARE * max(known) if known else None
 
 
-def summarise(run: RunLog, target: float | None = None, *, budget: float | None = None) -> Summary:
+def summarise(
+    run: RunLog, target: float | None = None, *, budget: float | None = None, last: int = 1
+) -> Summary:
     """The run in numbers.
 
     Args:
         target: accuracy to reach, in [0, 1]; `default_target` of this run alone where None.
         budget: virtual seconds at which the accuracy is taken; the run's last evaluation where None.
+        last: evaluations until then that the accuracy is the mean of, or as many as there are.
 
     Raises:
         RunLogError: GMR-602 if a value that is needed has the wrong type.
@@ -97,22 +104,24 @@ def summarise(run: RunLog, target: float | None = None, *, budget: float | None 
     budget = common_budget([run]) if budget is None else budget
     time, accuracy = evaluations(run)
     until = accuracy if budget is None else accuracy[time <= budget]
+    sent = run.column("evaluation", "bytes_up") + run.column("evaluation", "bytes_down")
     goal = math.inf if target is None else target
-    reached = np.flatnonzero((accuracy >= goal) & np.isfinite(time))
+    reached = to_target(np.where(np.isfinite(time), accuracy, np.nan), goal, time, sent)
     ends = run.column("window", "end")
     return Summary(
         name=run.name,
-        method=header["method"],
+        method=method_of(header),
         seed=header["seed"],
         clients=header["clients"],
         finished=end is not None,
         windows=run.count("window"),
         virtual_seconds=_last(ends) or 0.0,
         budget_seconds=budget,
-        accuracy=_last(until),
+        accuracy=_mean(until[np.isfinite(until)][-last:]),
         last_accuracy=_last(accuracy),
         target_accuracy=target,
-        seconds_to_target=float(time[reached[0]]) if len(reached) else None,
+        seconds_to_target=_known(reached.seconds),
+        megabytes_to_target=_known(reached.bytes / 1e6),
         megabytes_up=float(np.nansum(run.column("window", "bytes_up"))) / 1e6,
         megabytes_down=float(np.nansum(run.column("window", "bytes_down"))) / 1e6,
         mean_density=_mean(run.column("window", "mean_density")),
@@ -122,11 +131,11 @@ def summarise(run: RunLog, target: float | None = None, *, budget: float | None 
     )
 
 
-def summarise_all(runs: Sequence[RunLog], target: float | None = None) -> list[Summary]:
+def summarise_all(runs: Sequence[RunLog], target: float | None = None, *, last: int = 1) -> list[Summary]:
     """Every run in numbers, with one target and one budget for all, so that they compare."""
     target = default_target(runs) if target is None else target
     budget = common_budget(runs)
-    return [summarise(run, target, budget=budget) for run in runs]
+    return [summarise(run, target, budget=budget, last=last) for run in runs]
 
 
 def _last(values: Array) -> float | None:
@@ -134,6 +143,15 @@ def _last(values: Array) -> float | None:
     return float(known[-1]) if len(known) else None
 
 
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _mean(values: Array) -> float | None:
     mean = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
     return mean if math.isfinite(mean) else None
+
+
+def method_of(header: Mapping[str, Any]) -> str:
+    """The method of a run: the one that was configured, else what wrote the log."""
+    return str(header["config"].get("method", header["method"]))

@@ -2,7 +2,7 @@
 
 Colours come from the page's style sheet through the classes ``s0`` to ``s6`` (a colour-blind-safe
 palette), so that one drawing serves light, dark and print. Everything that tells two series apart by
-colour tells them apart by dash pattern or label too.
+colour tells them apart by dash pattern, marker or filling too, for print and for eyes that see no colour.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgmr_plugin.report.text import escape, number, shorten
+from fedgmr_plugin.report.scales import TINY, nice_ticks, plain, same, thin
+from fedgmr_plugin.report.text import escape, shorten
 
 Array = NDArray[np.float64]
 
@@ -23,11 +24,21 @@ TOP, BOTTOM, LEFT, RIGHT = 30, 42, 52, 16
 #: Longest label at the end of a line, in characters, and the room for one character.
 LABEL_LENGTH, LABEL_STEP = 16, 7.6
 COLOURS = 7
-#: Below this a number counts as zero on an axis.
-TINY = 1e-100
-#: Points of a line that shows means over many windows.
-BINS = 120
 DASHES = ("", "9 3", "3 2.5", "10 3 2.5 3", "6 2 2 2 2 2", "14 4", "1.5 2.5")
+#: Opacity of the filling of bars, which keep their outline.
+FILLS = (1.0, 0.45, 0.1, 0.7, 0.25, 0.85, 0.0)
+#: Outlines of the markers about their centre, in user units; the first marker is a disc.
+SHAPES = (
+    (),
+    ((-3.4, -3.4), (3.4, -3.4), (3.4, 3.4), (-3.4, 3.4)),
+    ((0.0, -4.6), (4.4, 3.2), (-4.4, 3.2)),
+    ((0.0, -4.8), (4.8, 0.0), (0.0, 4.8), (-4.8, 0.0)),
+    ((0.0, 4.6), (4.4, -3.2), (-4.4, -3.2)),
+    ((-4.2, -4.0), (4.2, -4.0), (-4.2, 4.0), (4.2, 4.0)),
+    ((-4.0, -4.2), (-4.0, 4.2), (4.0, -4.2), (4.0, 4.2)),
+)
+#: Markers on a line of many points, and points up to which each has its marker.
+MARKERS, FEW = 6, 12
 
 
 class Series(NamedTuple):
@@ -44,6 +55,8 @@ class Series(NamedTuple):
         faint: draw it in the background of the others.
         at_end: write the label at the end of the line.
         notes: text shown when the pointer rests on a point, one for each point, or nothing.
+        low, high: ends of an interval around each value [points], drawn as a band where finite.
+        marker: put markers on a line of many points too.
     """
 
     label: str
@@ -56,6 +69,9 @@ class Series(NamedTuple):
     faint: bool = False
     at_end: bool = False
     notes: Sequence[str] = ()
+    low: Array | None = None
+    high: Array | None = None
+    marker: bool = False
 
 
 class Axis(NamedTuple):
@@ -75,74 +91,23 @@ class Axis(NamedTuple):
     ticks: Sequence[tuple[float, str]] = ()
 
 
-def _same(low: float, high: float) -> bool:
-    """Whether two limits are too close for an axis between them."""
-    return not high - low > max(1e-9 * max(abs(low), abs(high)), TINY)
-
-
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` multiples of 1, 2, 2.5 or 5 times a power of ten that cover [low, high].
-
-    The first is at most `low`, the last at least `high`.
-    """
-    if _same(low, high):
-        pad = abs(low) / 2 if abs(low) > TINY else 0.5
-        low, high = low - pad, high + pad
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, last + 1)]
-
-
-def plain(value: float, step: float) -> str:
-    """A tick's value with the decimals that its step needs."""
-    decimals = 0
-    while decimals < 6 and abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:
-        decimals += 1
-    return number(value, decimals)
-
-
-def as_percent(value: float, step: float) -> str:
-    """A tick that is a share of 1, in per cent."""
-    return plain(100 * value, 100 * step)
-
-
-def thin(x: Array, y: Array, limit: int = 600) -> tuple[Array, Array]:
-    """At most about `limit` points of a curve: the smallest and the largest of each run of points."""
-    if len(x) <= limit:
-        return x, y
-    keep = {0, len(x) - 1}
-    for part in np.array_split(np.arange(len(x)), limit // 2):
-        finite = part[np.isfinite(y[part])]
-        if len(finite):
-            keep |= {int(finite[y[finite].argmin()]), int(finite[y[finite].argmax()])}
-    index = np.array(sorted(keep))
-    return x[index], y[index]
-
-
-def bin_means(x: Array, y: Array, bins: int = BINS) -> tuple[Array, Array]:
-    """Means of x and of y (without NaN) over runs of equally many points; unchanged if few."""
-    if len(x) <= bins:
-        return x, y
-    parts = np.array_split(np.arange(len(x)), bins)
-    means = [y[part][np.isfinite(y[part])] for part in parts]
-    return (
-        np.array([x[part].mean() for part in parts]),
-        np.array([part.mean() if len(part) else math.nan for part in means]),
-    )
-
-
 def swatch(
-    colour: int, dash: str = "", width: float = 2.0, *, kind: str = "line", faint: bool = False
+    colour: int,
+    dash: str = "",
+    width: float = 2.0,
+    *,
+    kind: str = "line",
+    faint: bool = False,
+    marker: bool = False,
 ) -> str:
     """A short sample of a line or bar, for legends and tables."""
     if kind == "bars":
-        drawn = f'<rect class="f s{colour % COLOURS}" x="8" y="1" width="12" height="10"/>'
+        drawn = _bar(colour, 8, 1, 12, 10)
     else:
         drawn = (
             f'<line class="l s{colour % COLOURS}" x1="0" y1="6" x2="28" y2="6"{_pen(dash, width, faint)}/>'
         )
+        drawn += _marker(colour, dash, 14, 6) if marker else ""
     return f'<svg class="swatch" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">{drawn}</svg>'
 
 
@@ -181,6 +146,7 @@ def chart(
         for at in marks
         if box.x_low <= at <= box.x_high
     ]
+    parts += [_band(box, s) for s in reversed(drawn) if s.low is not None and s.high is not None]
     bars = [s for s in drawn if s.kind == "bars"]
     parts += [_bars(box, s, place, len(bars)) for place, s in enumerate(bars)]
     curves = [s for s in drawn if s.kind != "bars"]
@@ -218,7 +184,7 @@ def _limits(series: Sequence[Series], axis: Axis, which: Literal["x", "y"]) -> t
     high = high if axis.high is None else axis.high
     if not (math.isfinite(low) and math.isfinite(high)):
         low, high = 0.0, 1.0
-    if _same(low, high):
+    if same(low, high):
         pad = abs(low) * 0.1 if abs(low) > TINY else 1.0
         low, high = (low, low + pad) if axis.low is not None else (low - pad, low + pad)
     if which == "y":
@@ -261,7 +227,61 @@ def _pen(dash: str, width: float, faint: bool) -> str:
     text = f' stroke-width="{width:g}"'
     if dash:
         text += f' stroke-dasharray="{dash}"'
-    return text + (' opacity="0.7"' if faint else "")
+    return text + (' opacity="0.6"' if faint else "")
+
+
+def _bar(colour: int, x: float, y: float, width: float, height: float, note: str = "") -> str:
+    """A rectangle whose filling tells it apart without colour."""
+    fill = FILLS[colour % COLOURS]
+    inside = f' fill-opacity="{fill:g}" stroke-width="1"' if fill < 1 else ""
+    return (
+        f'<rect class="f s{colour % COLOURS}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
+        f'height="{height:.1f}"{inside}>{note}</rect>'
+    )
+
+
+def _marker(colour: int, dash: str, x: float, y: float) -> str:
+    """A marker in one colour, of the shape that goes with the dash pattern."""
+    shape = SHAPES[DASHES.index(dash) if dash in DASHES else 0]
+    if not shape:
+        return f'<circle class="p s{colour % COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="3.6"/>'
+    corners = "L".join(f"{x + dx:.1f} {y + dy:.1f}" for dx, dy in (*shape, shape[0]))
+    return f'<path class="p s{colour % COLOURS}" d="M{corners}"/>'
+
+
+def _band(box: _Box, s: Series) -> str:
+    """The area between a series' `low` and `high`, cut at the plot's edges, and its outline."""
+    if s.low is None or s.high is None:
+        return ""
+    low, high = (np.clip(end, box.y_low, box.y_high) for end in (s.low, s.high))
+    known = np.flatnonzero(np.isfinite(low) & np.isfinite(high) & np.isfinite(s.x))
+    parts = []
+    for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
+        if len(part) < 2:
+            continue
+        top, bottom = (
+            [f"{box.x(float(s.x[i])):.1f} {box.y(float(end[i])):.1f}" for i in part] for end in (high, low)
+        )
+        parts.append(
+            f'<path class="b s{s.colour % COLOURS}" d="M{"L".join([*top, *reversed(bottom)])}"/>'
+            f'<path class="l s{s.colour % COLOURS}" d="M{"L".join(top)}M{"L".join(bottom)}"'
+            f"{_pen(s.dash, 0.8, True)}/>"
+        )
+    return "".join(parts)
+
+
+def _marked(box: _Box, s: Series) -> list[int]:
+    """The points of a line that get a marker: all where they are few, else some, shifted by its colour."""
+    finite = np.flatnonzero(np.isfinite(s.y))
+    if s.faint or s.kind == "steps":
+        return finite.tolist() if len(finite) == 1 else []
+    if len(finite) <= FEW:
+        return finite.tolist()
+    if not s.marker:
+        return []
+    start, end = float(s.x[finite[0]]), float(s.x[finite[-1]])
+    wanted = start + (end - start) * (np.arange(MARKERS) + (s.colour % COLOURS + 0.5) / COLOURS) / MARKERS
+    return sorted({int(finite[np.abs(s.x[finite] - at).argmin()]) for at in wanted})
 
 
 def _curve(box: _Box, s: Series) -> str:
@@ -285,19 +305,14 @@ def _curve(box: _Box, s: Series) -> str:
             path.append(f"H{px:.1f}")
         last = value
     drawn = f'<path class="l s{s.colour % COLOURS}" d="{"".join(path)}"{_pen(s.dash, s.width, s.faint)}/>'
-    finite = np.flatnonzero(np.isfinite(s.y))
-    if s.kind == "line" and (len(finite) == 1 or (len(finite) <= 12 and not s.faint)):
-        drawn += "".join(
-            f'<circle class="p s{s.colour % COLOURS}" '
-            f'cx="{box.x(s.x[i]):.1f}" cy="{box.y(s.y[i]):.1f}" r="3"/>'
-            for i in finite
-        )
-    return drawn
+    return drawn + "".join(
+        _marker(s.colour, s.dash, box.x(float(s.x[i])), box.y(float(s.y[i]))) for i in _marked(box, s)
+    )
 
 
 def _notes(box: _Box, s: Series) -> str:
-    """Invisible points that show their note when the pointer rests on them (at most 400)."""
-    every = max(1, math.ceil(len(s.x) / 400))
+    """Invisible points that show their note when the pointer rests on them (at most 150)."""
+    every = max(1, math.ceil(len(s.x) / 150))
     return "".join(
         f'<circle class="note" cx="{box.x(s.x[i]):.1f}" cy="{box.y(s.y[i]):.1f}" r="7">'
         f"<title>{escape(s.notes[i])}</title></circle>"
@@ -316,10 +331,8 @@ def _bars(box: _Box, s: Series, place: int, groups: int) -> str:
             continue
         left = box.x(at) - unit * 0.4 + place * width
         note = f"<title>{escape(s.notes[i])}</title>" if s.notes else ""
-        parts.append(
-            f'<rect class="f s{s.colour % COLOURS}" x="{left:.1f}" y="{box.y(value):.1f}" '
-            f'width="{max(width - 1, 0.8):.1f}" height="{box.y(0.0) - box.y(value):.1f}">{note}</rect>'
-        )
+        height = box.y(0.0) - box.y(value)
+        parts.append(_bar(s.colour, left, box.y(value), max(width - 1.5, 0.8), height, note))
     return "".join(parts)
 
 

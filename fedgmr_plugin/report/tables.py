@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
+
+import numpy as np
 
 from fedgmr_plugin.config import FedGMRConfig, effective
 from fedgmr_plugin.protocol.runlog import RunLog
-from fedgmr_plugin.report.figures import Named
+from fedgmr_plugin.report.groups import Group, Named, between, options
 from fedgmr_plugin.report.summary import Summary
 from fedgmr_plugin.report.svg import swatch
-from fedgmr_plugin.report.text import NONE, escape, megabytes, name, number, percent, seconds
-from fedgmr_plugin.report.tracks import class_figures, classes
+from fedgmr_plugin.report.text import NONE, escape, megabytes, name, number, percent, seconds, written
+from fedgmr_plugin.report.tracks import ClassFigures, class_figures
 
 #: Restorations up to which their table is open when the page is.
 OPEN_ROWS = 40
-#: Header keys that are compared beside the configurations.
-FACTS = ("seed", "clients", "densities", "model_megabytes", "eta", "local_steps", "windows", "time_budget")
 #: Configuration keys that differ between runs without meaning anything.
-IDLE = ("run_name", "output_dir", "progress")
+UNSHOWN = ("run_name", "output_dir", "progress")
 
 
 def table(
@@ -101,22 +100,50 @@ def summary(runs: Sequence[Named], summaries: Sequence[Summary], caption: str) -
     return table(caption, head, rows)
 
 
-def client_classes(run: Named) -> str:
-    """What became of each client class of one run."""
+def hashes(runs: Sequence[Named], summaries: Sequence[Summary]) -> str:
+    """What identifies each run: seed, the log's and the model's SHA-256."""
+    rows = [
+        [
+            name(run.label),
+            str(s.seed),
+            f"<code>{digest(run.run)}</code>" if s.finished else "unfinished",
+            f"<code>{escape(s.model_sha256)}</code>" if s.model_sha256 else NONE,
+        ]
+        for run, s in zip(runs, summaries, strict=True)
+    ]
+    head = ["Run", "Seed", "Log<small>sha-256</small>", "Model<small>sha-256</small>"]
+    return table("Seeds and hashes", head, rows, text=(0, 2, 3))
+
+
+def digest(run: RunLog) -> str:
+    """SHA-256 of a run's log."""
+    found = hashlib.sha256()
+    with run.path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def client_classes(group: Group) -> str:
+    """What became of each client class of one group; means over its seeds."""
+    found: dict[float, list[tuple[int, ClassFigures]]] = {}
+    for run in group.runs:
+        for one, figures in class_figures(run.run):
+            found.setdefault(one.density, []).append((len(one.clients), figures))
     rows = []
-    for group in classes(run.run):
-        f = class_figures(run.run, group)
+    for density in sorted(found, reverse=True):
+        sizes, each = zip(*found[density], strict=True)
         rows.append(
             [
-                f"{group.density:g}",
-                number(len(group.clients)),
-                number(f.samples),
-                number(f.final_density, 2),
-                "never" if f.full_at is None else "the start" if f.full_at == 0 else seconds(f.full_at),
-                number(f.uploads),
-                number(f.mean_staleness, 2),
-                megabytes(f.megabytes_up),
-                megabytes(f.megabytes_down),
+                f"{density:g}",
+                number(_mean(sizes)),
+                number(_mean([f.samples for f in each])),
+                number(_mean([f.final_density for f in each]), 2),
+                _whole([f.full_at for f in each]),
+                number(_mean([f.uploads for f in each])),
+                number(_mean([f.mean_staleness for f in each if f.mean_staleness is not None]), 2),
+                megabytes(_mean([f.megabytes_up for f in each])),
+                megabytes(_mean([f.megabytes_down for f in each])),
             ]
         )
     head = [
@@ -130,14 +157,34 @@ def client_classes(run: Named) -> str:
         "Up<small>MB</small>",
         "Down<small>MB</small>",
     ]
-    return table(f"Client classes of {name(run.label)}", head, rows)
+    over = "" if group.alone else f", means over {len(group.runs)} seeds"
+    return table(f"Client classes of {name(group.label)}{over}", head, rows)
 
 
-def restorations(run: Named) -> str:
-    """Every restoration of one run with its cause, under a line that counts them."""
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _whole(times: Sequence[float | None]) -> str:
+    """When the clients of a class had the whole model: the median of the seeds in which they got it."""
+    known = [time for time in times if time is not None]
+    if not known:
+        return "never"
+    middle = float(np.median(known))
+    some = "" if len(known) == len(times) else f" <small>({len(known)} of {len(times)} seeds)</small>"
+    return ("the start" if middle == 0 else seconds(middle)) + some
+
+
+def restorations(runs: Sequence[Named], *, is_open: bool = True) -> str:
+    """Every restoration of each run with its cause, under a line that counts them; open if few and wanted."""
+    without = [run for run in runs if not run.run.count("restoration")]
+    shown = "".join(_restorations(run, is_open) for run in runs if run not in without)
+    names = ", ".join(name(run.label) for run in without)
+    return shown + (f"<p>{names}: no density was restored.</p>" if names else "")
+
+
+def _restorations(run: Named, is_open: bool) -> str:
     records = run.run.records("restoration")
-    if not records:
-        return f"<p>{name(run.label)}: no density was restored.</p>"
     causes = Counter(str(record["cause"]).replace("_", " ") for record in records)
     counted = ", ".join(f"{count} by {escape(cause)}" for cause, count in causes.most_common())
     rows = [
@@ -152,35 +199,53 @@ def restorations(run: Named) -> str:
         for record in records
     ]
     head = ["Time", "Window", "Who", "Density", "Cause", "Floor"]
-    is_open = " open" if len(records) <= OPEN_ROWS else ""
     body = table(f"Restorations of {name(run.label)}", head, rows, text=(2, 4))
-    return f"<details{is_open}><summary>{name(run.label)}: {counted}</summary>{body}</details>"
+    opened = " open" if is_open and len(records) <= OPEN_ROWS else ""
+    return f"<details{opened}><summary>{name(run.label)}: {counted}</summary>{body}</details>"
 
 
 def configuration(runs: Sequence[Named]) -> str:
     """What differs between the runs (or from the defaults, for one run), and all keys, folded."""
-    options = [_options(run.run) for run in runs]
-    keys = sorted(dict.fromkeys(key for one in options for key in one), key=_group)
+    configured = [options(run.run) for run in runs]
+    keys = sorted(dict.fromkeys(key for one in configured for key in one), key=_group)
     if len(runs) > 1:
-        different = [key for key in keys if len({_text(one.get(key, ...)) for one in options}) > 1]
-        rows = [[_key(key), *(_cell(one, key) for one in options)] for key in different]
+        different = [key for key in keys if len({written(one.get(key, ...)) for one in configured}) > 1]
+        rows = [[_key(key), *(_cell(one, key) for one in configured)] for key in different]
         head = ["Key", *(name(run.label) for run in runs)]
         text = tuple(range(len(head)))
         shown = table("Keys that differ", head, rows, text=text) if rows else "<p>All keys are equal.</p>"
-        rest = [[_key(key), _cell(options[0], key)] for key in keys if key not in different]
+        rest = [[_key(key), _cell(configured[0], key)] for key in keys if key not in different]
         return shown + _folded("Keys that are equal", ["Key", "Value"], rest)
     defaults = effective(FedGMRConfig())
-    changed = [key for key in keys if key in defaults and key not in IDLE]
-    changed = [key for key in changed if _text(options[0][key]) != _text(defaults[key])]
-    rows = [[_key(key), _cell(options[0], key), escape(_text(defaults[key]))] for key in changed]
+    changed = [key for key in keys if key in defaults and key not in UNSHOWN]
+    changed = [key for key in changed if written(configured[0][key]) != written(defaults[key])]
+    rows = [[_key(key), _cell(configured[0], key), escape(written(defaults[key]))] for key in changed]
     shown = (
         table("Keys set to other than their defaults", ["Key", "Value", "Default"], rows, text=(0, 1, 2))
         if rows
         else "<p>Every key has its default.</p>"
     )
     return shown + _folded(
-        "All keys", ["Key", "Value"], [[_key(key), _cell(options[0], key)] for key in keys]
+        "All keys", ["Key", "Value"], [[_key(key), _cell(configured[0], key)] for key in keys]
     )
+
+
+def differences(groups: Sequence[Group]) -> str:
+    """What differs between groups of several seeds, and all keys that do not, folded."""
+    configured = [options(group.runs[0].run) for group in groups]
+    keys = sorted(between(groups), key=_group)
+    rows = [[_key(key), *(_cell(one, key) for one in configured)] for key in keys]
+    head = ["Key", *(name(group.label) for group in groups)]
+    shown = ""
+    if rows:
+        caption = "Keys that differ between the configurations"
+        shown = table(caption, head, rows, text=tuple(range(len(head))))
+    elif len(groups) > 1:
+        shown = "<p>No key differs between the configurations.</p>"
+    equal = sorted((key for key in configured[0] if key not in keys and key not in UNSHOWN), key=_group)
+    caption = f"{'All' if len(groups) == 1 else 'Other'} keys, of {groups[0].runs[0].label}"
+    rest = [[_key(key), _cell(configured[0], key)] for key in equal]
+    return shown + _folded(caption, ["Key", "Value"], rest)
 
 
 def versions(runs: Sequence[Named]) -> str:
@@ -203,16 +268,6 @@ def versions(runs: Sequence[Named]) -> str:
     )
 
 
-def _options(run: RunLog) -> dict[str, Any]:
-    """All that was configured: `fedgmr_args`, FedML's keys, and what the header adds to them."""
-    header = run.header
-    own = {key: value for key, value in header["config"].items() if key != "run_name"}
-    fedml = {f"FedML: {key}": value for key, value in header["fedml"].items()}
-    facts = {f"run: {key}": header[key] for key in FACTS}
-    samples = header["client_samples"]
-    return {**own, **fedml, **facts, "run: samples": sum(samples) if samples else None}
-
-
 def _group(key: str) -> int:
     """Order of the kinds of keys: `fedgmr_args`, FedML's, the run's."""
     return ("FedML: ", "run: ").index(key[: key.index(" ") + 1]) + 1 if ": " in key else 0
@@ -230,25 +285,4 @@ def _key(key: str) -> str:
 
 
 def _cell(options: Mapping[str, Any], key: str) -> str:
-    return escape(_text(options[key])) if key in options else NONE
-
-
-def _text(value: object) -> str:
-    """A value as JSON, text without quotes; the same for 1 and 1.0."""
-    if value is ...:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
-        texts = [json.dumps(_plain(item), ensure_ascii=False) for item in value]
-        runs = [(text, len(list(same))) for text, same in groupby(texts)]
-        parts = [f"{text} × {n}" if n > 2 else ", ".join([text] * n) for text, n in runs]
-        return f"[{', '.join(parts)}]"
-    return json.dumps(_plain(value), ensure_ascii=False)
-
-
-def _plain(value: Any) -> Any:
-    """A number that is whole as an int, so that 1 and 1.0 read the same."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return int(value)
-    return value
+    return escape(written(options[key])) if key in options else NONE

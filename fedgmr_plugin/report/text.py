@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import unicodedata
+from itertools import groupby
+from typing import Any
 
 #: Narrow no-break space between groups of three digits.
 THIN = "\u202f"
@@ -28,6 +31,27 @@ def escape(value: object) -> str:
 def name(value: object) -> str:
     """A name from a log as HTML, kept from turning the direction of the text around it."""
     return f"<bdi>{escape(value)}</bdi>"
+
+
+#: Characters that LaTeX reads as commands.
+_COMMANDS = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    '"': "''",
+    **{char: "\\" + char for char in "{}$&#_%"},
+}
+
+
+def latex(value: object) -> str:
+    """`value` as LaTeX text on one line; what is invisible or turns the direction becomes a question mark."""
+    plain = "".join(
+        "?" if unicodedata.category(char)[0] == "C" else " " if char.isspace() else char
+        for char in str(value).replace("\n", " ").replace("\t", " ")
+    )
+    return "".join(_COMMANDS.get(char, char) for char in plain)
 
 
 def shorten(text: str, length: int) -> str:
@@ -60,3 +84,24 @@ def seconds(value: float | None) -> str:
 def megabytes(value: float | None) -> str:
     """Bytes given in MB (10^6 bytes); one decimal below 1000."""
     return number(value, 1 if value is not None and abs(value) < 1000 else 0)
+
+
+def written(value: object) -> str:
+    """A value of a configuration: JSON, text without quotes; the same for 1 and 1.0."""
+    if value is ...:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
+        texts = [json.dumps(_plain(item), ensure_ascii=False) for item in value]
+        runs = [(text, len(list(same))) for text, same in groupby(texts)]
+        parts = [f"{text} × {n}" if n > 2 else ", ".join([text] * n) for text, n in runs]
+        return f"[{', '.join(parts)}]"
+    return json.dumps(_plain(value), ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    """A number that is whole as an int, so that 1 and 1.0 read the same."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return int(value)
+    return value

@@ -68,25 +68,29 @@ def density_steps(run: RunLog) -> tuple[Array, Array]:
     return np.array(times), np.array(rows)
 
 
-def class_figures(run: RunLog, group: ClientClass) -> ClassFigures:
-    """What became of the clients of one class."""
+def class_figures(run: RunLog) -> list[tuple[ClientClass, ClassFigures]]:
+    """What became of the clients of each class, densest first."""
     arrival = run.columns("arrival", "client", "staleness", "bytes_up")
     dispatch = run.columns("dispatch", "client", "bytes_down")
-    mine = np.isin(arrival["client"], group.clients)
-    sent = np.isin(dispatch["client"], group.clients)
     times, densities = density_steps(run)
-    own = densities[:, list(group.clients)]
-    full = np.flatnonzero((own >= 1).all(axis=1))
     samples = run.header["client_samples"]
-    return ClassFigures(
-        samples=sum(samples[n] for n in group.clients if n < len(samples)),
-        final_density=float(own[-1].mean()),
-        uploads=int(mine.sum()),
-        mean_staleness=float(arrival["staleness"][mine].mean()) if mine.any() else None,
-        megabytes_up=float(np.nansum(arrival["bytes_up"][mine])) / 1e6,
-        megabytes_down=float(np.nansum(dispatch["bytes_down"][sent])) / 1e6,
-        full_at=float(times[full[0]]) if len(full) else None,
-    )
+    found = []
+    for group in classes(run):
+        mine = np.isin(arrival["client"], group.clients)
+        sent = np.isin(dispatch["client"], group.clients)
+        own = densities[:, list(group.clients)]
+        full = np.flatnonzero((own >= 1).all(axis=1))
+        figures = ClassFigures(
+            samples=sum(samples[n] for n in group.clients if n < len(samples)),
+            final_density=float(own[-1].mean()),
+            uploads=int(mine.sum()),
+            mean_staleness=float(arrival["staleness"][mine].mean()) if mine.any() else None,
+            megabytes_up=float(np.nansum(arrival["bytes_up"][mine])) / 1e6,
+            megabytes_down=float(np.nansum(dispatch["bytes_down"][sent])) / 1e6,
+            full_at=float(times[full[0]]) if len(full) else None,
+        )
+        found.append((group, figures))
+    return found
 
 
 def staleness_by_window(run: RunLog) -> tuple[Array, Array]:
@@ -105,3 +109,19 @@ def staleness_by_window(run: RunLog) -> tuple[Array, Array]:
     mean = np.full(len(window), np.nan)
     np.divide(total, count, out=mean, where=count > 0)
     return end, mean
+
+
+def held(run: RunLog, key: str) -> tuple[Array, Array]:
+    """A number of the window records as steps: it holds from a window's start to its end."""
+    start, end, value = run.columns("window", "start", "end", key).values()
+    return np.append(start, end[-1:]), np.append(value, value[-1:])
+
+
+def coordinates(run: RunLog) -> int:
+    """Coordinates of the model that are no buffers."""
+    layout = run.header["layout"]
+    layers = [layer for layer in layout.get("layers") or [] if isinstance(layer, dict)]
+    sizes = [layer.get("size") for layer in layers if layer.get("kind") != "buffer"]
+    known = [size for size in sizes if isinstance(size, int)]
+    size = sum(known) or layout.get("size")
+    return size if isinstance(size, int) else 1

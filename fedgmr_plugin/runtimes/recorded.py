@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedgmr_plugin.engine.course import Course
+from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.protocol.checkpoint import Checkpoint, save
-from fedgmr_plugin.protocol.runlog import RunLogWriter
+from fedgmr_plugin.protocol.runlog import LOG_NAME, RunLogWriter
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.command import Command
 from fedgmr_plugin.runtimes.progress import Progress
@@ -70,11 +71,13 @@ class RecordedRun(ABC):
         Where `fedgmr resume` goes on with an interrupted run, from its last checkpoint.
 
         Raises:
+            ConfigError: GMR-110 if the run's directory cannot be made, or has a run that this is not to
+                continue: its own, where it is called again.
             RunLogError: GMR-604 if another process trains in the run's directory; GMR-604 to GMR-606 if the
                 run to go on with cannot be continued.
         """
         started = time.monotonic()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._claim()
         with resume.locked(self.directory):
             checkpoint = self._prepare()
             writer = RunLogWriter(
@@ -100,6 +103,15 @@ class RecordedRun(ABC):
             self._writer.write(fields)
             self._progress.record(fields)
         self.on_record(fields)
+
+    def _claim(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"{self.directory} cannot be made: {error.strerror}"
+            raise ConfigError("GMR-110", reason, where="fedgmr_args.output_dir") from error
+        if self.end is not None or (not self.resumed and (self.directory / LOG_NAME).exists()):
+            raise ConfigError("GMR-110", f"{self.directory} has a run already", where="fedgmr_args.run_name")
 
     def _save_model(self) -> None:
         """What is shipped, in the model that FedML was given and in the run's directory."""

@@ -28,7 +28,7 @@ COMMAND = "command.json"
 _THREADS = "cpu_threads"
 #: Keys of the header that are compared elsewhere or not at all, and options that change no bit of the model.
 _FREE = frozenset({"type", "versions", "run_name", "config"})
-_FREE_OPTIONS = frozenset({"run_name", "output_dir", "progress", "workers", "checkpoint_seconds"})
+FREE_OPTIONS = frozenset({"run_name", "output_dir", "progress", "workers", "checkpoint_seconds"})
 
 _resuming: list[Path] = []
 
@@ -155,7 +155,7 @@ def _check_same(before: Mapping[str, Any], header: Mapping[str, Any], run: Path)
     differ += [
         f"fedgmr_args.{key}: {_short(options.get(key))} became {_short(value)}"
         for key, value in now["config"].items()
-        if key not in _FREE_OPTIONS and options.get(key) != value
+        if key not in FREE_OPTIONS and options.get(key) != value
     ]
     if differ:
         raise RunLogError("GMR-606", "; ".join(differ), where=str(run))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from fedgmr_plugin.config import FedGMRConfig, effective
 from fedgmr_plugin.engine.client import Batch, BuiltinTrainer, Metrics
 from fedgmr_plugin.engine.network import VirtualNetwork
+from fedgmr_plugin.engine.restricted import Shares, rows_of
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import MaskFamily, Plan, Server
 from fedgmr_plugin.engine.simulate import Simulation
@@ -41,7 +43,7 @@ from fedgmr_plugin.runtimes.distributed.pool import PATIENCE, Workers
 from fedgmr_plugin.runtimes.merge_hooks import MergeHooks
 from fedgmr_plugin.runtimes.recorded import RecordedRun
 from fedgmr_plugin.runtimes.settings import as_mapping
-from fedgmr_plugin.runtimes.setup import Setup, dense_megabytes, links
+from fedgmr_plugin.runtimes.setup import Setup, dense_megabytes, last_layer, links
 from fedgmr_plugin.runtimes.trainer import is_known
 
 _PACKAGES = ("fedgmr", "fedml", "torch", "torchvision", "numpy")
@@ -134,6 +136,7 @@ def serving(setup: Setup, server_aggregator: Any = None) -> Serving:
         before_merge=hooks.before if hooks else None,
         after_merge=hooks.after if hooks else None,
         masks=_masks(setup),
+        shares=_shares(setup),
     )
 
     def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
@@ -189,15 +192,32 @@ def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | Non
 
 def _masks(setup: Setup) -> MaskFamily | None:
     """The family of masks that needs more than scores."""
-    if setup.config.score != "width":
+    if setup.config.score not in ("width", "rolling_width"):
         return None
     rank_widths(setup.model, setup.layout, (1.0,))  # refuses a model without widths now
+    rolls = setup.config.score == "rolling_width"
 
-    def by_width(w_D: Tensor, densities: Sequence[float]) -> Ranking:
-        ranking = rank_widths(setup.model, setup.layout, densities)
+    def by_width(w_D: Tensor, densities: Sequence[float], version: int) -> Ranking:
+        ranking = rank_widths(setup.model, setup.layout, densities, first=version if rolls else 0)
         return Ranking(ranking.densities, ranking.rung_D.to(w_D.device))
 
     return by_width
+
+
+def _shares(setup: Setup) -> Shares | None:
+    """What of a client's uploads counts: of the last layer, the rows of its classes."""
+    if not setup.config.label_masks:
+        return None
+    layer, classes = last_layer(setup.model, setup.data), setup.bench.training.classes
+
+    @cache
+    def of(client: int) -> Tensor | None:
+        is_known_C = classes(client)
+        if is_known_C is None or bool(is_known_C.all()):
+            return None
+        return rows_of(setup.layout, layer, is_known_C)
+
+    return of
 
 
 def _layer_costs(setup: Setup) -> tuple[float, ...] | None:

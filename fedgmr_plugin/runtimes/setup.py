@@ -7,15 +7,19 @@ Everything of FedML is translated here (arguments, data, trainer); everything of
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, LocalTrainer
 from fedgmr_plugin.engine.network import Links, LogNormalLinks, TraceLinks
+from fedgmr_plugin.engine.restricted import known_classes
+from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.errors import ConfigError, DataError
 from fedgmr_plugin.kernels.layout import ModelLayout, build_layout, validate
@@ -92,7 +96,11 @@ def prepare(args: Any, device: Any, dataset: Any, model: nn.Module, client_train
     steps = config.local_steps if isinstance(config.local_steps, int) else None
     plan = BatchPlan(keys.batch_size, steps, keys.epochs, config.shuffle, keys.seed)
     clients = Clients(data.clients.__getitem__, config.validation_fraction, keys.seed, keys.clients)
-    bench = Workbench(config, layout, model, clients, Training(trainer, plan, keys.learning_rate))
+    training = Training(trainer, plan, keys.learning_rate)
+    if config.label_masks:
+        last_layer(model, data)
+        training = replace(training, classes=_classes_of(clients, data))
+    bench = Workbench(config, layout, model, clients, training)
     return Setup(args, config, keys, device, data, model, layout, counts, densities, bench)
 
 
@@ -105,6 +113,34 @@ def _training_samples(config: FedGMRConfig, keys: FedMLKeys, data: FederatedData
         if counts[-1] < 1:
             raise DataError("GMR-301", f"client {data.ids[n]} has no training sample left of {size}")
     return tuple(counts)
+
+
+def last_layer(model: nn.Module, data: FederatedData) -> str:
+    """Name of the linear layer whose outputs are the classes.
+
+    Raises:
+        ConfigError: GMR-106 if the last one has another number of outputs.
+    """
+    name, layer = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    if layer.out_features != data.classes:
+        raise ConfigError(
+            "GMR-106",
+            f"label_masks=true needs a last linear layer with an output for each class, but {name} has "
+            f"{layer.out_features} for class_num={data.classes}",
+            where="fedgmr_args.label_masks",
+        )
+    return name
+
+
+def _classes_of(clients: Clients, data: FederatedData) -> Callable[[int], Tensor]:
+    """Which classes each client trains on, bool [C], read once."""
+
+    @cache
+    def of(client: int) -> Tensor:
+        with isolated_rng(derive(clients.seed, "classes", client)):
+            return known_classes(clients.train(client), data.classes or 0)
+
+    return of
 
 
 def _trainer(
@@ -122,8 +158,8 @@ def _trainer(
 
         client_trainer = create_model_trainer(model, args)
     if client_trainer is not None:
-        if config.probe or config.trigger == "gradient":
-            key = "probe=true" if config.probe else "trigger=gradient"
+        key = _needs_built_in(config)
+        if key:
             raise ConfigError(
                 "GMR-106",
                 f"{key} needs the built-in trainer: a ClientTrainer does not give its loss",
@@ -132,6 +168,18 @@ def _trainer(
         fallback = BuiltinTrainer(device=device, loss=config.loss)
         return FedMLTrainer(client_trainer, args, device, data=data, fallback=fallback)
     return builtin_trainer(config, keys, device)
+
+
+def _needs_built_in(config: FedGMRConfig) -> str:
+    """An option that only the built-in trainer follows; '' if there is none."""
+    asked = {
+        "probe=true": config.probe,
+        "trigger=gradient": config.trigger == "gradient",
+        f"local_objective={config.local_objective}": config.local_objective != "plain",
+        f"proximal={config.proximal:g}": config.proximal > 0,
+        "label_masks=true": config.label_masks,
+    }
+    return next((key for key, is_asked in asked.items() if is_asked), "")
 
 
 def builtin_trainer(config: FedGMRConfig, keys: FedMLKeys, device: torch.device) -> BuiltinTrainer:
@@ -143,6 +191,8 @@ def builtin_trainer(config: FedGMRConfig, keys: FedMLKeys, device: torch.device)
         momentum=config.client_momentum,
         weight_decay=keys.weight_decay,
         gradient_clip=config.gradient_clip,
+        proximal=config.proximal,
+        top_k=config.top_k,
     )
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgmr_plugin.engine.client import Batch, LocalStats, LocalTrainer, Metrics
+from fedgmr_plugin.engine.objectives import PLAIN, Context
 from fedgmr_plugin.errors import FedGMRError, HostError
 from fedgmr_plugin.runtimes.data import FederatedData
 from fedgmr_plugin.runtimes.watch import Watch
@@ -80,6 +81,7 @@ class FedMLTrainer:
         *,
         learning_rate: float,
         client: int,
+        context: Context = PLAIN,
     ) -> LocalStats:
         """Train `model` in place with the user's loop; see `fedgmr_plugin.engine.client.LocalTrainer`.
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from theory.errors import shown
-from theory.frame import HOOKED, Bools, Floats, Frame
+from theory.frame import Bools, Floats, Frame
+from theory.options import LATER
 from theory.terms import HYPOTHESES
 from theory.verdict import Finding, Verdict, undetermined
 
@@ -71,6 +72,10 @@ ANALYSED: dict[str, tuple[Any, ...]] = {
 }
 
 
+#: Options that make clients minimise something else than the loss that is analysed.
+OBJECTIVES = ("local_objective", "proximal", "label_masks")
+
+
 def algorithm(frame: Frame) -> Condition:
     """ALG: read off the header and the arrivals."""
     log, busy = frame.log, frame.log["window"]["arrivals"] > 0
@@ -87,8 +92,10 @@ def algorithm(frame: Frame) -> Condition:
         departures.append(f"weight_decay={log.fedml('weight_decay')}")
     if (log.fedml("client_optimizer") or "sgd").lower() != "sgd":
         departures.append(f"client_optimizer={shown(log.fedml('client_optimizer'))}")
+    other = [key for key in OBJECTIVES if config.get(key, LATER[key]) != LATER[key]]
+    departures += [f"{key}={shown(config[key])}" for key in other]
     if frame.hooked:
-        departures.append(HOOKED)
+        departures.append(frame.hook)
     if departures:
         return Condition("ALG", False, np.zeros_like(rows), ", ".join(departures))
     missing = [key for key in ANALYSED if key not in config]
@@ -178,6 +185,9 @@ def nested(frame: Frame) -> Condition:
         return Condition("NEST", True, frame.nested, "no window has two arrivals", 0)
     if (frame.log["dispatch"].codes["ranking"] < 0).all():
         return Condition("NEST", None, frame.nested, "rankings are not logged")
+    if frame.lacks_rows:
+        reason = "label_masks=true: a client's mask lacks the rows of classes that its data do not have"
+        return Condition("NEST", False, frame.nested, reason, int(several.sum()))
     count = int((several & ~frame.nested).sum())
     reason = (
         f"{count} of {int(several.sum())} windows merge masks of different rankings"

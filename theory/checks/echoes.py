@@ -59,12 +59,14 @@ def _open_at(window: Floats, start: Floats, stop: Floats) -> Floats:
 
 
 def one_ranking(frame: Frame) -> Finding:
-    """All sub-models of one interval are cut from one ranking."""
+    """All sub-models between two rebuilds of the masks are cut from one ranking."""
     title, table, interval = "one ranking an interval", frame.log["dispatch"], frame.log.config("interval")
+    rebuilt = frame.log.config("mask_interval") or interval
     code = table.codes["ranking"].astype(np.float64)
     if interval is None or not np.isnan(table["ranking_version"]).all():
         return undetermined("one_ranking", "log", title, "interval is not logged, or rankings are dated")
-    span = np.where(code < 0, np.nan, np.floor(table["version"] / interval))
+    spans = np.floor(table["version"] / interval) + np.floor(table["version"] / rebuilt)
+    span = np.where(code < 0, np.nan, spans)
     first = rows_of(span, span)
     return law(
         "one_ranking", title, gather(code, first) != code, place_of(frame, "dispatch"),

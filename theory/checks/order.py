@@ -79,9 +79,18 @@ def _due(frame: Frame) -> dict[str, Bools | None]:
     return {
         "probe": probe,
         "terms": None if probe is None else _decomposed(frame, probe),
-        "evaluation": None if often is None else (t % often == 0) | final,
+        "evaluation": None if often is None else _tested(frame, often) | final,
         "validation": validation,
     }
+
+
+def _tested(frame: Frame, often: int) -> Bools:
+    """Windows after which the model is evaluated, whatever else happens, ``[W]``."""
+    every = frame.log.config("evaluation_seconds")
+    if every is None:
+        return np.asarray(np.arange(frame.windows) % often == 0)
+    passed = np.floor_divide(frame.log["window"]["end"], every)
+    return np.asarray(np.diff(passed, prepend=0.0) > 0)
 
 
 def _decomposed(frame: Frame, probed: Bools) -> Bools | None:

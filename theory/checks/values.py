@@ -193,12 +193,12 @@ def single_step(frame: Frame) -> Finding:
 
 
 def weights(frame: Frame) -> Finding:
-    """c_n = s(tau) * samples, with the staleness function of the header."""
+    """c_n = s(tau) * samples, with the header's staleness function, or samples where it scales changes."""
     title, table = "weights follow staleness and samples", frame.log["arrival"]
     kind, config = frame.log.config("staleness"), frame.log.config
     tau = table["staleness"]
     with np.errstate(invalid="ignore", divide="ignore"):
-        if kind == "constant":
+        if kind == "constant" or config("staleness_normalised") is False:
             factor = np.ones(len(tau))
         elif kind == "polynomial" and config("staleness_exponent") is not None:
             factor = (1.0 + tau) ** -float(config("staleness_exponent"))

@@ -7,7 +7,6 @@ import logging
 import os
 import queue
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,10 +23,12 @@ from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.notes import to_device
 from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.protocol.storekeys import probe_key
 from fedgmr_plugin.runtimes.devices.connection import connection, device_keys, services
 from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.file_training import train_file
 from fedgmr_plugin.runtimes.devices.hands import Store, ThreadedHands
+from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.memory import Memory
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.plain_device import PlainDevice
@@ -103,7 +104,7 @@ class DeviceProcess:
         training = Training(parts.trainer, plan, keys.learning_rate)
         self._bench = Workbench(config, layout, model, clients, training)
         self._threads = config.cpu_threads
-        self._inbox: queue.Queue[Any] = queue.Queue(10_000)
+        self._inbox = Inbox()
         self._trainer = ThreadPoolExecutor(1, thread_name_prefix="fedgmr-training")
         hears = to_device(here.run, here.server, device_id)
         if transport is None:
@@ -113,6 +114,7 @@ class DeviceProcess:
         else:
             self._link, store = transport(hears, self._inbox)
         self._store, self._measured = store, config.measured_densities
+        self._probe = probe_key(here.run, device_id)
         self._hands = ThreadedHands(store, self._link, self._inbox, fetches=4)
         common = (here.run, here.server, device_id)
         self.device: Device | PlainDevice
@@ -131,7 +133,7 @@ class DeviceProcess:
                 config.heartbeat_seconds,
                 PAYLOAD_TYPES[config.payload_dtype],
             )
-        self._link.say_when_gone(self.device.speaks, self.device.last_will())
+        self._link.say_when_gone(self.device.speaks, self.device.last_will)
 
     def run(self) -> None:
         """Take part until the server says that the run is over.
@@ -145,7 +147,7 @@ class DeviceProcess:
             self._link.connected.wait(timeout=5)
             with threads(self._threads):
                 if self._measured and isinstance(self.device, Device):
-                    self.device.up, self.device.down = measure_bandwidth(self._store)
+                    self.device.up, self.device.down = measure_bandwidth(self._store, self._probe)
                 self.device.begin()
                 while not self.device.finished:
                     self._next()
@@ -191,10 +193,10 @@ class DeviceProcess:
         self._trainer.submit(self._bench.train, sent).add_done_callback(trained)
 
 
-def measure_bandwidth(store: Store, size: int = PROBE_BYTES) -> tuple[float | None, float | None]:
+def measure_bandwidth(store: Store, key: str, size: int = PROBE_BYTES) -> tuple[float | None, float | None]:
     """Upload and download bandwidth to the store in MB/s, by one object; None where it cannot be reached."""
     content = os.urandom(size)
-    piece = Piece(f"probe/{uuid.uuid4().hex}", size, hashlib.sha256(content).hexdigest())
+    piece = Piece(key, size, hashlib.sha256(content).hexdigest())
     try:
         started = time.perf_counter()
         store.put(piece, content)

@@ -36,7 +36,6 @@ from fedgmr_plugin.protocol.notes import (
     FinishNote,
     StatusNote,
     TaskNote,
-    answer_key,
     note_of,
     parse,
     sign,
@@ -44,6 +43,7 @@ from fedgmr_plugin.protocol.notes import (
     to_server,
 )
 from fedgmr_plugin.protocol.pieces import Piece, local_ranking
+from fedgmr_plugin.protocol.storekeys import answer_key
 from fedgmr_plugin.protocol.wire import Limits, apply, decode, encode
 from fedgmr_plugin.runtimes.devices.memory import Memory
 from fedgmr_plugin.runtimes.devices.office import Hands
@@ -99,6 +99,7 @@ class Device:
         self.up: float | None = None
         self.down: float | None = None
         self.memory = memory
+        memory.enter(run)
         self._server, self._key, self._layout, self._dtype = server, key, layout, dtype or layout.dtype
         self._train, self._hands, self._clock, self._wall = train, hands, clock, wall_clock
         self._heartbeat, self._next_beat = heartbeat, 0.0
@@ -156,6 +157,8 @@ class Device:
         self._replays.check(note.sequence)
         if isinstance(note, TaskNote):
             self._check(note)
+        elif self.memory.token not in ("", note.run):
+            raise WireError("GMR-713", f"the end of run={note.run} instead of {self.memory.token}")
         return note
 
     def _check(self, note: TaskNote) -> None:
@@ -183,8 +186,6 @@ class Device:
             self._begin(note)
         elif note.dispatch > self.working.dispatch:
             self.next = note
-        elif note.dispatch == self.working.dispatch and self._wanted:
-            self._begin(note)  # an object may have been lost; those that are there are not fetched again
 
     def _begin(self, note: TaskNote) -> None:
         self.working, self._repeats = note, 0
@@ -193,9 +194,8 @@ class Device:
             self._save()
         known = len(self._masks[1]) if self._masks[0] == note.ranking else 0
         pieces = [*note.masks[known:], *note.values]
-        self._parts = {p.key: self._parts[p.key] for p in pieces if p.key in self._parts}
-        self._wanted = {p.key: p for p in pieces if p.key not in self._parts}
-        for piece in list(self._wanted.values()):
+        self._parts, self._wanted = {}, {p.key: p for p in pieces}
+        for piece in pieces:
             started = self._clock()
             self._hands.fetch(piece, lambda content, p=piece, s=started: self._fetched(note, p, content, s))  # type: ignore[misc]
 
@@ -282,7 +282,7 @@ class Device:
         stats = update.stats
         outcome = Outcome(stats.samples, stats.steps, stats.train_loss, stats.drift_sq, update.change_sq)
         content = encode(update_message(header, note.cuts, update.values_S, outcome, dtype=self._dtype))
-        key = answer_key(note.run, note.dispatch, self.device)
+        key = answer_key(self.run, note.run, note.dispatch, self.device)
         piece = Piece(key, len(content), hashlib.sha256(content).hexdigest())
         self.memory.answered, self.memory.update, self.memory.content = note.dispatch, piece, content
         self._save(with_answer=True)

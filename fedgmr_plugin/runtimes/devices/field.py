@@ -108,7 +108,7 @@ class Field:
         model = problem.model()
         masks = None
         if self.config.score == "width":
-            masks = lambda w_D, densities: rank_widths(model, self.layout, densities)  # noqa: E731
+            masks = lambda w_D, densities, _: rank_widths(model, self.layout, densities)  # noqa: E731
         server = Server(self.config, plan, self.layout, w_D, masks=masks)
         bench = self._bench(HeldOut(problem.held, seed, self.count))
         return server, Examiner(server, bench, lambda: in_batches(problem.test, 512))
@@ -128,18 +128,12 @@ class Field:
             wall_clock=lambda: int(self.world.now * 1000),
         )
         self.hands = LoopbackHands(self.world)
+        rest = (desk, Pieces(desk.run, TOKEN), TOKEN, self.hands, self.clock)
+        common: tuple[Any, ...] = (self._record, *rest)
         if self.config.device_submodel != "wire":
-            return PlainOffice(
-                *self.parts(),
-                self._record,
-                desk,
-                Pieces(TOKEN),
-                TOKEN,
-                self.hands,
-                self.clock,
-                codec=codec_of(self.config, self.problem.model(), self.layout, self._input_shape),
-            )
-        return Office(*self.parts(), self._record, desk, Pieces(TOKEN), TOKEN, self.hands, self.clock)
+            codec = codec_of(self.config, self.problem.model(), self.layout, self._input_shape)
+            return PlainOffice(*self.parts(), *common, codec=codec)
+        return Office(*self.parts(), *common)
 
     @property
     def _input_shape(self) -> tuple[int, ...]:

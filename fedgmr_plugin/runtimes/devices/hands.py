@@ -25,6 +25,7 @@ class Store(Protocol):
     def put(self, piece: Piece, content: Content) -> None: ...
     def get(self, piece: Piece) -> bytearray: ...
     def delete(self, keys: Sequence[str]) -> None: ...
+    def keys(self, prefix: str) -> list[str]: ...
 
 
 class Link(Protocol):
@@ -122,6 +123,25 @@ class ThreadedHands:
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+
+    def sweep(self, prefixes: Sequence[str], is_needless: Callable[[str], bool], patience: float) -> None:
+        """Delete what `is_needless` of all objects with these prefixes, in `patience` seconds or not at all.
+
+        After `close`, as the last thing that is done with the store.
+        """
+
+        def sweep() -> None:
+            try:
+                found = {key for prefix in prefixes for key in self._store.keys(prefix)}
+                self._store.delete([key for key in found if is_needless(key)])
+            except (Unreachable, FedGMRError) as error:
+                _log.warning("the run's objects stay in the store: %s", error)
+
+        thread = threading.Thread(target=sweep, name="fedgmr-sweep", daemon=True)
+        thread.start()
+        thread.join(patience)
+        if thread.is_alive():
+            _log.warning("the store is slow: some of the run's objects may stay in it")
 
     def _give(self, job: Callable[[], None]) -> None:
         with self._changed:

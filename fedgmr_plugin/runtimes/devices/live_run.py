@@ -26,6 +26,7 @@ from fedgmr_plugin.protocol.checkpoint import Checkpoint
 from fedgmr_plugin.protocol.journal import Entry, Journal, read
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.runlog import RunLogWriter
+from fedgmr_plugin.protocol.storekeys import is_of_run, is_sent, run_prefixes
 from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.office import Content, Office
 from fedgmr_plugin.runtimes.recorded import RecordedRun
@@ -40,6 +41,8 @@ _JOURNALS = "journal"
 #: Seconds that devices are told of the end, at most.
 _FAREWELL = 10.0
 _STATUS_SECONDS = 1.0
+#: Seconds for which a run that is over deletes its objects, at most.
+_SWEEP = 10.0
 
 
 class Connected(Protocol):
@@ -133,12 +136,14 @@ class LiveRun(RecordedRun):
             _write_whole(self.directory / TOKEN, office.token.encode())
             _write_whole(self.directory / INITIAL, save({"w": office.server.w_D.cpu().contiguous()}))
         self._journals = _Journals(self.directory / _JOURNALS)
+        self._kept: list[frozenset[str]] = []  # what a server needs that goes on from a kept checkpoint
         first = 0
         unsent: list[tuple[Piece, Content]] = []
         if checkpoint is not None:
             meta, tensors = checkpoint.meta, checkpoint.tensors
             restore_live(office.live, Snapshot(meta["live"], tensors))
             office.load_state(meta["office"], tensors)
+            self._kept = [office.needed()]
             first = meta["journal"]
             contents = [tensors[f"unsent.{i}"].numpy().tobytes() for i in range(len(meta["unsent"]))]
             unsent = [(Piece(*p), content) for p, content in zip(meta["unsent"], contents, strict=True)]
@@ -162,10 +167,24 @@ class LiveRun(RecordedRun):
                 self.hands.flush(_FAREWELL)
             self.link.stop()
             self.hands.close()
+            self._sweep()
             if self.office.journal is not None:
                 self.office.journal.close()
             if self.end is not None:  # written down: nobody goes on with this run
                 shutil.rmtree(self.directory / _JOURNALS, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Delete the run's objects; where it was interrupted, those that going on does not need."""
+        office = self.office
+        if office.journal is None:
+            return
+        run, token, ids = office.desk.run, office.token, frozenset(office.desk.devices)
+        if office.end is not None:
+            is_needless = lambda key: is_of_run(key, run, token, ids)  # noqa: E731
+        else:
+            kept = frozenset().union(*self._kept)
+            is_needless = lambda key: is_sent(key, run, token) and key not in kept  # noqa: E731
+        self.hands.sweep(run_prefixes(run), is_needless, _SWEEP)
 
     def _loop(self, office: Office, writer: RunLogWriter) -> None:
         seconds = self.course.config.checkpoint_seconds
@@ -230,8 +249,12 @@ class LiveRun(RecordedRun):
             "unsent": [list(piece) for piece, _ in unsent],
             "undeleted": office.undeleted(),
         }
+        self._kept.append(office.needed())
         if self._save_checkpoint(writer, state, tensors):
             self._journals.checkpointed()
+            self._kept = self._kept[-2:]
+        else:
+            self._kept.pop()
 
     def _show(self, office: Office) -> None:
         """Write what a status display reads."""

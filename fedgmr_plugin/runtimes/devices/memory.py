@@ -23,7 +23,7 @@ class Memory:
 
     Attributes:
         folder: made where it is missing; None keeps nothing.
-        token: run that the rest belongs to.
+        token: the server's name of the run that the rest belongs to; "" before the first task.
         sequence: last number used for a message.
         answered: last dispatch that was trained; -1 before the first.
         update: the object of its answer; None once the server has been heard to go on.
@@ -31,6 +31,7 @@ class Memory:
         heard: the server's sequence numbers, as `fedgmr_plugin.protocol.desk.Replays.state`.
         reserved: numbers up to this one may have been used.
         is_restored: whether this memory was loaded, and no number has been used since.
+        run: FedML's ``run_id`` of that run.
     """
 
     folder: Path | None = None
@@ -42,6 +43,7 @@ class Memory:
     heard: tuple[int, int] = (-1, 0)
     reserved: int = 0
     is_restored: bool = False
+    run: str = ""
 
     @staticmethod
     def load(folder: Path | None) -> Memory:
@@ -57,6 +59,7 @@ class Memory:
             reserved = int(kept["reserved"])
             found = Memory(folder, str(kept["token"]), max(reserved - _RESERVED, 0), int(kept["answered"]))
             found.heard, found.reserved, found.is_restored = (int(highest), int(seen)), reserved, True
+            found.run = str(kept.get("run", ""))
             update = None if kept["update"] is None else Piece(*kept["update"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return Memory(folder)
@@ -65,6 +68,11 @@ class Memory:
             found.update = update if found.content else None
             found.answered = found.answered if found.content else -1
         return found
+
+    def enter(self, run: str) -> None:
+        """Begin anew, except for sequence numbers, where `run` is another one of FedML's than before."""
+        if run != self.run:
+            self.run, self.token, self.answered, self.update, self.content = run, "", -1, None, b""
 
     def next_sequence(self, now: int) -> int:
         """The next sequence number: increasing, also over restarts and where the clock jumps.
@@ -92,6 +100,7 @@ class Memory:
         if self.folder is None:
             return
         kept = {
+            "run": self.run,
             "token": self.token,
             "reserved": self.reserved,
             "answered": self.answered,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import queue
+import ssl
+import sys
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import paho.mqtt.client as mqtt
 
-from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.errors import ConfigError, HostError
 from fedgmr_plugin.protocol.notes import MOST_MESSAGE
 from fedgmr_plugin.runtimes.devices.connection import Broker
 
@@ -27,32 +30,46 @@ class MqttLink:
     Args:
         broker: where.
         topics: to subscribe to.
-        inbox: gets the messages; what does not fit into it is dropped, for its sender to repeat.
+        inbox: gets messages, and calls to be made in its owner's thread; a message that does not fit into it
+            is dropped, for its sender to repeat.
+
+    Raises:
+        ConfigError: GMR-112 if a file of `broker` cannot be used.
     """
 
     def __init__(self, broker: Broker, topics: Sequence[str], inbox: queue.Queue[Any]) -> None:
         self._broker, self._topics, self._inbox = broker, list(topics), inbox
         self.refused: HostError | None = None
         self.connected = threading.Event()
-        self._client = mqtt.Client(client_id=f"fedgmr-{uuid.uuid4().hex[:16]}", clean_session=True)
+        self._client = _Client(client_id=f"fedgmr-{uuid.uuid4().hex[:16]}", clean_session=True)
         self._client.max_queued_messages_set(100_000)
         self._client.reconnect_delay_set(1, 30)
         if broker.user is not None:
             self._client.username_pw_set(broker.user, broker.password)
         if broker.ca is not None or broker.certificate is not None:
-            self._client.tls_set(broker.ca, broker.certificate, broker.key)
+            self._client.tls_set_context(_context(broker))
+        self._was_connected, self._told = False, ""
         self._client.on_connect = self._on_connect
+        self._client.on_connect_fail = lambda client, userdata: self._failed(sys.exc_info()[1])
+        self._client.on_broken = self._failed
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
+        self._renew_will: Callable[[], None] | None = None
 
     def start(self) -> None:
         """Connect, now or as soon as there is a broker; returns at once."""
         self._client.connect_async(self._broker.host, self._broker.port, self._broker.keepalive)
         self._client.loop_start()
 
-    def say_when_gone(self, topic: str, payload: bytes) -> None:
-        """What the broker is to publish when the connection breaks; to be told before `start`."""
-        self._client.will_set(topic, payload, qos=_QOS)
+    def say_when_gone(self, topic: str, payload: Callable[[], bytes]) -> None:
+        """What the broker is to publish when the connection breaks; to be told before `start`.
+
+        Args:
+            payload: makes the message: now, and after each connect, as a call in the inbox, for the next one.
+                Each is heard once.
+        """
+        self._renew_will = lambda: self._client.will_set(topic, payload(), qos=_QOS)
+        self._renew_will()
 
     def publish(self, topic: str, payload: bytes) -> None:
         """Send a message, now or when the connection is back."""
@@ -72,13 +89,26 @@ class MqttLink:
         if code == 0:
             for start in range(0, len(self._topics), 100):
                 client.subscribe([(topic, _QOS) for topic in self._topics[start : start + 100]])
+            if self._renew_will is not None:
+                self._inbox.put(self._renew_will)
             self.connected.set()
+            self._was_connected, self._told = True, ""
             self.refused = None
             _log.info("connected to the broker at %s:%d", self._broker.host, self._broker.port)
         elif code in _REFUSALS:
             self.refused = HostError(
                 "GMR-515", f"the broker at {self._broker.host}:{self._broker.port} refuses: {_REFUSALS[code]}"
             )
+
+    def _failed(self, error: BaseException | None) -> None:
+        """A connection was not made, or broke."""
+        problem = _problem(error)
+        there = f"the broker at {self._broker.host}:{self._broker.port}"
+        if problem is not None and not self._was_connected:  # else the right one may come back
+            self.refused = HostError("GMR-515", f"{there} {problem}")
+        elif str(error) != self._told:
+            self._told = str(error)
+            _log.warning("%s cannot be reached, trying again: %s", there, error)
 
     def _on_disconnect(self, client: Any, userdata: Any, code: int) -> None:
         self.connected.clear()
@@ -92,3 +122,51 @@ class MqttLink:
             self._inbox.put_nowait((message.topic, message.payload))
         except queue.Full:
             _log.warning("more messages than can be read: one is dropped")
+
+
+class _Client(mqtt.Client):
+    """paho's client, whose thread outlives every connection: paho's own dies of time-outs and TLS alerts."""
+
+    on_broken: Callable[[OSError], None]
+
+    def _sock_recv(self, bufsize: int) -> Any:
+        with self._connection():
+            return super()._sock_recv(bufsize)
+
+    def _sock_send(self, buf: Any) -> Any:
+        with self._connection():
+            return super()._sock_send(buf)
+
+    @contextmanager
+    def _connection(self) -> Iterator[None]:
+        try:
+            yield
+        except (BlockingIOError, ConnectionError):
+            raise
+        except OSError as error:
+            self.on_broken(error)
+            raise ConnectionError(str(error)) from error
+
+
+def _context(broker: Broker) -> ssl.SSLContext:
+    """What the broker is checked with, and what this process shows it."""
+    try:
+        context = ssl.create_default_context(cafile=broker.ca)
+    except OSError as error:
+        raise ConfigError("GMR-112", f"MQTT_TLS_CA={broker.ca}: {error}") from error
+    if broker.certificate is not None:
+        try:
+            context.load_cert_chain(broker.certificate, broker.key)
+        except OSError as error:
+            files = f"MQTT_TLS_CERT={broker.certificate}, MQTT_TLS_KEY={broker.key}"
+            raise ConfigError("GMR-112", f"{files}: {error}") from error
+    return context
+
+
+def _problem(error: BaseException | None) -> str | None:
+    """What is wrong with a broker that will not be better the next time; None where it may."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError) and "ALERT" in str(error.reason):
+        return f"refuses this process: {error.reason}"
+    return None

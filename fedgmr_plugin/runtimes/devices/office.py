@@ -29,8 +29,9 @@ from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
 from fedgmr_plugin.protocol.history import entry_of, event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.messages import PayloadOrder, upload
-from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote, answer_key
+from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote
 from fedgmr_plugin.protocol.pieces import Piece, Pieces
+from fedgmr_plugin.protocol.storekeys import answer_key
 from fedgmr_plugin.protocol.wire import Limits, decode
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Office:
         examiner: measures its models.
         record: receives every record of the run log but the header, in order.
         desk, pieces: of the run.
-        token: name of this run that no other has, 16 hex digits; first part of every object's key.
+        token: name of this run that no other has, 16 hex digits; part of every object's key.
         hands: carries objects and messages.
         clock: seconds since the run began; does not decrease.
         measured: density of a device from its bandwidth (up, down; MB/s); None where the configuration says.
@@ -154,7 +155,7 @@ class Office:
 
     def abandon(self, keys: Iterable[str]) -> None:
         """Remove objects whose removal an earlier server had ordered and not lived to see."""
-        needed = self.pieces.keys
+        needed = self.needed()
         self._hands.delete([key for key in keys if key not in needed])
 
     def hello(self) -> None:
@@ -228,7 +229,7 @@ class Office:
             self._remind(client, note.dispatch)
             if client in self.server.away:
                 self._welcome(client, now)
-        elif note.update.key != self._answer_key(client, note.dispatch):
+        elif note.update.key != self._answer_key(note.dispatch, client):
             self.desk.count(client, "GMR-747")
         elif note.dispatch in self.server.staged:
             self._hands.delete([note.update.key])
@@ -236,7 +237,7 @@ class Office:
             most = 8 + MOST_HEADER + flight.ranking.ends[flight.rung] * self._dtype.itemsize
             if note.update.size > most:
                 problem = f"bytes={note.update.size} of an update that has {most} at most"
-                self._refuse(client, note.dispatch, WireError("GMR-710", problem))
+                self._refuse(client, note.dispatch, WireError("GMR-710", problem), [note.update.key])
                 return
             self._fetching.add(note.dispatch)
             self._hands.fetch(note.update, lambda content: self._fetched(client, note, content))
@@ -263,7 +264,7 @@ class Office:
                     "GMR-747", f"an update of dispatch={arrived.dispatch}, client={arrived.client}"
                 )
         except WireError as refusal:
-            self._refuse(client, note.dispatch, refusal)
+            self._refuse(client, note.dispatch, refusal, [note.update.key])
             return
         self.received[client] = self.received.get(client, 0) + len(content)
         events: list[LiveEvent] = [arrived]
@@ -272,10 +273,10 @@ class Office:
         self._apply(events)
 
     def _delete_answers(self, client: int, dispatches: Iterable[int]) -> None:
-        self._hands.delete([self._answer_key(client, dispatch) for dispatch in dispatches])
+        self._hands.delete([self._answer_key(dispatch, client) for dispatch in dispatches])
 
-    def _answer_key(self, client: int, dispatch: int) -> str:
-        return answer_key(self.token, dispatch, self.desk.devices[client])
+    def _answer_key(self, dispatch: int, client: int) -> str:
+        return answer_key(self.desk.run, self.token, dispatch, self.desk.devices[client])
 
     def _limits(self, dispatch: int) -> Limits:
         flight = self.server.flights[dispatch]
@@ -293,8 +294,9 @@ class Office:
         """Type in which values travel."""
         return self.pieces.dtype or self.server.layout.dtype
 
-    def _refuse(self, client: int, dispatch: int, refusal: WireError) -> None:
-        self._apply([UploadRefused(dispatch, client, self._clock(), refusal.code, refusal.message)])
+    def _refuse(self, client: int, dispatch: int, refusal: WireError, needless: Sequence[str] = ()) -> None:
+        refused = UploadRefused(dispatch, client, self._clock(), refusal.code, refusal.message)
+        self._apply([refused], needless)
 
     # -- events ---------------------------------------------------------------------------------------
 
@@ -383,7 +385,7 @@ class Office:
         """Forget objects that no dispatch in flight needs; their keys. At the end of the run, all of them."""
         if self.end is not None:
             answers = [
-                self._answer_key(client, d) for client, asked in self._left_behind.items() for d in asked
+                self._answer_key(d, client) for client, asked in self._left_behind.items() for d in asked
             ]
             return self.pieces.drop_unused(()) + answers
         return self.pieces.drop_unused({(f.version, f.ranking.digest) for f in self.server.flights.values()})
@@ -430,6 +432,10 @@ class Office:
     def undeleted(self) -> list[str]:
         """Keys of objects that are still to be removed from the store."""
         return self._hands.undeleted()
+
+    def needed(self) -> frozenset[str]:
+        """Names of the objects that dispatches in flight need."""
+        return self.pieces.keys
 
     def somebody_works(self) -> bool:
         """Whether a device that was heard of has not said that it knows of the end."""

@@ -21,6 +21,7 @@ from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.protocol.desk import PlainAnswer, PlainStatus
 from fedgmr_plugin.protocol.notes import CHECK, FINISH, INIT, SYNC, StatusNote, plain_message, to_device
 from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.protocol.storekeys import file_key, is_file_answer
 from fedgmr_plugin.runtimes.devices.office import Content, Office, Task
 
 
@@ -101,6 +102,9 @@ class PlainOffice(Office):
         if dispatch is None or dispatch in self._fetching:
             self.desk.count(client, "GMR-401")
             return
+        if not is_file_answer(said.key, self.desk.run, (self.desk.devices[client],)):
+            self.desk.count(client, "GMR-747")  # what it names is not its own to have read, and deleted
+            return
         flight = self.server.flights[dispatch]
         most = self._codec.most_bytes(flight.ranking, flight.rung)
         self._fetching.add(dispatch)
@@ -126,15 +130,14 @@ class PlainOffice(Office):
                 raise content
             values_S = self._codec.decode(content, flight.ranking, flight.rung)
         except (WireError, ModelError) as refusal:
-            self._refuse(client, dispatch, WireError(refusal.code, refusal.message))
+            self._refuse(client, dispatch, WireError(refusal.code, refusal.message), [said.key])
             return
         self.received[client] = self.received.get(client, 0) + len(content)
         arrived = self._upload(dispatch, flight, values_S, said.samples, len(content), now)
         events: list[LiveEvent] = [arrived]
         if client in self.server.away:
             events.append(ClientJoined(client, now, samples=said.samples))
-        own = {file.key for file in self._files.values()}  # who names one of these is not to have it deleted
-        self._apply(events, [] if said.key in own else [said.key])
+        self._apply(events, [said.key])
 
     def _upload(
         self, dispatch: int, flight: InFlight, values_S: Tensor, samples: int, size: int, now: float
@@ -162,9 +165,8 @@ class PlainOffice(Office):
         new = key not in self._files
         if new:
             content = self._codec.encode(sent.values_S, sent.ranking, sent.rung)
-            # No slash: FedML's clients take the key for the name of a file.
-            name = f"{self.token}_{sent.version}-{sent.ranking.digest}-{sent.rung}"
-            self._files[key] = Piece(name, len(content), "")
+            name = f"{sent.version}-{sent.ranking.digest}-{sent.rung}"
+            self._files[key] = Piece(file_key(self.desk.run, self.token, name), len(content), "")
             self.values[key] = sent.values_S
             self._put(self._files[key], content)
         if self.journal is not None:
@@ -192,6 +194,9 @@ class PlainOffice(Office):
         for key in gone:
             del self.values[key]
         return [self._files.pop(key).key for key in gone]
+
+    def needed(self) -> frozenset[str]:
+        return frozenset(file.key for file in self._files.values())
 
     # -- state ----------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from fedgmr_plugin.runtimes.data import ClientSamples, EvaluationBatches, Federa
 from fedgmr_plugin.runtimes.devices.codecs import codec_of
 from fedgmr_plugin.runtimes.devices.connection import connection, device_ids, device_keys, services
 from fedgmr_plugin.runtimes.devices.hands import Store, ThreadedHands
+from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.live_run import Clock, Connected, LiveRun, token_of
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.office import Office
@@ -106,7 +107,7 @@ def assemble_live(
     token = token_of(directory, resumed is not None)
     where = getattr(args, "yaml_config_file", "") or "args"
     desk = Desk(here.run, here.server, here.devices, device_keys(config, here.devices, where))
-    inbox: queue.Queue[Any] = queue.Queue(100_000)
+    inbox = Inbox()
     link, store = transport(desk, inbox)
     hands = ThreadedHands(store, link, inbox)
     clock = Clock()
@@ -116,7 +117,7 @@ def assemble_live(
         Examiner(server, setup.bench, lambda: setup.data.test, evaluate),
         lambda fields: run.record(fields),
         desk,
-        Pieces(token, PAYLOAD_TYPES[config.payload_dtype]),
+        Pieces(here.run, token, PAYLOAD_TYPES[config.payload_dtype]),
         token,
         hands,
         clock,
@@ -201,6 +202,10 @@ def _refuse_simulated(config: FedGMRConfig) -> None:
         wrong.append("probe=true needs the clients' data")
     if config.trigger == "gradient":
         wrong.append("trigger=gradient needs the clients' data")
+    if config.label_masks:
+        wrong.append("label_masks=true needs the clients' data")
+    if config.local_objective != "plain":
+        wrong.append(f"local_objective={config.local_objective} is known to simulated clients only")
     if config.workers > 1:
         wrong.append(f"workers={config.workers}: devices train")
     if wrong:

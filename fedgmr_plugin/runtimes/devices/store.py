@@ -95,6 +95,21 @@ class S3Store:
             objects = [{"Key": key} for key in keys[start : start + 1000]]
             self._call("delete_objects", Delete={"Objects": objects, "Quiet": True})
 
+    def keys(self, prefix: str) -> list[str]:
+        """Names of the objects that begin with `prefix`.
+
+        Raises:
+            Unreachable, HostError: as `put`.
+        """
+        found: list[str] = []
+        more: dict[str, str] = {}
+        while True:
+            answer = self._call("list_objects_v2", Prefix=prefix, **more) or {}
+            found += [item["Key"] for item in answer.get("Contents", ())]
+            if not answer.get("IsTruncated"):
+                return found
+            more = {"ContinuationToken": answer["NextContinuationToken"]}
+
     def _call(self, operation: str, **named: Any) -> Any:
         """The store's answer; None where an object is missing."""
         try:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedgmr_plugin.engine.client import BuiltinTrainer, LocalTrainer, Samples
-from fedgmr_plugin.errors import ConfigError, DataError
+from fedgmr_plugin.engine.client import BuiltinTrainer, LocalTrainer
+from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts
-from fedgmr_plugin.runtimes.devices.connection import connection
-from fedgmr_plugin.runtimes.samples import samples_of
+from fedgmr_plugin.runtimes.devices.connection import connection, device_keys
 from fedgmr_plugin.runtimes.settings import fedml_keys, options
 from fedgmr_plugin.runtimes.setup import builtin_trainer
-from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Objects, peers
+from fedgmr_plugin.runtimes.silos.data import SiloSamples
+from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, most_bytes, peers
+from fedgmr_plugin.runtimes.silos.objects import Objects
 from fedgmr_plugin.runtimes.trainer import FedMLTrainer
 
 
@@ -45,26 +46,16 @@ def build(args: Any, device: Any, dataset: Any, model: nn.Module, model_trainer:
     if model_trainer is not None:
         fallback = BuiltinTrainer(device=place, loss=config.loss)
         trainer = FedMLTrainer(model_trainer, args, place, fallback=fallback)
-    loaders = dataset[5]
-    ids = sorted(loaders)
-    known: dict[int, Samples] = {}
-
-    def samples(client: int) -> Samples:
-        if client not in known:
-            if client < len(ids):
-                found = loaders[ids[client]]
-            elif len(ids) == 1:
-                found = loaders[ids[0]]
-            else:
-                raise DataError("GMR-302", f"client {client} is missing", where="train_data_local_dict")
-            known[client] = samples_of(found, f"client {client}")
-        return known[client]
+    samples = SiloSamples(dataset[5])
 
     def over_grpc(hears: str, inbox: queue.Queue[Any]) -> tuple[GrpcLink, Objects]:
-        objects = Objects()
         rows = peers(str(getattr(args, "grpc_ipconfig_path", "")))
         expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-        link = GrpcLink(here.run, me, here.server, rows, inbox, objects, expected, plain=False)
+        most = most_bytes(expected)
+        objects = Objects(most, own=most)
+        keys = device_keys(config, (me,), getattr(args, "yaml_config_file", "") or "args")
+        known = {hears: None if keys is None else keys[me]}
+        link = GrpcLink(here.run, me, here.server, rows, inbox, objects, expected, known, plain=False)
         return link, objects
 
     folder = Path(config.output_dir) / f"silo-{here.run}-{me}"

@@ -8,7 +8,6 @@ object), and the objects.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import logging
 import pickle
@@ -17,23 +16,48 @@ import struct
 import threading
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedgmr_plugin.errors import ConfigError, HostError, WireError
 from fedgmr_plugin.protocol.fedml_pickle import read_message, read_model
-from fedgmr_plugin.protocol.notes import to_device, to_server
+from fedgmr_plugin.protocol.notes import (
+    FINISH,
+    INIT,
+    MODEL,
+    MOST_MESSAGE,
+    STATUS,
+    SYNC,
+    AnswerNote,
+    FinishNote,
+    StatusNote,
+    TaskNote,
+    note_of,
+    parse,
+    to_device,
+    to_server,
+)
 from fedgmr_plugin.protocol.pieces import Piece
-from fedgmr_plugin.runtimes.devices.loopback import announced
-from fedgmr_plugin.runtimes.devices.office import Content
+from fedgmr_plugin.runtimes.silos.objects import Objects
 
 _log = logging.getLogger(__name__)
 _MAGIC = b"FGM1"
 #: Seconds for which a message is tried again while its receiver cannot be reached.
 _PATIENCE = 60.0
+#: Longest head of a frame: a message, and escapes.
+_MOST_HEAD = 4 * MOST_MESSAGE
+_NOTES: dict[object, type[Any]] = {
+    INIT: TaskNote,
+    SYNC: TaskNote,
+    MODEL: AnswerNote,
+    STATUS: StatusNote,
+    FINISH: FinishNote,
+}
+#: Why a frame is not read where FedML's own are heard, and a pickle where ours are.
+_OTHERS = {True: ("GMR-741", "a frame among FedML's own clients"), False: ("GMR-748", "no frame of fedgmr")}
 
 
 class Peer(NamedTuple):
@@ -63,42 +87,46 @@ def peers(path: str) -> dict[int, Peer]:
         raise ConfigError("GMR-112", problem, where=path) from error
 
 
-class Objects:
-    """Objects in memory, each under its key and digest: nobody can replace another's."""
+def most_bytes(expected: Mapping[str, Any]) -> int:
+    """Longest message that is read, and the most that is kept of one sender: twice the model, and 2 MiB."""
+    return 2 * sum(_size(e) for e in expected.values()) + 2**21
 
-    def __init__(self) -> None:
-        self._contents: dict[str, dict[str, Content]] = {}
-        self._lock = threading.Lock()
 
-    def put(self, piece: Piece, content: Content) -> None:
-        """Keep an object."""
-        digest = piece.sha256 or hashlib.sha256(content).hexdigest()
-        with self._lock:
-            self._contents.setdefault(piece.key, {})[digest] = content
+class Outbox:
+    """Messages for one receiver, in order; of several that have more than `most` bytes the oldest go."""
 
-    def get(self, piece: Piece) -> bytearray:
-        """A copy of an object.
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, 0
+        self._waiting: deque[bytes | None] = deque()
+        self._changed = threading.Condition()
 
-        Raises:
-            WireError: GMR-746 if it is missing.
-        """
-        with self._lock:
-            found = self._contents.get(piece.key, {})
-            content = found.get(piece.sha256) if piece.sha256 else next(iter(found.values()), None)
-        problem = announced(piece, content)
-        if problem is not None or content is None:
-            raise problem or WireError("GMR-746", piece.key)
-        return bytearray(content)
+    def put(self, data: bytes | None) -> None:
+        """Add a message; None is the last."""
+        with self._changed:
+            self._waiting.append(data)
+            self._bytes += len(data or b"")
+            while self._bytes > self._most and len(self._waiting) > 1:
+                self._bytes -= len(self._waiting.popleft() or b"")
+            self._changed.notify()
 
-    def delete(self, keys: Sequence[str]) -> None:
-        """Forget objects."""
-        with self._lock:
-            for key in keys:
-                self._contents.pop(key, None)
+    def get(self) -> bytes | None:
+        """Wait for the next message."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            data = self._waiting.popleft()
+            self._bytes -= len(data or b"")
+            return data
+
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._waiting
 
 
 class GrpcLink:
     """As `fedgmr_plugin.runtimes.devices.mqtt.MqttLink`, over FedML's gRPC service.
+
+    Nothing is kept of a message before its note is found to be authentic and to announce the objects that
+    come with it. A refused message is counted in `dropped` under its code.
 
     Args:
         run, me, server: FedML's ``run_id``, this process's id and the server's.
@@ -106,6 +134,7 @@ class GrpcLink:
         inbox: gets what arrives as (topic, payload).
         objects: what is sent along, and what came along.
         expected: names, shapes and types of the model, for FedML's pickles.
+        hears: topics of those who may send, and the key with which each signs; None where nobody does.
         plain: whether the others are FedML's own.
     """
 
@@ -118,6 +147,7 @@ class GrpcLink:
         inbox: queue.Queue[Any],
         objects: Objects,
         expected: Mapping[str, Any],
+        hears: Mapping[str, bytes | None],
         *,
         plain: bool,
     ) -> None:
@@ -125,11 +155,12 @@ class GrpcLink:
         self.connected = threading.Event()
         self._run, self._me, self._server_id = run, me, server
         self._peers, self._inbox, self._objects, self._plain = dict(peers), inbox, objects, plain
-        self._expected = expected
-        self._outboxes: dict[int, queue.SimpleQueue[bytes | None]] = {}
+        self._expected, self._hears = expected, dict(hears)
+        self.dropped: Counter[str] = Counter()
+        self._outboxes: dict[int, Outbox] = {}
         self._stopped = threading.Event()
         self._grpc, self._messages, self._service = _grpc()
-        self._most = 2 * sum(_size(e) for e in expected.values()) + 2**21
+        self._most = most_bytes(expected)
         self._listener: Any = None
 
     def start(self) -> None:
@@ -144,7 +175,10 @@ class GrpcLink:
             ("grpc.so_reuseport", 0),
         ]
         me = self._peers[self._me]
-        self._listener = self._grpc.server(futures.ThreadPoolExecutor(4), options=options)
+        waiting = max(64, 4 * len(self._peers))  # others are told to come back later
+        self._listener = self._grpc.server(
+            futures.ThreadPoolExecutor(4), options=options, maximum_concurrent_rpcs=waiting
+        )
         self._service.add_gRPCCommManagerServicer_to_server(
             _Servicer(self._arrived, self._messages.CommResponse), self._listener
         )
@@ -157,7 +191,7 @@ class GrpcLink:
         self._listener.start()
         self.connected.set()
 
-    def say_when_gone(self, topic: str, payload: bytes) -> None:
+    def say_when_gone(self, topic: str, payload: Callable[[], bytes]) -> None:
         """There is no broker that could say it."""
 
     def publish(self, topic: str, payload: bytes) -> None:
@@ -166,7 +200,7 @@ class GrpcLink:
         receiver = int(message["receiver"])
         data = self._pickled(message) if self._plain else self._framed(topic, payload, message)
         if receiver not in self._outboxes:
-            box: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+            box = Outbox(self._most)
             self._outboxes[receiver] = box
             threading.Thread(
                 target=self._send_all, args=(receiver, box), name=f"fedgmr-grpc-{receiver}", daemon=True
@@ -187,7 +221,7 @@ class GrpcLink:
 
     # -- sending --------------------------------------------------------------------------------------
 
-    def _send_all(self, receiver: int, box: queue.SimpleQueue[bytes | None]) -> None:
+    def _send_all(self, receiver: int, box: Outbox) -> None:
         while (data := box.get()) is not None:
             self._send(receiver, data)
 
@@ -230,7 +264,7 @@ class GrpcLink:
         return pickle.dumps(sent)
 
     def _framed(self, topic: str, payload: bytes, message: Mapping[str, Any]) -> bytes:
-        pieces = _pieces(json.loads(message["fedgmr"])) if "fedgmr" in message else []
+        pieces = _announced(note_of(message, topic, None, _NOTES[message["msg_type"]]))
         contents = [self._objects.get(piece) for piece in pieces]
         head = {
             "topic": topic,
@@ -245,40 +279,61 @@ class GrpcLink:
     def _arrived(self, data: bytes) -> None:
         """In a thread of gRPC's: what is sound goes to the inbox."""
         try:
-            topic, payload = self._unframed(data) if data[:4] == _MAGIC else self._unpickled(data)
+            is_frame = data[:4] == _MAGIC
+            if is_frame == self._plain:
+                raise WireError(*_OTHERS[is_frame])
+            topic, payload = self._unframed(data) if is_frame else self._unpickled(data)
             self._inbox.put_nowait((topic, payload))
-        except (WireError, ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
-            _log.warning("a message is refused: %s", error)
+        except WireError as error:
+            self._drop(error)
+        except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
+            self._drop(WireError("GMR-741", f"not a message: {type(error).__name__}"))
         except queue.Full:
-            _log.warning("more messages than can be read: one is dropped")
+            self._drop(WireError("GMR-745", "more messages than can be read"))
+
+    def _drop(self, refusal: WireError) -> None:
+        self.dropped[refusal.code] += 1
+        level = logging.WARNING if self.dropped[refusal.code] == 1 else logging.DEBUG  # no flood of the log
+        _log.log(level, "a message is dropped: %s", refusal)
 
     def _unframed(self, data: bytes) -> tuple[str, bytes]:
-        (length,) = struct.unpack_from("<I", data, 4)
-        head = json.loads(data[8 : 8 + length])
-        at = 8 + length
-        for key, size in head["objects"]:
-            if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(data) - at:
-                raise WireError("GMR-701", f"object={str(key)[:40]} is cut short")
-            content = data[at : at + size]
-            self._objects.put(Piece(str(key), size, ""), content)
-            at += size
-        return str(head["topic"]), str(head["payload"]).encode()
+        topic, text, objects = _parted(memoryview(data))
+        if topic not in self._hears:
+            raise WireError("GMR-742", f"topic={topic[:80]!r} is nobody's whom this process hears")
+        payload = text.encode()
+        message = parse(payload)
+        kind = _NOTES.get(message.get("msg_type"))
+        if kind is None:
+            raise WireError("GMR-741", f"msg_type={str(message.get('msg_type'))[:20]}")
+        pieces = {p.key: p for p in _announced(note_of(message, topic, self._hears[topic], kind))}
+        for key, content in objects:
+            if key not in pieces or len(content) != pieces[key].size:
+                raise WireError("GMR-746", f"key={key[:80]!r} of {len(content)} bytes was not announced")
+        for key, content in objects:
+            self._objects.receive(topic, pieces[key], bytes(content))
+        return topic, payload
 
     def _unpickled(self, data: bytes) -> tuple[str, bytes]:
         found = read_message(data, self._expected)
         model = found.pop("model_params", None)
         sender = int(found["sender"])
-        topic = to_server(self._run, sender)
+        origin = to_server(self._run, sender)
+        topic = origin
         if self._me != self._server_id:
             topic = to_device(self._run, self._server_id, self._me)
+        if topic not in self._hears:
+            raise WireError("GMR-742", f"sender={sender} is nobody whom this process hears")
         if sender not in self._peers and "sender_ip" in found:
             self._peers[sender] = Peer(str(found["sender_ip"]), int(found["sender_port"]))
         if model is not None:
-            key = f"{topic}/{uuid.uuid4().hex}"
+            key = f"{topic}_{uuid.uuid4()}"
             content = pickle.dumps(OrderedDict(model))
-            self._objects.put(Piece(key, len(content), ""), content)
+            self._objects.receive(topic, Piece(key, len(content), ""), content)
             found["model_params"] = key
-        return topic, json.dumps(found, default=str).encode()
+        payload = json.dumps(found, default=str).encode()
+        if len(payload) > MOST_MESSAGE:
+            raise WireError("GMR-741", f"bytes={len(payload)} are more than {MOST_MESSAGE}")
+        return topic, payload
 
 
 class _Servicer:
@@ -297,12 +352,31 @@ class _Servicer:
         return self._response()
 
 
-def _pieces(note: Mapping[str, Any]) -> list[Piece]:
+def _parted(data: memoryview) -> tuple[str, str, list[tuple[str, memoryview]]]:
+    """Topic, message and objects of a frame.
+
+    Raises:
+        WireError: GMR-701, GMR-741; ValueError, KeyError, TypeError or struct.error if it is none.
+    """
+    (length,) = struct.unpack_from("<I", data, 4)
+    if length > _MOST_HEAD:
+        raise WireError("GMR-741", f"bytes={length} of a head, but {_MOST_HEAD} are the most")
+    head = json.loads(bytes(data[8 : 8 + length]))
+    at = 8 + length
+    objects: list[tuple[str, memoryview]] = []
+    for key, size in head["objects"]:
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(data) - at:
+            raise WireError("GMR-701", f"object={str(key)[:40]} is cut short")
+        objects.append((str(key), data[at : at + size]))
+        at += size
+    return str(head["topic"]), str(head["payload"]), objects
+
+
+def _announced(note: StatusNote | AnswerNote | TaskNote | FinishNote | None) -> tuple[Piece, ...]:
     """The objects that a note speaks of."""
-    found = [*note.get("values", ()), *note.get("masks", ())]
-    if "update" in note:
-        found.append(note["update"])
-    return [Piece(*piece) for piece in found]
+    if isinstance(note, TaskNote):
+        return (*note.values, *note.masks)
+    return (note.update,) if isinstance(note, AnswerNote) else ()
 
 
 def _size(expected: Any) -> int:

@@ -15,7 +15,8 @@ from fedgmr_plugin.runtimes.devices.live_run import LiveRun
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.server import Transport, assemble_live, prepare_server
 from fedgmr_plugin.runtimes.devices.store import S3Store
-from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Objects, peers
+from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, most_bytes, peers
+from fedgmr_plugin.runtimes.silos.objects import Objects
 from fedgmr_plugin.runtimes.silos.pickles import PickledModels
 
 
@@ -48,13 +49,13 @@ def build(args: Any, device: Any, dataset: Any, model: nn.Module, server_aggrega
 
     def transport(desk: Desk, inbox: queue.Queue[Any]) -> Transport:
         if getattr(args, "backend", None) == "GRPC":
-            here, objects = connection(args), Objects()
+            here, objects = connection(args), Objects(most_bytes(models.expected))
             rows = peers(str(getattr(args, "grpc_ipconfig_path", "")))
             if here.server not in rows:
                 raise ConfigError("GMR-112", f"grpc_ipconfig_path has no row for the server, {here.server}")
-            link = GrpcLink(
-                here.run, here.server, here.server, rows, inbox, objects, models.expected, plain=is_plain
-            )
+            ends = (here.run, here.server, here.server, rows)
+            known = (models.expected, desk.keys_by_topic)
+            link = GrpcLink(*ends, inbox, objects, *known, plain=is_plain)
             return Transport(link, objects)
         broker, bucket = services(args)
         return Transport(MqttLink(broker, desk.topics, inbox), S3Store(bucket))

@@ -1,0 +1,265 @@
+"""Experiments: several methods on one problem, on equal terms, described by a YAML file.
+
+    title: Fashion-MNIST, high heterogeneity
+    problem: benchmarks.problems:build      # a function: (seed, **with) -> (FedML's dataset, model)
+    with: {data: {name: fashion_mnist, split: dirichlet}, model: strided_cnn}
+    train_args: {batch_size: 20, learning_rate: 0.1}
+    fedgmr_args: {heterogeneity: high, time_budget: 70000.0, evaluation_seconds: 500.0}
+    methods:
+      fedgmr: {method: fedgmr}              # options beside those of `fedgmr_args`
+      fedavg: {method: fedavg}
+    seeds: [1, 2, 3]
+    reduced: {fedgmr_args: {time_budget: 7000.0}}
+
+Runs of one seed have the same initial weights, partition, batches by client and dispatch, and bandwidth
+draws, because all of them follow from the seed alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from fedgmr_plugin.config import ConfigRefused, FedGMRConfig, parse
+from fedgmr_plugin.errors import ConfigError, RunLogError
+from fedgmr_plugin.protocol.runlog import LOG_NAME
+from fedgmr_plugin.runtimes import resume
+from fedgmr_plugin.runtimes.launch import KEYS, simulate
+
+#: An experiment as it runs, in the folder of its runs.
+DESCRIPTION = "experiment.json"
+#: What of an experiment `--reduced` may replace.
+_REDUCIBLE = ("with", "train_args", "fedgmr_args", "methods", "seeds")
+
+Problem = Callable[..., tuple[list[Any], nn.Module]]
+
+
+class Experiment(BaseModel):
+    """One experiment; see this module.
+
+    Attributes:
+        problem: ``module:function``; the module is looked for in the working directory too.
+        arguments: of `problem` besides the seed (``with`` in the file).
+        train_args: FedML's keys that differ from those of `launch.KEYS`.
+        fedgmr_args: options of all methods.
+        methods: by name, the options of each that differ.
+        last: evaluations that a run's figure is the mean of.
+        against: the method that the others are compared with.
+        notes: what a reader of the figures has to know.
+        reduced: replaces parts of the experiment, for a run in minutes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    title: str
+    problem: str = Field(pattern=r"^[\w.]+:\w+$")
+    arguments: dict[str, Any] = Field(default_factory=dict, alias="with")
+    train_args: dict[str, Any] = Field(default_factory=dict)
+    fedgmr_args: dict[str, Any] = Field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    last: int = Field(8, ge=1)
+    against: str | None = None
+    notes: str = ""
+    reduced: dict[str, Any] = Field(default_factory=dict)
+
+    def options(self, method: str) -> dict[str, Any]:
+        """The `fedgmr_args` of one method."""
+        return {**self.fedgmr_args, **self.methods[method]}
+
+    def config(self, method: str) -> FedGMRConfig:
+        """The same, checked.
+
+        Raises:
+            ConfigError: what is wrong with them.
+        """
+        return parse(self.options(method), where=f"methods.{method}")
+
+    def check(self) -> None:
+        """Refuse wrong options of any method, before any of them is trained.
+
+        Raises:
+            ConfigRefused: everything that is wrong.
+        """
+        problems: list[ConfigError] = []
+        for method in self.methods:
+            try:
+                if not self.config(method).time_budget and "comm_round" not in self.train_args:
+                    message = "neither time_budget nor comm_round says when a run ends"
+                    problems.append(ConfigError("GMR-107", message, where=f"methods.{method}"))
+            except ConfigRefused as refused:
+                problems += refused.problems
+        unknown = set(self.train_args) - set(KEYS) - {"using_gpu", "gpu_id"}
+        problems += [
+            ConfigError("GMR-101", f"{key} is not a key of train_args here", where="train_args")
+            for key in sorted(unknown)
+        ]
+        if self.against is not None and self.against not in self.methods:
+            problems.append(ConfigError("GMR-103", f"against={self.against} is not among the methods"))
+        if problems:
+            raise ConfigRefused(problems, where="experiment")
+
+    def as_reduced(self) -> Experiment:
+        """The reduced form; the same without one.
+
+        Raises:
+            ConfigError: what is wrong with it.
+        """
+        return _read(_merged(self.model_dump(by_alias=True), self.reduced), "reduced")
+
+    def changed(self, key: str, value: Any) -> Experiment:
+        """The same with another value at a place such as ``fedgmr_args.patience``.
+
+        Raises:
+            ConfigError: GMR-101 if there is no such section, else what is wrong with the value.
+        """
+        content = self.model_dump(by_alias=True)
+        *path, last = key.split(".")
+        section: Any = content
+        for step in path:
+            section = section.get(step) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or (not path and last not in content):
+            raise ConfigError("GMR-101", f"{key} names nothing in an experiment", where="--set")
+        section[last] = value
+        return _read(content, "--set")
+
+
+def load(path: Path) -> Experiment:
+    """Read an experiment's file.
+
+    Raises:
+        ConfigError: GMR-108 if it cannot be read, GMR-100 to GMR-107 for what is wrong in it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError("GMR-108", str(error), where=str(path)) from error
+    if not isinstance(content, Mapping):
+        raise ConfigError("GMR-102", "it has no lines of `key: value`", where=str(path))
+    return _read(content, str(path))
+
+
+def _read(content: Mapping[str, Any], where: str) -> Experiment:
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        problems = [
+            ConfigError(
+                {"extra_forbidden": "GMR-101", "missing": "GMR-107"}.get(detail["type"], "GMR-102"),
+                f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}",
+                where=where,
+            )
+            for detail in error.errors()
+        ]
+        raise ConfigRefused(problems, where=where) from None
+
+
+def _merged(content: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with sections of `changes` merged into its own, key by key.
+
+    Raises:
+        ConfigError: GMR-101 for what cannot be reduced.
+    """
+    result = copy.deepcopy(content)
+    for key, value in changes.items():
+        if key not in _REDUCIBLE:
+            raise ConfigError("GMR-101", f"{key} cannot be reduced", where="reduced")
+        result[key] = {**result[key], **value} if isinstance(value, Mapping) else value
+    return result
+
+
+def problem_of(experiment: Experiment) -> Problem:
+    """The function that makes datasets and models.
+
+    Raises:
+        ConfigError: GMR-113 if there is none.
+    """
+    home, _, name = experiment.problem.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found: Problem = getattr(importlib.import_module(home), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            "GMR-113",
+            f"problem={experiment.problem} cannot be imported: {error}",
+            hint="Run the command in the folder that has the module.",
+        ) from error
+    return found
+
+
+def run_name(method: str, seed: int) -> str:
+    """Name of the directory of one run."""
+    return f"{method}-{seed}"
+
+
+def train(experiment: Experiment, method: str, seed: int, folder: Path) -> None:
+    """Carry out one run in this process, from its last checkpoint where it was interrupted.
+
+    A directory of a run of other options is moved aside.
+
+    Raises:
+        FedGMRError: everything that a run raises.
+    """
+    name = run_name(method, seed)
+    dataset, model = problem_of(experiment)(seed, **experiment.arguments)
+    options = {
+        **experiment.options(method),
+        "progress": False,
+        "output_dir": str(folder),
+        "run_name": name,
+    }
+
+    def go_on() -> None:
+        begun = (folder / name / LOG_NAME).exists()
+        with resume.resuming(folder / name) if begun else nullcontext():
+            simulate(dataset, model, options, seed, **experiment.train_args)
+
+    try:
+        go_on()
+    except RunLogError as error:
+        if error.code not in ("GMR-604", "GMR-605", "GMR-606"):
+            raise
+        move_aside(folder / name)
+        go_on()
+
+
+def move_aside(run: Path) -> Path:
+    """Give a run's directory another name, the first that is free; returns it."""
+    number = 1
+    while (other := run.with_name(f"{run.name}.old{number}")).exists():
+        number += 1
+    return run.rename(other)
+
+
+def is_finished(experiment: Experiment, method: str, seed: int, folder: Path) -> bool:
+    """Whether `folder` has the run, to its end, with the options that the experiment has now."""
+    run = folder / run_name(method, seed)
+    if not (run / LOG_NAME).exists() or not resume.has_ended(run):
+        return False
+    with (run / LOG_NAME).open(encoding="utf-8") as log:
+        header = json.loads(log.readline())
+    wanted = experiment.config(method).model_dump(mode="json")
+    same = all(header["config"].get(k) == v for k, v in wanted.items() if k not in resume.FREE_OPTIONS)
+    keys = {k: v for k, v in experiment.train_args.items() if k in header["fedml"]}
+    return same and all(header["fedml"][k] == v for k, v in keys.items())
+
+
+def main(folder: str, method: str, seed: str) -> None:
+    """One run of the experiment that is described in `folder`."""
+    text = (Path(folder) / DESCRIPTION).read_text(encoding="utf-8")
+    train(Experiment.model_validate_json(text), method, int(seed), Path(folder))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,244 @@
+"""`fedgmr bench`: experiments from files, in processes, resumed, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from fedgmr_plugin.cli import main
+from fedgmr_plugin.errors import ConfigError
+from fedgmr_plugin.protocol.runlog import read_run
+from fedgmr_plugin.runtimes.campaign import Campaign, Status
+from fedgmr_plugin.runtimes.experiment import Experiment, load
+
+#: A problem of the user's own, as a module beside the experiment.
+PROBLEM = """
+import time
+import torch
+from torch import nn
+from fedgmr_plugin.datasets import digits
+
+class Slow(nn.Sequential):
+    def forward(self, x):
+        time.sleep(self.pause)
+        return super().forward(x)
+
+def build(seed, *, clients=4, pause=0.0, fails=()):
+    if seed in fails:
+        raise RuntimeError("no such data")
+    torch.manual_seed(seed)
+    model = Slow(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    model.pause = pause
+    return digits(clients, None, seed, 20), model
+"""
+CONTENT: dict[str, Any] = {
+    "title": "Digits, perceptron",
+    "problem": "my_problem:build",
+    "with": {"clients": 4},
+    "train_args": {"client_num_in_total": 4, "client_num_per_round": 4, "batch_size": 20},
+    "fedgmr_args": {
+        "densities": [1.0, 0.5, 0.5, 0.2],
+        "model_megabytes": 26.0,
+        "time_budget": 120.0,
+        "evaluation_seconds": 20.0,
+        "interval": 5,
+    },
+    "methods": {"fedgmr": {"method": "fedgmr"}, "fedavg": {"method": "fedavg"}},
+    "seeds": [1, 2],
+    "last": 2,
+    "against": "fedavg",
+    "reduced": {"fedgmr_args": {"time_budget": 60.0}, "seeds": [1]},
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path) -> Path:
+    (tmp_path / "my_problem.py").write_text(PROBLEM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(repository), str(tmp_path)]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("my_problem", None)
+    return tmp_path
+
+
+def written(place: Path, **changes: Any) -> Path:
+    file = place / "digits.yaml"
+    file.write_text(yaml.safe_dump({**CONTENT, **changes}, sort_keys=False))
+    return file
+
+
+def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
+    file = written(place)
+    result = CliRunner().invoke(main, ["bench", str(file), "--jobs", "2", "-o", "out"])
+    assert result.exit_code == 0, result.output
+    out = place / "out"
+    for method in ("fedgmr", "fedavg"):
+        for seed in (1, 2):
+            log = read_run(out / f"{method}-{seed}")
+            assert log.end is not None and log.header["seed"] == seed
+            assert log.header["config"]["method"] == method
+            ends = [0.0, *(w["end"] for w in log.records("window"))]
+            due = [end for start, end in pairwise(ends) if end // 20 > start // 20]
+            assert [e["time"] for e in log.records("evaluation")] == due and len(due) > 3
+    lines = [line for line in result.output.splitlines() if "±" in line]
+    assert [line.split()[0] for line in lines] == ["fedgmr", "fedavg"]
+    assert "points" in (out / "report.html").read_text() and "fedavg" in (out / "table.csv").read_text()
+    assert r"\toprule" in (out / "table.tex").read_text()
+
+    norms = [read_run(run).records("dispatch")[0]["full_norm_sq"] for run in sorted(out.glob("*-*/"))]
+    assert norms[0] == norms[2] != norms[1] == norms[3]  # weights follow the seed, not the method
+
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/run.jsonl")}
+    again = CliRunner().invoke(main, ["bench", str(file), "-o", "out", "--list"])
+    assert again.output.count("finished") == 4
+    again = CliRunner().invoke(main, ["bench", str(file), "-o", "out"])
+    assert again.exit_code == 0 and {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_interrupted_it_goes_on_to_the_same_bits(place: Path) -> None:
+    slow = {
+        "with": {"clients": 4, "pause": 0.004},
+        "fedgmr_args": {**CONTENT["fedgmr_args"], "time_budget": 200.0, "checkpoint_seconds": 0.0},
+    }
+    file = written(place, **slow)
+    command = [
+        sys.executable,
+        "-m",
+        "fedgmr_plugin",
+        "bench",
+        str(file),
+        "--methods",
+        "fedgmr",
+        "--seeds",
+        "1",
+    ]
+    process = subprocess.Popen([*command, "-o", "cut"], stderr=subprocess.PIPE, text=True)
+    checkpoints = place / "cut" / "fedgmr-1" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in said
+    assert read_run(place / "cut" / "fedgmr-1").end is None
+    for folder in ("cut", "whole"):
+        subprocess.run([*command, "-o", folder], check=True, capture_output=True, timeout=300)
+    ends = [read_run(place / folder / "fedgmr-1").end for folder in ("cut", "whole")]
+    assert ends[0] is not None and ends[1] is not None
+    assert ends[0]["model_sha256"] == ends[1]["model_sha256"]
+    assert not list(place.glob("cut/*.old*"))
+
+
+def test_a_run_of_other_options_is_moved_aside(place: Path) -> None:
+    file, options = written(place), ["--reduced", "--methods", "fedgmr", "-o", "out"]
+    assert CliRunner().invoke(main, ["bench", str(file), *options]).exit_code == 0
+    first = (place / "out" / "fedgmr-1" / "run.jsonl").read_bytes()
+    changed = CliRunner().invoke(main, ["bench", str(file), *options, "--set", "fedgmr_args.patience=9"])
+    assert changed.exit_code == 0, changed.output
+    assert (place / "out" / "fedgmr-1.old1" / "run.jsonl").read_bytes() == first
+    assert read_run(place / "out" / "fedgmr-1").header["config"]["patience"] == 9
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(place: Path) -> None:
+    file = written(place, **{"with": {"clients": 4, "fails": [2]}})
+    options = ["--methods", "fedavg", "--budget", "50", "-o", "out"]
+    result = CliRunner().invoke(main, ["bench", str(file), *options])
+    assert result.exit_code == 1
+    assert "fedavg-2 failed" in result.output and "RuntimeError: no such data" in result.output
+    assert "fedavg      1" in result.output
+
+
+def test_progress_is_read_from_the_logs(place: Path) -> None:
+    experiment = load(written(place))
+    told: list[Status] = []
+    campaign = Campaign(experiment, place / "out", ["fedavg"], [1], 1, told.append)
+    campaign.run()
+    assert not campaign.failed and told[-1] == Status(1, 1, (), 0.0)
+    shares = [share for status in told for _, share in status.running]
+    assert all(0 <= share <= 1 for share in shares)
+    assert [run.name for run in campaign.runs()] == ["fedavg-1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {"a": {"method": "fedavgg"}}}, r"GMR-103.*methods.a"),
+        ({"methods": {"a": {"patience": "x"}, "b": {"interval": 0}}}, r"GMR-100 2 problems"),
+        ({"train_args": {"batchsize": 3}}, "GMR-101 batchsize is not a key of train_args"),
+        ({"fedgmr_args": {}}, "GMR-107 neither time_budget nor comm_round"),
+        ({"against": "fedprox", "methods": {"fedavg": {"method": "fedavg"}}}, "GMR-103 against=fedprox"),
+        ({"problem": "nowhere:build"}, "GMR-113 problem=nowhere:build cannot be imported"),
+        ({"problem": "nowhere"}, "GMR-102 problem"),
+        ({"tittle": "x"}, "GMR-101 tittle"),
+        ({"reduced": {"last": 3}}, "GMR-101 last cannot be reduced"),
+    ],
+)
+def test_what_is_wrong_with_a_file(place: Path, changes: dict[str, Any], message: str) -> None:
+    if set(changes) == {"fedgmr_args"}:
+        changes["methods"] = {"a": {"method": "fedavg"}}
+        changes["against"] = "a"
+    elif "methods" in changes and "against" not in changes:
+        changes["against"] = None
+    options = ["--reduced"] if "reduced" in changes else []
+    result = CliRunner().invoke(main, ["bench", str(written(place, **changes)), "-o", "out", *options])
+    assert result.exit_code == 2, result.output
+
+    assert re.search(message, result.output, re.DOTALL), result.output
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "fedprox"], "'fedprox' is not one of fedgmr, fedavg"),
+        (["--seeds", "1,x"], "1,x is not a list of numbers"),
+        (["--set", "patience"], "'patience' is not KEY=VALUE"),
+        (["--set", "patience=3"], "GMR-101 patience names nothing in an experiment"),
+        (["--set", "nothing.at.all=3"], "GMR-101 nothing.at.all names nothing"),
+    ],
+)
+def test_wrong_options(place: Path, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, ["bench", str(written(place)), *options])
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+EXPERIMENTS = sorted((Path(__file__).parent.parent / "benchmarks" / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: str(file.stem))
+def test_the_experiments_of_the_project(file: Path) -> None:
+    """Every one is whole, in both forms; the paper's four have the paper's budgets."""
+    experiment = load(file)
+    for form in (experiment, experiment.as_reduced()):
+        form.check()
+        assert Experiment.model_validate_json(form.model_dump_json(by_alias=True)) == form
+        assert form.against in form.methods
+        spent = form.config("fedgmr")
+        assert spent.time_budget is not None and spent.evaluation_seconds is not None
+        assert spent.time_budget / spent.evaluation_seconds >= 2 * form.last
+        assert all(form.config(name).evaluate == "validation" for name in form.methods)
+    paper = {"femnist": 70_000, "cifar10": 220_000, "imagenet100": 250_000, "stackoverflow": 70_000}
+    if file.stem in paper:
+        assert experiment.config("fedgmr").time_budget == paper[file.stem]
+
+
+def test_a_reduced_form_needs_no_file_of_its_own(place: Path) -> None:
+    reduced = load(written(place)).as_reduced()
+    assert reduced.seeds == (1,) and reduced.fedgmr_args["time_budget"] == 60.0
+    assert reduced.fedgmr_args["interval"] == CONTENT["fedgmr_args"]["interval"]
+    with pytest.raises(ConfigError, match="GMR-102"):
+        reduced.changed("seeds", "many")
+    assert json.loads(reduced.model_dump_json(by_alias=True))["with"] == {"clients": 4}

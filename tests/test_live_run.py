@@ -1,0 +1,294 @@
+"""A run's processes as threads of this one: its end, its store, and how often its server wakes up."""
+
+from __future__ import annotations
+
+import errno
+import queue
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.protocol.journal import Journal
+from fedgmr_plugin.protocol.notes import STATUS, StatusNote, sign, to_server
+from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.protocol.runlog import read_run
+from fedgmr_plugin.runtimes import host, resume
+from fedgmr_plugin.runtimes.devices.connection import Bucket
+from fedgmr_plugin.runtimes.devices.inbox import Inbox
+from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
+from fedgmr_plugin.runtimes.silos.objects import Objects
+
+host.prepare()
+
+from fedgmr_plugin.runtimes.devices import client as client_module  # noqa: E402
+from fedgmr_plugin.runtimes.devices import live_run as live_module  # noqa: E402
+from fedgmr_plugin.runtimes.devices import server as server_module  # noqa: E402
+from fedgmr_plugin.runtimes.devices.client import DeviceProcess  # noqa: E402
+from fedgmr_plugin.runtimes.devices.live_run import LiveRun  # noqa: E402
+from fedgmr_plugin.runtimes.devices.server import Transport, assemble_live, prepare_server  # noqa: E402
+
+
+class Line:
+    """One process's connection to a broker in memory."""
+
+    refused: HostError | None = None
+
+    def __init__(self, world: World, topics: Sequence[str], inbox: Inbox) -> None:
+        self._world, self.connected = world, threading.Event()
+        self.connected.set()
+        for topic in topics:
+            world.inboxes[topic] = inbox
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        inbox = self._world.inboxes.get(topic)
+        if inbox is not None:
+            inbox.put((topic, payload))
+
+    def say_when_gone(self, topic: str, payload: Any) -> None: ...
+    def start(self) -> None: ...
+    def stop(self, patience: float = 5.0) -> None: ...
+
+
+class World:
+    """A broker and a store in memory, and a run's configuration."""
+
+    def __init__(self, folder: Path, windows: int = 4, **options: Any) -> None:
+        self.store, self.inboxes = Objects(), dict[str, Inbox]()
+        self.options = {
+            "densities": [1.0, 0.5],
+            "window_slack": 0.05,
+            "validation_fraction": 0.3,
+            "heartbeat_seconds": 0.5,
+            "device_authentication": "off",
+            "output_dir": str(folder),
+            "run_name": "live",
+            "progress": False,
+            **options,
+        }
+        self.args = SimpleNamespace(
+            run_id="7",
+            client_id_list=[1, 2],
+            client_num_in_total=2,
+            client_num_per_round=2,
+            comm_round=windows,
+            random_seed=0,
+            epochs=1,
+            batch_size=8,
+            client_optimizer="sgd",
+            learning_rate=0.1,
+            weight_decay=0.0,
+            frequency_of_the_test=2,
+            dataset="none",
+            federated_optimizer="fedgmr",
+            fedgmr_args=self.options,
+        )
+
+    def data(self, seed: int) -> list[Any]:
+        x = torch.randn(40, 6, generator=torch.Generator().manual_seed(seed))
+        return [(x, x[:, :3].argmax(1))]
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+
+    def server(self) -> LiveRun:
+        setup = prepare_server(self.args, None, self.data(99), self.model())
+        return assemble_live(
+            setup, None, lambda desk, inbox: Transport(Line(self, desk.topics, inbox), self.store)
+        )
+
+    def device(self, n: int) -> threading.Thread:
+        process = DeviceProcess(
+            self.args,
+            n,
+            self.data(n),
+            self.model(),
+            transport=lambda hears, inbox: (Line(self, [hears], inbox), self.store),
+        )
+        thread = threading.Thread(target=process.run, daemon=True)
+        thread.start()
+        return thread
+
+
+def others(world: World) -> list[str]:
+    """Store what is not this run's, though its name is near."""
+    keys = [
+        "fedml_7/sent/ffff/values-0",
+        "fedml_7/answers/1/ffff-0",
+        "fedml_77/sent/x",
+        "fedml_7_9_x",
+        "other",
+    ]
+    for key in keys:
+        world.store.put(Piece(key, 1, ""), b"x")
+    return keys
+
+
+def test_nothing_of_a_run_is_left_in_the_store(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    kept = others(world)
+    world.store.put(Piece("fedml_7_1_late", 1, ""), b"x")  # of one of FedML's own devices
+    world.store.put(Piece("fedml_7/probes/2/0f", 1, ""), b"x")  # of a device that was killed meanwhile
+    run = world.server()
+    world.store.put(Piece(f"fedml_7/answers/2/{run.office.token}-99", 1, ""), b"x")  # of a late device
+    devices = [world.device(n) for n in (1, 2)]
+    run.train()
+    for device in devices:
+        device.join(20)
+    assert read_run(tmp_path / "live").end is not None
+    assert sorted(world.store.keys("")) == sorted(kept)
+
+
+def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s"))
+
+    def page(Bucket: str, Prefix: str, ContinuationToken: str = "0") -> dict[str, Any]:
+        n = int(ContinuationToken)
+        contents = {"Contents": [{"Key": f"{Prefix}{n}"}]} if n != 1 else {}
+        return {**contents, "IsTruncated": n < 2, "NextContinuationToken": str(n + 1)}
+
+    monkeypatch.setattr(store, "_client", SimpleNamespace(list_objects_v2=page))
+    assert store.keys("a/") == ["a/0", "a/2"]
+
+
+class Broken(Exception):
+    """Something that ends a run."""
+
+
+@pytest.mark.parametrize("seconds", [None, 0.0])
+def test_an_interrupted_run_leaves_what_going_on_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float | None
+) -> None:
+    """With checkpoints their objects, without any none: the journal stores them again."""
+    world = World(tmp_path, 12, checkpoint_seconds=seconds)
+    kept = others(world)
+    run = world.server()
+    record = run.record
+
+    def breaking(fields: dict[str, Any]) -> None:
+        record(fields)
+        if fields["type"] == "window" and fields["window"] == 6:
+            raise Broken
+
+    monkeypatch.setattr(run, "record", breaking)
+    devices = [world.device(n) for n in (1, 2)]
+    with pytest.raises(Broken):
+        run.train()
+    left = world.store.keys(f"fedml_7/sent/{run.office.token}/")
+    assert bool(left) == (seconds is not None) and set(kept) <= set(world.store.keys(""))
+    with resume.resuming(tmp_path / "live"):
+        again = world.server()
+    assert again.office.token == run.office.token
+    again.train()
+    for device in devices:
+        device.join(20)
+    end = read_run(tmp_path / "live").end
+    assert end is not None and end["windows"] == 12
+    assert sorted(world.store.keys("")) == sorted(kept)
+
+
+@pytest.mark.parametrize("trouble", ["away", "slow"])
+def test_a_store_that_does_not_answer_keeps_no_run_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    monkeypatch.setattr(live_module, "_SWEEP", 0.2)
+    never = threading.Event()
+
+    def keys(prefix: str) -> list[str]:
+        if trouble == "slow":
+            never.wait()
+        raise Unreachable("nobody is there")
+
+    world = World(tmp_path)
+    monkeypatch.setattr(world.store, "keys", keys)
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    run.train()
+    never.set()
+    for device in devices:
+        device.join(20)
+    assert read_run(tmp_path / "live").end is not None
+
+
+# -- idle --------------------------------------------------------------------------------------------------
+
+
+class Enough(Exception):
+    """The time of a test is over."""
+
+
+class Sleeping(Inbox):
+    """Time goes on only while somebody waits for something to arrive."""
+
+    now, until = 0.0, 0.0
+    waits: ClassVar[list[float]] = []
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        try:
+            return super().get(False)
+        except queue.Empty:
+            waited = (timeout if timeout is not None else float("inf")) if block else 0.0
+            Sleeping.waits.append(waited)
+            Sleeping.now += waited
+            if Sleeping.now >= Sleeping.until or len(Sleeping.waits) > 5000:
+                raise Enough from None
+            raise
+
+
+@pytest.fixture
+def asleep(monkeypatch: pytest.MonkeyPatch) -> type[Sleeping]:
+    """A fake clock for servers and devices, ten minutes long."""
+    Sleeping.now, Sleeping.until, Sleeping.waits = 0.0, 600.0, []
+    clock = SimpleNamespace(monotonic=lambda: Sleeping.now)
+    for module in (live_module, client_module):
+        monkeypatch.setattr(module, "time", clock)
+    for module in (server_module, client_module):
+        monkeypatch.setattr(module, "Inbox", Sleeping)
+    return Sleeping
+
+
+@pytest.mark.parametrize("scene", ["nobody", "silent", "gone", "full disk"])
+def test_an_idle_server_wakes_up_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asleep: type[Sleeping], scene: str
+) -> None:
+    """Nothing is polled: whatever the server waits for, it sleeps until then, or for a second."""
+    world = World(tmp_path, answer_deadline=60.0, retry_seconds=7.0)
+    run = world.server()
+    for sequence, state in enumerate(("ONLINE", "OFFLINE")[: {"nobody": 0, "gone": 2}.get(scene, 1)], 1):
+        for n in (1, 2):
+            topic = to_server("7", n)
+            note = StatusNote("7", n, sequence, state, samples=40 if state == "ONLINE" else None)
+            run.inbox.put((topic, sign(note, topic, None, {"msg_type": STATUS, "sender": n})))
+    if scene == "full disk":
+
+        def full(journal: Journal, entries: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Journal, "append", full)
+    with pytest.raises(Enough):
+        run.train()
+    assert asleep.now >= 600 and len(asleep.waits) <= 640
+    assert max(asleep.waits) <= 1.0
+    dispatches = len(read_run(tmp_path / "live").records("dispatch"))
+    assert (dispatches > 0) == (scene in ("silent", "gone"))
+
+
+def test_an_idle_device_wakes_up_once_a_second(asleep: type[Sleeping], tmp_path: Path) -> None:
+    world = World(tmp_path, heartbeat_seconds=15.0)
+    process = DeviceProcess(
+        world.args,
+        1,
+        world.data(1),
+        world.model(),
+        transport=lambda hears, inbox: (Line(world, [hears], inbox), world.store),
+    )
+    with pytest.raises(Enough):
+        process.run()
+    assert len(asleep.waits) <= 640 and max(asleep.waits) <= 1.0

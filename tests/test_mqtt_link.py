@@ -1,0 +1,286 @@
+"""The MQTT connection of one process, at a real broker: over TLS, with passwords, and broken."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import ipaddress
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedgmr_plugin.errors import ConfigError, HostError
+from fedgmr_plugin.protocol.desk import Desk
+from fedgmr_plugin.protocol.notes import STATUS, StatusNote, sign, to_server
+from fedgmr_plugin.runtimes.devices.connection import Broker as Where
+from fedgmr_plugin.runtimes.devices.inbox import Inbox
+from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
+from fedgmr_plugin.runtimes.local import broker as broker_module
+from fedgmr_plugin.runtimes.local import ports
+from fedgmr_plugin.runtimes.local.broker import Broker
+from fedgmr_plugin.runtimes.local.processes import Supervisor
+
+pytest.importorskip("paho.mqtt.client", reason="paho-mqtt is not installed")
+from paho.mqtt.client import Client as Paho
+
+if broker_module.find("mosquitto") is None:
+    pytest.skip("mosquitto is not installed (apt-get install mosquitto)", allow_module_level=True)
+
+KEYS = {1: bytes(32)}
+USERS = {"server": "one", "7": "two"}
+
+
+def until(true: Callable[[], Any], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    with Supervisor(tmp_path / "stack") as made:
+        yield made
+
+
+@pytest.fixture
+def where(supervisor: Supervisor) -> Where:
+    broker = Broker(supervisor)
+    broker.start()
+    return Where("127.0.0.1", broker.port)
+
+
+class Wills:
+    """What a device says when it is gone, signed anew each time."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.topic = to_server("7", 1)
+
+    def __call__(self) -> bytes:
+        self.made += 1
+        note = StatusNote("7", 1, self.made, "OFFLINE")
+        return sign(note, self.topic, KEYS[1], {"msg_type": STATUS, "sender": 1})
+
+
+def test_a_device_that_drops_twice_is_gone_twice(where: Where) -> None:
+    desk, wills = Desk("7", 0, (1,), KEYS), Wills()
+    heard, calls = Inbox(), Inbox()
+    server, device = MqttLink(where, desk.topics, heard), MqttLink(where, [], calls)
+    device._client.reconnect_delay_set(1, 1)
+    device.say_when_gone(wills.topic, wills)
+    server.start()
+    device.start()
+    for time_ in (1.0, 2.0, 3.0):
+        until(server.connected.is_set)
+        until(device.connected.is_set)
+        calls.get(timeout=5)()  # what the device's own thread does
+        device._client.socket().shutdown(socket.SHUT_RDWR)  # without a word
+        topic, payload = heard.get(timeout=10)
+        client, said = desk.read(topic, payload, time_)
+        assert client == 0 and isinstance(said, StatusNote) and said.state == "OFFLINE"
+        until(lambda: not device.connected.is_set() or not calls.empty())
+    assert desk.refused[0].total() == 0
+    device.stop()
+    server.stop()
+
+
+def test_a_connection_that_times_out_is_made_again(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
+    """paho's own thread would end here."""
+    link = MqttLink(where, [], Inbox())
+    link._client.reconnect_delay_set(1, 1)
+    link.start()
+    until(link.connected.is_set)
+    real, lost = Paho._sock_recv, threading.Event()
+
+    def receive(client: Any, size: int) -> Any:
+        if not lost.is_set():
+            lost.set()
+            raise OSError(errno.ETIMEDOUT, "Connection timed out")
+        return real(client, size)
+
+    monkeypatch.setattr(Paho, "_sock_recv", receive)
+    link.publish("t", b"")  # its acknowledgement is not read
+    until(lost.is_set)
+    until(lambda: not link.connected.is_set())
+    until(link.connected.is_set)
+    link.stop()
+
+
+# -- TLS ---------------------------------------------------------------------------------------------------
+
+
+class Authority:
+    """A certificate authority in a folder, and what it has signed."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        x509 = pytest.importorskip("cryptography.x509", reason="cryptography is not installed")
+        self._x509, self._folder, self._name = x509, folder, name
+        folder.mkdir()
+        self._key, self._certificate = self._make(name, None)
+        self.file = str(folder / "ca.crt")
+
+    def sign(self, name: str, *alternatives: str) -> tuple[str, str]:
+        """Files of a certificate and its key."""
+        self._make(name, alternatives)
+        return str(self._folder / f"{name}.crt"), str(self._folder / f"{name}.key")
+
+    def _make(self, name: str, alternatives: tuple[str, ...] | None) -> tuple[Any, Any]:
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        x509, now = self._x509, datetime.datetime.now(datetime.timezone.utc)
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        issuer = subject if alternatives is None else self._certificate.subject
+        builder = (
+            x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=alternatives is None, path_length=None), critical=True)
+        )
+        if alternatives:
+            names = [
+                x509.IPAddress(ipaddress.ip_address(a)) if a[0].isdecimal() else x509.DNSName(a)
+                for a in alternatives
+            ]
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        certificate = builder.sign(key if alternatives is None else self._key, hashes.SHA256())
+        stem = "ca" if alternatives is None else name
+        (self._folder / f"{stem}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        (self._folder / f"{stem}.key").write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        return key, certificate
+
+
+class Secured:
+    """A Mosquitto that asks for a password, over TLS, and where `mutual` for a certificate too."""
+
+    def __init__(self, supervisor: Supervisor, certificate: tuple[str, str], ca: str, mutual: bool) -> None:
+        folder, self.port, self.plain = supervisor.folder, ports.free_port(), ports.free_port()
+        broker_module.write_passwords(folder / "passwords", USERS)
+        lines = [
+            "allow_anonymous false",
+            f"password_file {folder / 'passwords'}",
+            f"listener {self.port} 127.0.0.1",
+            f"certfile {certificate[0]}",
+            f"keyfile {certificate[1]}",
+            *([f"cafile {ca}", "require_certificate true"] if mutual else []),
+            f"listener {self.plain} 127.0.0.1",
+            "log_dest stderr",
+            *(["user root"] if os.geteuid() == 0 else []),
+        ]
+        (folder / "tls.conf").write_text("\n".join(lines) + "\n")
+        program = broker_module.find("mosquitto")
+        assert program is not None
+        supervisor.start("broker", [program, "-c", str(folder / "tls.conf")])
+        until(lambda: not ports.is_free(self.plain))
+
+    def at(self, host: str = "localhost", user: str = "server", **more: Any) -> Where:
+        return Where(host, self.port, user, USERS[user], **more)
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    if not broker_module.can_check_passwords():
+        pytest.skip("mosquitto_passwd is not installed")
+    return Authority(tmp_path / "ours", "ours")
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_messages_travel_over_tls_with_passwords(
+    supervisor: Supervisor, authority: Authority, mutual: bool
+) -> None:
+    signed = authority.sign("broker", "localhost", "127.0.0.1")
+    broker = Secured(supervisor, signed, authority.file, mutual)
+    more: dict[str, Any] = {"ca": authority.file}
+    if mutual:
+        more["certificate"], more["key"] = authority.sign("7", "seven")
+    inbox = Inbox()
+    server, device = (
+        MqttLink(broker.at(**more), ["t"], inbox),
+        MqttLink(broker.at(user="7", **more), [], Inbox()),
+    )
+    server.start()
+    until(server.connected.is_set)
+    device.start()
+    device.publish("t", b"over TLS")
+    assert inbox.get(timeout=10) == ("t", b"over TLS")
+    device.stop()
+    server.stop()
+    if mutual:
+        assert "GMR-515" in str(refusal(broker.at(ca=authority.file)))  # it shows no certificate
+
+
+def refusal(where: Where) -> HostError:
+    """Why a link is told that it cannot connect."""
+    link = MqttLink(where, [], Inbox())
+    link.start()
+    until(lambda: link.refused is not None, 10)
+    link.stop()
+    assert link.refused is not None and not link.connected.is_set()
+    return link.refused
+
+
+def test_a_broker_that_is_not_trusted_is_refused_clearly(
+    supervisor: Supervisor, authority: Authority, tmp_path: Path
+) -> None:
+    broker = Secured(supervisor, authority.sign("broker", "localhost"), authority.file, False)
+    other = Authority(tmp_path / "theirs", "theirs")
+    for where, problem in (
+        (broker.at(ca=other.file), "not trusted"),
+        (broker.at("127.0.0.1", ca=authority.file), "not trusted.*127.0.0.1"),
+        (broker.at(ca=authority.file)._replace(password="wrong"), "not authorised"),
+    ):
+        found = refusal(where)
+        assert found.code == "GMR-515"
+        with pytest.raises(HostError, match=problem):
+            raise found
+
+
+def test_a_device_that_was_connected_waits_for_a_broker_that_it_trusts(
+    supervisor: Supervisor, authority: Authority, tmp_path: Path
+) -> None:
+    """Somebody in between can keep it away, but not end it."""
+    signed = authority.sign("broker", "localhost")
+    broker = Secured(supervisor, signed, authority.file, False)
+    link = MqttLink(broker.at(ca=authority.file), [], Inbox())
+    link._client.reconnect_delay_set(1, 1)
+    failures: list[None] = []
+    told = link._client.on_connect_fail
+    link._client.on_connect_fail = lambda *given: (told(*given), failures.append(None))
+    link.start()
+    until(link.connected.is_set)
+    supervisor.stop("broker")
+    ours, theirs = Path(signed[0]), Authority(tmp_path / "theirs", "theirs").sign("broker", "localhost")
+    before = [ours.read_bytes(), Path(signed[1]).read_bytes()]
+    for place, file in zip(signed, theirs, strict=True):
+        Path(place).write_bytes(Path(file).read_bytes())
+    supervisor.restart("broker")
+    until(lambda: len(failures) >= 2)
+    assert link.refused is None and not link.connected.is_set()
+    for place, content in zip(signed, before, strict=True):
+        Path(place).write_bytes(content)
+    supervisor.restart("broker")
+    until(link.connected.is_set)
+    link.stop()
+
+
+@pytest.mark.parametrize("wrong", ["missing", "no certificate"])
+def test_tls_files_that_cannot_be_used_are_told(tmp_path: Path, wrong: str) -> None:
+    path = tmp_path / "ca.crt"
+    if wrong != "missing":
+        path.write_text("hello")
+    with pytest.raises(ConfigError, match=r"GMR-112 MQTT_TLS_CA=.*ca\.crt"):
+        MqttLink(Where("localhost", 1, ca=str(path)), [], Inbox())

@@ -1,0 +1,213 @@
+"""What comes over gRPC: nothing of a stranger is kept, and of a silo no more than a bound."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import queue
+import struct
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedgmr_plugin.errors import WireError
+from fedgmr_plugin.protocol.fedml_pickle import read_model
+from fedgmr_plugin.protocol.notes import MODEL, MOST_MESSAGE, STATUS, AnswerNote, StatusNote, sign, to_server
+from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.runtimes import host
+from fedgmr_plugin.runtimes.devices.inbox import Inbox
+from fedgmr_plugin.runtimes.silos.objects import MOST_OBJECTS, Objects
+
+pytest.importorskip("grpc", reason="grpcio is not installed")
+
+from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Outbox, Peer, most_bytes
+
+host.prepare()
+
+KEYS = {n: bytes([n]) * 32 for n in (1, 2)}
+TOKEN = "0123456789abcdef"
+MODEL_BYTES = 4 * (50 * 40 + 40)
+
+
+def link(keys: dict[int, bytes] | None = KEYS, *, plain: bool = False) -> GrpcLink:
+    """A server's, of two silos; it is not started."""
+    state = nn.Linear(50, 40).state_dict()
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+    hears = {to_server("7", n): None if keys is None else keys[n] for n in (1, 2)}
+    rows = {n: Peer("127.0.0.1", 1) for n in (0, 1, 2)}
+    objects = Objects(most_bytes(expected))
+    return GrpcLink("7", 0, 0, rows, Inbox(), objects, expected, hears, plain=plain)
+
+
+def piece_of(content: bytes, key: str = "answer") -> Piece:
+    return Piece(key, len(content), hashlib.sha256(content).hexdigest())
+
+
+def frame(payload: bytes, objects: list[tuple[str, bytes]], topic: str) -> bytes:
+    head = {"topic": topic, "payload": payload.decode(), "objects": [[k, len(c)] for k, c in objects]}
+    text = json.dumps(head).encode()
+    return b"".join([b"FGM1", struct.pack("<I", len(text)), text, *(c for _, c in objects)])
+
+
+def answer(content: bytes, sequence: int, key: bytes | None, device: int = 1, name: str = "answer") -> bytes:
+    topic = to_server("7", device)
+    note = AnswerNote(TOKEN, device, sequence, sequence, piece_of(content, name))
+    return frame(sign(note, topic, key, {"msg_type": MODEL}), [(name, content)], topic)
+
+
+def test_an_authentic_answer_is_there_to_be_fetched() -> None:
+    server = link()
+    server._arrived(answer(b"update", 1, KEYS[1]))
+    assert server._inbox.qsize() == 1 and server._objects.get(piece_of(b"update")) == b"update"
+    server._objects.delete(["answer"])
+    assert server._objects.held() == 0
+
+
+@pytest.mark.parametrize(
+    "what", ["unsigned", "another key", "other topic", "not announced", "no note", "longer"]
+)
+def test_nothing_of_a_stranger_is_kept(what: str) -> None:
+    server = link()
+    topic, content = to_server("7", 1), bytes(500)
+    signed = sign(AnswerNote(TOKEN, 1, 1, 1, piece_of(content)), topic, KEYS[1], {"msg_type": MODEL})
+    data, code = {
+        "unsigned": (answer(content, 1, None), "GMR-743"),
+        "another key": (answer(content, 1, KEYS[2]), "GMR-743"),
+        "other topic": (frame(signed, [("answer", content)], to_server("7", 9)), "GMR-742"),
+        "not announced": (frame(signed, [("answer", content), ("more", content)], topic), "GMR-746"),
+        "no note": (frame(b'{"msg_type": 3}', [("answer", content)], topic), "GMR-746"),
+        "longer": (frame(signed, [("answer", content + b"x")], topic), "GMR-746"),
+    }[what]
+    server._arrived(data)
+    assert server._objects.held() == 0 and server._inbox.qsize() == 0
+    assert dict(server.dropped) == {code: 1}
+
+
+@pytest.mark.parametrize("keys", [KEYS, None])
+def test_what_one_silo_sends_is_bounded_by_twice_the_model(keys: dict[int, bytes] | None) -> None:
+    """The oldest goes; what another silo sent is still there."""
+    server = link(keys)
+    own = None if keys is None else KEYS[1]
+    server._arrived(answer(b"theirs", 1, None if keys is None else KEYS[2], 2, "two"))
+    most = 2 * MODEL_BYTES + 2**21
+    for n in range(60):
+        server._arrived(answer(bytes([n]) * 200_000, n, own, name=f"answer-{n}"))
+        assert server._objects.held() <= most + len(b"theirs")
+    assert server._objects.get(piece_of(b"theirs", "two")) == b"theirs"
+    last = piece_of(bytes([59]) * 200_000, "answer-59")
+    assert len(server._objects.get(last)) == 200_000
+    with pytest.raises(WireError, match="GMR-746"):
+        server._objects.get(piece_of(bytes(200_000), "answer-0"))
+    for n in range(2 * MOST_OBJECTS):
+        server._arrived(answer(b"%d" % n, n, own, name=f"small-{n}"))
+    assert len(server._objects) <= MOST_OBJECTS + 1
+
+
+def test_a_clients_own_objects_are_bounded_too() -> None:
+    objects = Objects(own=1000)
+    for n in range(10):
+        objects.put(piece_of(bytes([n]) * 400, f"a{n}"), bytes([n]) * 400)
+        objects.put(piece_of(bytes([n]) * 400, f"a{n}"), bytes([n]) * 400)  # again: counted once
+        assert objects.held() <= 1000
+    assert objects.get(piece_of(bytes([9]) * 400, "a9")) == bytes([9]) * 400
+
+
+def test_what_waits_for_somebody_who_is_away_is_bounded() -> None:
+    """A silo repeats its answer every heartbeat; what is sent when the server is back is the newest."""
+    outbox = Outbox(1000)
+    for n in range(100):
+        outbox.put(bytes([n]) * 300)
+    found = []
+    while not outbox.empty():
+        found.append(outbox.get())
+    assert found == [bytes([n]) * 300 for n in (97, 98, 99)]
+    outbox.put(bytes(5000))  # one alone may be longer
+    assert outbox.get() == bytes(5000)
+    outbox.put(None)
+    assert outbox.get() is None
+
+
+def test_bombs_are_dropped() -> None:
+    server = link()
+    topic = to_server("7", 1)
+    heads: list[Any] = [
+        [],
+        {},
+        {"topic": topic},
+        {"topic": topic, "payload": "{}", "objects": [["k", 2**60]]},
+    ]
+    heads += [{"topic": topic, "payload": "x" * (MOST_MESSAGE + 1), "objects": []}, "[" * 50_000]
+    for head in heads:
+        text = head.encode() if isinstance(head, str) else json.dumps(head).encode()
+        server._arrived(b"FGM1" + struct.pack("<I", len(text)) + text)
+    for data in (b"", b"FGM1", b"FGM1\xff\xff\xff\xff{}", b"FGM1" + struct.pack("<I", 2**21) + b" " * 2**21):
+        server._arrived(data)
+    assert server._objects.held() == 0 and server._inbox.qsize() == 0
+    assert sum(server.dropped.values()) == len(heads) + 4
+
+
+def stock(sender: int, state: Any) -> bytes:
+    """As FedML's own clients pickle a message."""
+    message = pytest.importorskip("fedml.core.distributed.communication.message").Message(3, sender, 0)
+    message.add_params("model_params", state)
+    message.add_params("num_samples", 5)
+    for name, value in {"sender_ip": "10.0.0.1", "sender_port": 5}.items():
+        message.add_params(name, value)
+    return pickle.dumps(message)
+
+
+def test_fedmls_own_clients_are_bounded_and_no_stranger_gets_a_row() -> None:
+    server = link(None, plain=True)
+    state = OrderedDict(nn.Linear(50, 40).state_dict())
+    for _ in range(300):
+        server._arrived(stock(1, state))
+    assert server._objects.held() <= 2 * MODEL_BYTES + 2**21
+    before = server._objects.held()
+    server._arrived(stock(9, state))
+    assert server._objects.held() == before and set(server._peers) == {0, 1, 2}
+    assert server.dropped["GMR-742"] == 1
+    topic, payload = server._inbox.get_nowait()
+    key = json.loads(payload)["model_params"]
+    assert topic == to_server("7", 1) and key.startswith(f"{topic}_")
+    _, payload = [server._inbox.get_nowait() for _ in range(server._inbox.qsize())][-1]
+    key = json.loads(payload)["model_params"]
+    found = read_model(server._objects.get(Piece(key, 2**20, "")), server._expected)
+    assert torch.equal(found["weight"], state["weight"])
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_other_kind_of_message_is_not_read(plain: bool) -> None:
+    server = link(None, plain=plain)
+    data = answer(b"update", 1, None) if plain else stock(1, nn.Linear(50, 40).state_dict())
+    server._arrived(data)
+    assert server._objects.held() == 0 and server._inbox.qsize() == 0
+    assert dict(server.dropped) == {"GMR-741" if plain else "GMR-748": 1}
+
+
+def test_the_inbox_holds_so_many_bytes_of_messages_and_every_call() -> None:
+    inbox = Inbox(most=10_000)
+    inbox.put_nowait(("t", b"x" * 5000))
+    with pytest.raises(queue.Full):
+        inbox.put_nowait(("t", b"x" * 5000))
+    inbox.put(lambda: None)
+    assert inbox.get_nowait() == ("t", b"x" * 5000)
+    inbox.put_nowait(("t", b"x" * 5000))
+    assert callable(inbox.get(timeout=1)) and inbox.get_nowait()[0] == "t" and inbox.empty()
+    with pytest.raises(queue.Full):
+        for _ in range(200):
+            inbox.put_nowait(("t", b""))
+
+
+def test_messages_beyond_the_inbox_are_dropped_with_a_code() -> None:
+    server = link()
+    topic = to_server("7", 1)
+    for n in range(40):
+        note = StatusNote("7", 1, n, "ONLINE")
+        payload = sign(note, topic, KEYS[1], {"msg_type": STATUS, "padding": "x" * 200_000})
+        server._inbox._most = 2**20
+        server._arrived(frame(payload, [], topic))
+    assert server._inbox.qsize() == 5 and dict(server.dropped) == {"GMR-745": 35}
