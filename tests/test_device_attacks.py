@@ -19,9 +19,12 @@ from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.desk import Replays
+from fedgmr_plugin.protocol.header import Header, Outcome
+from fedgmr_plugin.protocol.messages import PayloadOrder
 from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.storekeys import answer_key
+from fedgmr_plugin.protocol.wire import Message, encode
 from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.field import TOKEN, Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Loopback
@@ -143,6 +146,26 @@ def test_a_device_with_a_key_cannot_send_rubbish(field: Field, payload: bytes) -
         assert torch.equal(field.office.server.w_D, w_D)
     field.run()
     assert {r["client"] for r in field.records("arrival")} == {0, 1}
+
+
+def test_what_admission_refuses_is_counted_for_its_device(field: Field) -> None:
+    hear(field, 3, status(3, 1), KEYS[3])
+    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
+    flight = field.office.server.flights[dispatch]
+    cuts = PayloadOrder.by_rung(flight.ranking, flight.rung).cuts
+    header = Header(
+        *("update", TOKEN, flight.version, flight.ranking.digest, field.layout.size, cuts),
+        client=2,
+        dispatch=dispatch,
+        outcome=Outcome(40.0),
+    )
+    payload = bytes(encode(Message(header, torch.full((cuts[-1],), float("nan")))))
+    piece = Piece(answer_key("7", TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
+    field.world.objects[piece.key] = payload
+    hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, piece), KEYS[3], 3)
+    field.until(lambda: bool(field.records("rejected")))
+    assert refused(field, 2) == {"GMR-403": 1}
+    assert piece.key not in field.world.objects
 
 
 def test_only_a_devices_own_object_is_taken(field: Field) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.course import model_sha256
+from fedgmr_plugin.engine.events import UploadArrived
 from fedgmr_plugin.engine.replay import Comparison, Replay
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
@@ -341,11 +343,75 @@ def test_a_device_whose_clock_jumps_back_is_still_heard(tmp_path: Path) -> None:
     assert field.office.desk.refused[0]["GMR-744"] == 0
 
 
+def test_a_device_that_was_restarted_often_and_loses_its_memory_is_heard_at_once(tmp_path: Path) -> None:
+    field = start(make(tmp_path / "s"), tmp_path)
+    field.until(lambda: field.office.server.version == 2)
+    for _ in range(5):
+        field.device(0, Memory.load(tmp_path / "0"))
+        field.until(lambda now=field.world.now: field.world.now > now + 0.2)  # type: ignore[misc]
+    field.device(0, Memory(tmp_path / "elsewhere"))
+    now = field.world.now
+    trained = len(field.trained)
+    field.until(lambda: any(n == 0 for n, _ in field.trained[trained:]), now + 20)
+    assert field.office.desk.refused[0]["GMR-744"] == 0
+    field.run()
+
+
+def test_sequence_numbers_follow_the_clock_and_never_repeat(tmp_path: Path) -> None:
+    memory = Memory.load(tmp_path)
+    used = [memory.next_sequence(1_000_000)]
+    for now in (1_000_050, 1_200_000, 5, 6, 1_200_010, 1_600_000):  # milliseconds at each restart
+        memory = Memory.load(tmp_path)
+        used += [memory.next_sequence(now), memory.next_sequence(now + 1)]
+    assert used == sorted(set(used))
+    assert used[-1] == 1_600_001
+
+
 def test_a_device_remembers_which_answer_was_not_heard(tmp_path: Path) -> None:
     piece = Piece("k", 3, "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae")
     Memory(tmp_path, "t", answered=4, update=piece, content=b"foo").save(with_answer=True)
     found = Memory.load(tmp_path)
     assert (found.update, found.content, found.answered, found.token) == (piece, b"foo", 4, "t")
+
+
+def test_measures_that_overflow_do_not_break_the_journal(tmp_path: Path) -> None:
+    """The change of a model file of huge values has no finite square, and the journal holds JSON."""
+    field = start(make(tmp_path))
+    field.until(lambda: bool(field.office.live.deadlines))
+    dispatch = next(iter(field.office.live.deadlines))
+    flight = field.office.server.flights[dispatch]
+    values_S = torch.full((flight.ranking.ends[flight.rung],), 3e38)
+    now = field.clock()
+    huge = UploadArrived(dispatch, flight.client, values_S, 5, now, change_sq=math.inf, drift_sq=math.nan)
+    field.office._apply([huge])
+    assert [r["code"] for r in field.records("rejected")] == ["GMR-403"]
+    field.run()
+    other, digest = continued(tmp_path / "b", field, list(read(field.journal)), [])
+    assert field.office.end is not None and digest == field.office.end["model_sha256"]
+    assert other.log == field.log
+
+
+# -- what is left in the store ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.3])
+def test_nothing_is_left_in_the_store(tmp_path: Path, loss: float) -> None:
+    """Devices store their answer again while they wait; refused answers lie there too."""
+    slow = lambda n: 7.0 if n == 0 else 0.3  # noqa: E731
+    field = make(tmp_path, 6, Faults(loss=loss, duplicate=loss), seconds=slow, answer_deadline=20.0)
+    field.heartbeat = 0.5  # so the fast devices repeat their answer, and store it again, while 0 trains
+    start(field)
+    field.until(lambda: 2 in {f.client for f in field.office.server.flights.values()})
+    refuse(field, 2, next(d for d, f in field.office.server.flights.items() if f.client == 2))
+    field.until(lambda: field.office.server.version == 3)
+    needed = {(f.version, f.ranking.digest) for f in field.office.server.flights.values()}
+    versions = {key.split("values-")[1].split("-")[0] for key in field.world.objects if "values-" in key}
+    assert versions <= {str(version) for version, _ in needed}
+    field.run()
+    field.until(lambda: all(d.finished for d in field.devices.values() if isinstance(d, Device)))
+    while field.world.step():  # what is still on its way
+        pass
+    assert sorted(field.world.objects) == []
 
 
 # -- a full disk -------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import bench, byzantine, devices, fashion_mnist, payloads, ranks, triggers
+from benchmarks import bench, byzantine, devices, fashion_mnist, fuzz_devices, payloads, ranks, triggers
 
 
 def test_the_fashion_mnist_tables_of_the_docs_are_generated(repository: Path) -> None:
@@ -41,6 +41,16 @@ def test_the_tables_on_devices_are_generated(repository: Path) -> None:
     page = (repository / "docs" / "devices.md").read_text(encoding="utf-8")
     assert byzantine.table() in page, "run `python -m benchmarks.byzantine --table` and copy the table"
     assert devices.table() in page, "run `python -m benchmarks.devices --table` and copy the table"
+
+
+def test_the_table_of_the_fuzzer_is_generated_and_no_promise_was_broken(repository: Path) -> None:
+    page = (repository / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    assert fuzz_devices.table() in page, "run `python -m benchmarks.fuzz_devices --table` and copy the table"
+    found = json.loads(fuzz_devices.RESULTS.read_text(encoding="utf-8"))
+    cases = found["cases"]
+    assert found["histories"]["broken_promises"] == cases["escapes"] == 0
+    assert cases["peak_bytes_of_objects"] <= 2 * cases["model_bytes"] + cases["slack_bytes"]
+    assert cases["peak_bytes"] <= 2 * cases["model_bytes"] + cases["slack_bytes_of_messages"]
 
 
 def test_the_readme_says_what_the_results_say(repository: Path) -> None:

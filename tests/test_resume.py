@@ -64,10 +64,21 @@ def test_two_generations_are_kept_and_the_older_one_serves_where_the_last_is_dam
         found = checkpoint.latest(tmp_path)
         assert found is not None and found.meta == {"window": 5}
     (folder / names[0]).write_bytes(b"")
+    last.write_bytes(b"")
     with pytest.raises(
         RunLogError, match=r"GMR-605 00000012-\w+.safetensors: ValueError: the content is not"
     ):
         checkpoint.latest(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_sound_one(tmp_path: Path) -> None:
+    for window in (5, 12):
+        last = checkpoint.save(tmp_path, window, {"window": window}, tensors(window))
+    for window in (13, 14):  # each time the last one is damaged, and the run goes on from the one before
+        last.write_bytes(b"damaged")
+        found = checkpoint.latest(tmp_path)
+        assert found is not None and found.meta == {"window": 5}
+        last = checkpoint.save(tmp_path, window, {"window": window}, tensors(window))
 
 
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 A checkpoint is a safetensors file whose metadata hold the state's JSON. It is written beside its place,
 brought to the disk and renamed; its name holds the window and the first 16 hex digits of its SHA-256, so that
-damage shows. Two generations are kept: where the last one is damaged, the one before it serves.
+damage shows. Two generations are kept: where the last one is damaged, the one before it serves, and the
+damaged one is renamed, so that it counts for none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from fedgmr_plugin.errors import RunLogError
 FOLDER = "checkpoints"
 FORMAT = "fedgmr checkpoint 2"
 _KEPT = 2
+_DAMAGED = ".damaged"
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})\.safetensors")
 
 
@@ -75,14 +78,18 @@ def latest(run: Path, misfit: Callable[[Mapping[str, Any]], str] = lambda meta: 
     Raises:
         RunLogError: GMR-605 if there are some, of which none can be used.
     """
-    problems = []
+    problems, damaged = [], []
     for digest, path in _found(run / FOLDER):
         try:
             found = _read(path, digest)
             problem = misfit(found.meta)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
+            damaged.append(path)
         if not problem:
+            for other in damaged:  # else it would be kept in place of a sound one
+                with suppress(OSError):
+                    other.rename(f"{other}{_DAMAGED}")
             return found
         problems.append(f"{path.name}: {problem}")
     if problems:

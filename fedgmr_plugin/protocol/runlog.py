@@ -97,14 +97,10 @@ class RunLogWriter:
             os.truncate(target, resume_at)
             self._digest.update(target.read_bytes())
             self._last = "before"
-        # A lone surrogate becomes its JSON escape, so any Python string can be written.
-        self._file = target.open(
-            "a" if resume_at is not None else "w" if overwrite else "x",
-            buffering=1,
-            encoding="utf-8",
-            errors="backslashreplace",
-            newline="\n",
-        )
+        mode = "a" if resume_at is not None else "w" if overwrite else "x"
+        self._file = open(target, f"{mode}b", buffering=0)  # noqa: SIM115
+        self._size = resume_at or 0
+        self._is_torn = False  # whether something lies behind `_size`
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record.
@@ -112,22 +108,39 @@ class RunLogWriter:
         Raises:
             ValueError: the record does not fit the schema, comes before the header or after ``end``,
                 or is a second header. Nothing is written.
+            OSError: there is no space, or the disk fails. Nothing is written; it may be tried again.
         """
         kind = record.get("type")
         if (kind == "header") != (self._last == ""):
             raise ValueError(f"{kind} record out of place: the header comes first, and once")
         if self._last == "end":
             raise ValueError(f"{kind} record after the end of the run")
-        line = encode(record) + "\n"
-        self._file.write(line)
-        self._digest.update(line.encode("utf-8", errors="backslashreplace"))
+        # A lone surrogate becomes its JSON escape, so any Python string can be written.
+        line = (encode(record) + "\n").encode("utf-8", errors="backslashreplace")
+        self._append(line)
+        self._size += len(line)
+        self._digest.update(line)
         self._last = str(kind)
+
+    def _append(self, line: bytes) -> None:
+        """Write a line whole, or leave the log as it was."""
+        if self._is_torn:
+            self._file.truncate(self._size)
+        self._is_torn = True
+        left = memoryview(line)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(self._size)
+            self._is_torn = False
+            raise
+        self._is_torn = False
 
     def sync(self) -> tuple[int, str]:
         """Have what was written so far on the disk; returns its bytes and their SHA-256."""
-        self._file.flush()
         os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size, self._digest.hexdigest()
+        return self._size, self._digest.hexdigest()
 
     #: A writer is an observer of the engine.
     record = write

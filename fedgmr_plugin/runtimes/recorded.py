@@ -146,9 +146,9 @@ class RecordedRun(ABC):
 
     def _save_checkpoint(self, writer: RunLogWriter, meta: dict[str, Any], tensors: Any) -> bool:
         """Whether a checkpoint could be written; a run goes on without one that cannot."""
-        size, digest = writer.sync()
-        state = {**meta, "log_bytes": size, "log_sha256": digest}
         try:
+            size, digest = writer.sync()
+            state = {**meta, "log_bytes": size, "log_sha256": digest}
             save(self.directory, self.course.server.version, state, tensors)
         except OSError as error:
             _log.warning("%s", error)

@@ -47,9 +47,10 @@ class ThreadedHands:
         self._store, self._link, self._inbox = store, link, inbox
         self._jobs: deque[Callable[[], None]] = deque()
         self._unsent: dict[int, tuple[Piece, Content]] = {}
+        self._undeleted: dict[int, list[str]] = {}
         self._changed = threading.Condition()
         self._stopped = threading.Event()
-        self._puts = 0
+        self._orders = 0
         self._pool = ThreadPoolExecutor(fetches, thread_name_prefix="fedgmr-fetch")
         self._thread = threading.Thread(target=self._work, name="fedgmr-outbox", daemon=True)
 
@@ -58,7 +59,7 @@ class ThreadedHands:
         self._thread.start()
 
     def put(self, piece: Piece, content: Content) -> None:
-        number = self._puts = self._puts + 1
+        number = self._orders = self._orders + 1
         with self._changed:
             self._unsent[number] = piece, content
 
@@ -73,8 +74,18 @@ class ThreadedHands:
         self._give(lambda: self._link.publish(topic, payload))
 
     def delete(self, keys: Sequence[str]) -> None:
-        if keys:
-            self._give(lambda: self._patiently(lambda: self._store.delete(list(keys))))
+        if not keys:
+            return
+        number = self._orders = self._orders + 1
+        with self._changed:
+            self._undeleted[number] = list(keys)
+
+        def delete() -> None:
+            self._patiently(lambda: self._store.delete(list(keys)))
+            with self._changed:
+                del self._undeleted[number]
+
+        self._give(delete)
 
     def fetch(self, piece: Piece, then: Fetched) -> None:
         def get() -> None:
@@ -94,6 +105,10 @@ class ThreadedHands:
     def unsent(self) -> list[tuple[Piece, Content]]:
         with self._changed:
             return list(self._unsent.values())
+
+    def undeleted(self) -> list[str]:
+        with self._changed:
+            return [key for keys in self._undeleted.values() for key in keys]
 
     def flush(self, patience: float) -> bool:
         """Wait until everything given has been carried out, `patience` seconds at most."""

@@ -10,14 +10,15 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import save
 
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
 from fedgmr_plugin.errors import HostError
@@ -84,12 +85,56 @@ class LiveRun(RecordedRun):
     link: Connected = field(kw_only=True)
     inbox: queue.Queue[Any] = field(kw_only=True)
     clock: Clock = field(kw_only=True)
+    _unwritten: list[dict[str, Any]] = field(default_factory=list, init=False)
+    _problem: str = field(default="", init=False)
+
+    def record(self, fields: dict[str, Any]) -> None:
+        """As `RecordedRun.record`; where the disk is full, the log is written when there is space again."""
+        self._unwritten.append(fields)
+        self._write_down()
+        self._progress.record(fields)
+        self.on_record(fields)
+
+    def _write_down(self) -> bool:
+        """Whether all records are in the log now."""
+        before, self._problem = self._problem, ""
+        while self._unwritten and self._writer is not None:
+            try:
+                self._writer.write(self._unwritten[0])
+            except OSError as error:
+                self._problem = str(error)
+                if not before:
+                    _log.warning("the run log waits until it can be written: %s", error)
+                return False
+            del self._unwritten[0]
+        return True
+
+    def _save_model(self) -> None:
+        """As `RecordedRun._save_model`, when there is space."""
+        before = ""
+        while True:
+            try:
+                super()._save_model()
+                return
+            except (OSError, SafetensorError) as error:
+                if str(error) != before:
+                    _log.warning("the model waits until it can be written: %s", error)
+                before = str(error)
+                time.sleep(_STATUS_SECONDS)
 
     def _advance(self, writer: RunLogWriter, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        self._open(checkpoint)
+        self._loop(self.office, writer)
+        if self.office.end is None:
+            raise RuntimeError("the loop ended before the run")
+        return self.office.end
+
+    def _open(self, checkpoint: Checkpoint | None) -> None:
+        """Begin the run, or go on from `checkpoint` and the journals behind it."""
         office = self.office
-        _keep(self.directory / TOKEN, office.token)
-        if not self.resumed:
-            save_file({"w": office.server.w_D.cpu().contiguous()}, str(self.directory / INITIAL))
+        if checkpoint is None:
+            _write_whole(self.directory / TOKEN, office.token.encode())
+            _write_whole(self.directory / INITIAL, save({"w": office.server.w_D.cpu().contiguous()}))
         self._journals = _Journals(self.directory / _JOURNALS)
         self._kept: list[frozenset[str]] = []  # what a server needs that goes on from a kept checkpoint
         first = 0
@@ -106,13 +151,10 @@ class LiveRun(RecordedRun):
         self.clock.start(max([office.live.now, *(float(entry.head["time"]) for entry in entries)]))
         if self.resumed:
             office.resume(entries, self._journals.next(), unsent)
+            office.abandon([] if checkpoint is None else checkpoint.meta.get("undeleted", []))
         else:
             office.begin(self._journals.next())
         office.hello()
-        self._loop(office, writer)
-        if office.end is None:
-            raise RuntimeError("the loop ended before the run")
-        return office.end
 
     @contextmanager
     def _helped(self) -> Iterator[None]:
@@ -149,8 +191,9 @@ class LiveRun(RecordedRun):
         saved = shown = time.monotonic()
         version = office.server.version
         self._show(office)
-        while office.end is None:
+        while office.end is None or not self._write_down():
             self._next(office)
+            self._write_down()
             now = time.monotonic()
             if office.server.version != version:
                 version = office.server.version
@@ -183,8 +226,14 @@ class LiveRun(RecordedRun):
             office.tick()
 
     def _checkpoint(self, office: Office, writer: RunLogWriter) -> None:
-        """A checkpoint, and a new journal behind it."""
-        journal = self._journals.next()
+        """A checkpoint, and a new journal behind it; none where the disk is full."""
+        if not self._write_down():
+            return
+        try:
+            journal = self._journals.next()
+        except OSError as error:
+            _log.warning("no checkpoint: %s", error)
+            return
         before, office.journal = office.journal, journal
         if before is not None:
             before.close()
@@ -198,6 +247,7 @@ class LiveRun(RecordedRun):
             "office": office.state(),
             "journal": self._journals.last,
             "unsent": [list(piece) for piece, _ in unsent],
+            "undeleted": office.undeleted(),
         }
         self._kept.append(office.needed())
         if self._save_checkpoint(writer, state, tensors):
@@ -214,7 +264,7 @@ class LiveRun(RecordedRun):
             "window": server.version,
             "windows": server.plan.windows,
             "time": office.live.now,
-            "paused": office.paused,
+            "paused": office.paused or self._problem,
             "ended": office.end is not None,
             "devices": office.status(),
         }
@@ -222,8 +272,12 @@ class LiveRun(RecordedRun):
         try:
             draft.write_text(json.dumps(content), encoding="utf-8")
             draft.rename(self.directory / STATUS)
-        except OSError as error:
-            _log.debug("no status: %s", error)
+        except OSError:
+            try:  # where the disk is full there may be room in the old one's place, and this is to be seen
+                draft.unlink(missing_ok=True)
+                (self.directory / STATUS).write_text(json.dumps(content), encoding="utf-8")
+            except OSError as error:
+                _log.debug("no status: %s", error)
 
 
 class _Journals:
@@ -251,7 +305,8 @@ class _Journals:
         self._needed = [*self._needed, self.last][-2:]
         for path in self._folder.glob("*.journal"):
             if path.stem.isdecimal() and int(path.stem) < self._needed[0]:
-                path.unlink()
+                with suppress(OSError):
+                    path.unlink()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}.journal"
@@ -260,11 +315,20 @@ class _Journals:
 def token_of(directory: Path, resumed: bool) -> str:
     """Name of a run that no other has: drawn at its beginning, kept in its directory."""
     path = directory / TOKEN
-    return path.read_text(encoding="ascii").strip() if resumed and path.exists() else secrets.token_hex(8)
+    kept = path.read_text(encoding="ascii").strip() if resumed and path.exists() else ""
+    return kept or secrets.token_hex(8)
 
 
-def _keep(path: Path, token: str) -> None:
-    with path.open("w", encoding="ascii") as file:
-        file.write(token)
+def _write_whole(path: Path, content: bytes) -> None:
+    """Bring a file to the disk: whole, or as it was."""
+    draft = path.with_name(f"{path.name}.draft")
+    with draft.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    draft.rename(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -140,6 +140,9 @@ class LoopbackHands:
     def unsent(self) -> list[tuple[Piece, Content]]:
         return []
 
+    def undeleted(self) -> list[str]:
+        return []
+
 
 def announced(piece: Piece, content: Content | None) -> WireError | None:
     """Why `content` is not the object that was announced; None if it is."""

@@ -13,8 +13,8 @@ from fedgmr_plugin.protocol.pieces import Piece
 
 _log = logging.getLogger(__name__)
 _STATE, _ANSWER = "device.json", "answer.bin"
-#: Sequence numbers that are written down at once: ten minutes' worth, where they follow the clock.
-_RESERVED = 600_000
+#: Sequence numbers that are written down at once: a minute's worth, where they follow the clock.
+_RESERVED = 60_000
 
 
 @dataclass
@@ -29,7 +29,8 @@ class Memory:
         update: the object of its answer; None once the server has been heard to go on.
         content: its bytes.
         heard: the server's sequence numbers, as `fedgmr_plugin.protocol.desk.Replays.state`.
-        reserved: numbers up to this one are not used again after a restart, whatever the clock says.
+        reserved: numbers up to this one may have been used.
+        is_restored: whether this memory was loaded, and no number has been used since.
         run: FedML's ``run_id`` of that run.
     """
 
@@ -41,6 +42,7 @@ class Memory:
     content: bytes | memoryview = b""
     heard: tuple[int, int] = (-1, 0)
     reserved: int = 0
+    is_restored: bool = False
     run: str = ""
 
     @staticmethod
@@ -54,8 +56,9 @@ class Memory:
         try:
             kept = json.loads((folder / _STATE).read_text(encoding="utf-8"))
             highest, seen = kept["heard"]
-            found = Memory(folder, str(kept["token"]), int(kept["reserved"]), int(kept["answered"]))
-            found.heard, found.reserved = (int(highest), int(seen)), found.sequence
+            reserved = int(kept["reserved"])
+            found = Memory(folder, str(kept["token"]), max(reserved - _RESERVED, 0), int(kept["answered"]))
+            found.heard, found.reserved, found.is_restored = (int(highest), int(seen)), reserved, True
             found.run = str(kept.get("run", ""))
             update = None if kept["update"] is None else Piece(*kept["update"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -74,10 +77,15 @@ class Memory:
     def next_sequence(self, now: int) -> int:
         """The next sequence number: increasing, also over restarts and where the clock jumps.
 
+        After a restart the clock is believed where it is ahead of the last number that was written down: so
+        numbers do not run away from it, and a device that loses its memory is heard at once.
+
         Args:
             now: milliseconds of the day's clock, which alone decides where there is no folder.
         """
-        self.sequence = max(self.sequence + 1, now)
+        is_set_back = self.is_restored and now <= self.sequence
+        self.sequence = max((self.reserved if is_set_back else self.sequence) + 1, now)
+        self.is_restored = False
         if self.sequence > self.reserved:
             self.reserved = self.sequence + _RESERVED
             self.save()

@@ -11,14 +11,15 @@ back as another call. What is kept is the checkpoint and the journal since; see 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadRefused
+from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadArrived, UploadRefused
 from fedgmr_plugin.engine.examiner import Examiner
 from fedgmr_plugin.engine.live import Live, LiveEvent, Tick
 from fedgmr_plugin.engine.server import Server
@@ -64,6 +65,10 @@ class Hands(Protocol):
         """Objects that have not been stored yet."""
         ...
 
+    def undeleted(self) -> list[str]:
+        """Keys of objects that have not been removed yet."""
+        ...
+
 
 @dataclass(frozen=True)
 class Task:
@@ -99,7 +104,7 @@ class Office:
         clock: Callable[[], float],
         measured: Callable[[float | None, float | None], float | None] = lambda up, down: None,
     ) -> None:
-        self.live = Live(server, examiner, record, self._send)
+        self.live = Live(server, examiner, self._recorded, self._send)
         self.server, self.desk, self.pieces, self.token = server, desk, pieces, token
         self.journal: Journal | None = None
         self.end: dict[str, Any] | None = None
@@ -109,9 +114,13 @@ class Office:
         self.paused = ""  # why
         self.received: dict[int, int] = {}  # client to the bytes of its updates, since this server began
         self._farewells: set[int] = set()
+        self._record = record
         self._hands, self._clock, self._measured = hands, clock, measured
         self._fetching: set[int] = set()  # dispatches whose answer is on its way
         self._needless: list[str] = []
+        self._left_behind: dict[
+            int, list[int]
+        ] = {}  # client to the dispatches whose answer may lie in the store
         self._past: dict[str, tuple[Piece, Content]] = {}  # what the past put, while it is repeated
         self._version = server.version
 
@@ -144,6 +153,11 @@ class Office:
         for dispatch in list(self.live.deadlines) if self.end is None else ():
             self._tell(dispatch)
 
+    def abandon(self, keys: Iterable[str]) -> None:
+        """Remove objects whose removal an earlier server had ordered and not lived to see."""
+        needed = self.needed()
+        self._hands.delete([key for key in keys if key not in needed])
+
     def hello(self) -> None:
         """Say that the server is there, to devices that do not say by themselves that they are."""
 
@@ -159,6 +173,8 @@ class Office:
             return
         self.seen[client] = now
         if self.end is not None:
+            answered = [said.dispatch] if isinstance(said, AnswerNote) else []
+            self._delete_answers(client, [*self._left_behind.get(client, []), *answered])
             if isinstance(said, (StatusNote, PlainStatus)) and said.state != "ONLINE":
                 self._farewells.add(client)
             else:
@@ -209,12 +225,15 @@ class Office:
         elif flight is not None and flight.client != client:
             self.desk.count(client, "GMR-406")
         elif flight is None:
+            self._delete_answers(client, [note.dispatch])  # the device has stored it again
             self._remind(client, note.dispatch)
             if client in self.server.away:
                 self._welcome(client, now)
         elif note.update.key != self._answer_key(note.dispatch, client):
             self.desk.count(client, "GMR-747")
-        elif note.dispatch not in self.server.staged and note.dispatch not in self._fetching:
+        elif note.dispatch in self.server.staged:
+            self._hands.delete([note.update.key])
+        elif note.dispatch not in self._fetching:
             most = 8 + MOST_HEADER + flight.ranking.ends[flight.rung] * self._dtype.itemsize
             if note.update.size > most:
                 problem = f"bytes={note.update.size} of an update that has {most} at most"
@@ -251,7 +270,10 @@ class Office:
         events: list[LiveEvent] = [arrived]
         if client in self.server.away:
             events.append(ClientJoined(client, now))
-        self._apply(events, [note.update.key])
+        self._apply(events)
+
+    def _delete_answers(self, client: int, dispatches: Iterable[int]) -> None:
+        self._hands.delete([self._answer_key(dispatch, client) for dispatch in dispatches])
 
     def _answer_key(self, dispatch: int, client: int) -> str:
         return answer_key(self.desk.run, self.token, dispatch, self.desk.devices[client])
@@ -273,7 +295,6 @@ class Office:
         return self.pieces.dtype or self.server.layout.dtype
 
     def _refuse(self, client: int, dispatch: int, refusal: WireError, needless: Sequence[str] = ()) -> None:
-        self.desk.count(client, refusal.code)
         refused = UploadRefused(dispatch, client, self._clock(), refusal.code, refusal.message)
         self._apply([refused], needless)
 
@@ -287,7 +308,7 @@ class Office:
         """
         if self.journal is None:
             raise RuntimeError("the run has not begun")
-        self.waiting += events
+        self.waiting += [_finite(event) for event in events]
         self._needless += needless
         try:
             self.journal.append([entry_of(event) for event in self.waiting])
@@ -305,12 +326,20 @@ class Office:
             self._take(event)
         self._hands.delete(needless)
 
+    def _recorded(self, fields: dict[str, Any]) -> None:
+        """A record of the run log; refusals are counted for their device, wherever they were found."""
+        if fields["type"] == "rejected":
+            self.desk.count(fields["client"], fields["code"])
+        self._record(fields)
+
     def _take(self, event: LiveEvent) -> None:
         if self.end is not None:
             return
         if isinstance(event, ClientJoined) and event.client in self.server.away:
             self.pieces.forget_client(event.client)
         self.end = self.live.handle(event)
+        if isinstance(event, (UploadArrived, UploadRefused)):
+            self._forget_answers(event.client, event.dispatch)
         if self.server.version != self._version:
             self._version = self.server.version
             self.tasks = {d: task for d, task in self.tasks.items() if d in self.server.flights}
@@ -321,11 +350,24 @@ class Office:
             for client in range(len(self.desk.devices)):
                 self._finish(client)
 
+    def _forget_answers(self, client: int, answered: int) -> None:
+        """Remove a client's answers to `answered` and to dispatches that its device has left behind.
+
+        Devices store their last answer again until they go on, so the object of `answered` may come back; it
+        is removed once more with the next answer.
+        """
+        asked = [d for d in self._left_behind.get(client, []) if d <= answered]
+        gone = [d for d in asked if d == answered or d not in self.server.flights]
+        self._delete_answers(client, gone)
+        kept = [d for d in self._left_behind.get(client, []) if d not in gone or d == answered]
+        self._left_behind[client] = kept
+
     # -- to devices -----------------------------------------------------------------------------------
 
     def _send(self, sent: Dispatch) -> tuple[float, float]:
         parcel = self.pieces.of(sent)
         self.tasks[sent.dispatch] = Task(sent.count, sent.learning_rate_scale)
+        self._left_behind.setdefault(sent.client, []).append(sent.dispatch)
         for piece, content in parcel.new:
             self._put(piece, content)
         if self.journal is not None:  # else the past is repeated, and what is still out is told at its end
@@ -340,7 +382,12 @@ class Office:
             self._hands.put(piece, content)
 
     def _drop_unused(self) -> list[str]:
-        """Forget objects that no dispatch in flight needs; their keys."""
+        """Forget objects that no dispatch in flight needs; their keys. At the end of the run, all of them."""
+        if self.end is not None:
+            answers = [
+                self._answer_key(d, client) for client, asked in self._left_behind.items() for d in asked
+            ]
+            return self.pieces.drop_unused(()) + answers
         return self.pieces.drop_unused({(f.version, f.ranking.digest) for f in self.server.flights.values()})
 
     def _remind(self, client: int, knows: int | None) -> None:
@@ -381,6 +428,10 @@ class Office:
     def unsent(self) -> list[tuple[Piece, Content]]:
         """Objects that are not in the store yet."""
         return self._hands.unsent()
+
+    def undeleted(self) -> list[str]:
+        """Keys of objects that are still to be removed from the store."""
+        return self._hands.undeleted()
 
     def needed(self) -> frozenset[str]:
         """Names of the objects that dispatches in flight need."""
@@ -427,6 +478,7 @@ class Office:
             "desk": self.desk.state(),
             "pieces": self.pieces.state(),
             "tasks": [[d, task.count, task.scale] for d, task in self.tasks.items()],
+            "asked": [[client, asked] for client, asked in self._left_behind.items()],
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -438,4 +490,16 @@ class Office:
         self.desk.load_state(state["desk"])
         self.pieces.load_state(state["pieces"])
         self.tasks = {d: Task(count, scale) for d, count, scale in state["tasks"]}
+        self._left_behind = {client: list(asked) for client, asked in state.get("asked", [])}
         self._version = self.server.version
+
+
+def _finite(event: LiveEvent) -> LiveEvent:
+    """An event as its journal can hold it: measures that overflowed are unknown."""
+    if not isinstance(event, UploadArrived):
+        return event
+    measured = {name: getattr(event, name) for name in ("train_loss", "drift_sq", "change_sq")}
+    lost: dict[str, Any] = {
+        name: None for name, value in measured.items() if value is not None and not math.isfinite(value)
+    }
+    return replace(event, **lost) if lost else event
