@@ -150,6 +150,8 @@ def test_a_run_of_other_options_is_moved_aside(place: Path) -> None:
     assert changed.exit_code == 0, changed.output
     assert (place / "out" / "fedgmr-1.old1" / "run.jsonl").read_bytes() == first
     assert read_run(place / "out" / "fedgmr-1").header["config"]["patience"] == 9
+    other = CliRunner().invoke(main, ["bench", str(file), *options, "--list", "--set", "with.pause=0.0"])
+    assert other.output.split() == ["to", "run", "fedgmr-1"]  # another problem is another run
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(place: Path) -> None:

@@ -38,6 +38,8 @@ from fedgmr_plugin.runtimes.launch import KEYS, simulate
 
 #: An experiment as it runs, in the folder of its runs.
 DESCRIPTION = "experiment.json"
+#: What one run trains, in its own directory.
+PROBLEM = "problem.json"
 #: What of an experiment `--reduced` may replace.
 _REDUCIBLE = ("with", "train_args", "fedgmr_args", "methods", "seeds")
 
@@ -206,12 +208,13 @@ def run_name(method: str, seed: int) -> str:
 def train(experiment: Experiment, method: str, seed: int, folder: Path) -> None:
     """Carry out one run in this process, from its last checkpoint where it was interrupted.
 
-    A directory of a run of other options is moved aside.
+    A directory of a run of another problem or of other options is moved aside.
 
     Raises:
-        FedGMRError: everything that a run raises.
+        FedGMRError: everything that a run raises; GMR-604 if another process trains it.
     """
     name = run_name(method, seed)
+    run = folder / name
     dataset, model = problem_of(experiment)(seed, **experiment.arguments)
     options = {
         **experiment.options(method),
@@ -221,17 +224,33 @@ def train(experiment: Experiment, method: str, seed: int, folder: Path) -> None:
     }
 
     def go_on() -> None:
-        begun = (folder / name / LOG_NAME).exists()
-        with resume.resuming(folder / name) if begun else nullcontext():
+        begun = (run / LOG_NAME).exists()
+        run.mkdir(exist_ok=True)
+        (run / PROBLEM).write_text(_problem(experiment), encoding="utf-8")
+        with resume.resuming(run) if begun else nullcontext():
             simulate(dataset, model, options, seed, **experiment.train_args)
 
+    if (run / LOG_NAME).exists() and (resume.has_ended(run) or not _has_problem(run, experiment)):
+        move_aside(run)
     try:
         go_on()
     except RunLogError as error:
-        if error.code not in ("GMR-604", "GMR-605", "GMR-606"):
+        if error.code not in ("GMR-605", "GMR-606"):
             raise
-        move_aside(folder / name)
+        move_aside(run)
         go_on()
+
+
+def _problem(experiment: Experiment) -> str:
+    """What a run trains, which its own log does not tell."""
+    return json.dumps({"problem": experiment.problem, "with": experiment.arguments}, indent=1) + "\n"
+
+
+def _has_problem(run: Path, experiment: Experiment) -> bool:
+    try:
+        return json.loads((run / PROBLEM).read_text(encoding="utf-8")) == json.loads(_problem(experiment))
+    except (OSError, ValueError):
+        return False
 
 
 def move_aside(run: Path) -> Path:
@@ -243,9 +262,9 @@ def move_aside(run: Path) -> Path:
 
 
 def is_finished(experiment: Experiment, method: str, seed: int, folder: Path) -> bool:
-    """Whether `folder` has the run, to its end, with the options that the experiment has now."""
+    """Whether `folder` has the run, to its end, of the problem and options that the experiment has now."""
     run = folder / run_name(method, seed)
-    if not (run / LOG_NAME).exists() or not resume.has_ended(run):
+    if not (run / LOG_NAME).exists() or not resume.has_ended(run) or not _has_problem(run, experiment):
         return False
     with (run / LOG_NAME).open(encoding="utf-8") as log:
         header = json.loads(log.readline())
