@@ -269,7 +269,8 @@ def is_finished(experiment: Experiment, method: str, seed: int, folder: Path) ->
     with (run / LOG_NAME).open(encoding="utf-8") as log:
         header = json.loads(log.readline())
     wanted = experiment.config(method).model_dump(mode="json")
-    same = all(header["config"].get(k) == v for k, v in wanted.items() if k not in resume.FREE_OPTIONS)
+    found = {**FedGMRConfig().model_dump(mode="json"), **header["config"]}  # older logs lack newer options
+    same = all(found[key] == value for key, value in wanted.items() if key not in resume.FREE_OPTIONS)
     keys = {k: v for k, v in experiment.train_args.items() if k in header["fedml"]}
     return same and all(header["fedml"][k] == v for k, v in keys.items())
 
