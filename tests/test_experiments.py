@@ -17,6 +17,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from benchmarks.collect import collect, table
 from fedgmr_plugin.cli import main
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.protocol.runlog import read_run
@@ -99,6 +100,16 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
 
     norms = [read_run(run).records("dispatch")[0]["full_norm_sq"] for run in sorted(out.glob("*-*/"))]
     assert norms[0] == norms[2] != norms[1] == norms[3]  # weights follow the seed, not the method
+
+    figures = collect(out)
+    assert [(run["method"], run["seed"]) for run in figures["runs"]] == [
+        (method, seed) for method in ("fedgmr", "fedavg") for seed in (1, 2)
+    ]
+    for run in figures["runs"]:
+        evaluations = read_run(out / f"{run['method']}-{run['seed']}").records("evaluation")
+        assert run["accuracy"] == pytest.approx(sum(e["accuracy"] for e in evaluations[-2:]) / 2)
+    rows = table(json.loads(json.dumps(figures))).splitlines()
+    assert rows[2].startswith("| fedgmr | 2 |") and rows[3].startswith("| fedavg | 2 |")
 
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/run.jsonl")}
     again = CliRunner().invoke(main, ["bench", str(file), "-o", "out", "--list"])
