@@ -497,6 +497,27 @@ def test_probe_needs_the_built_in_trainer(tmp_path: Path) -> None:
 # -- planning ------------------------------------------------------------------------------------------------
 
 
+def test_the_plan_knows_decoupled_uploads(tmp_path: Path) -> None:
+    """Restored flights are shorter, as long as the run's own, and move the bytes that it says."""
+    options = {
+        **{"client_jitter": 0, "server_jitter": 0, "model_megabytes": 37.2, "upload": "decoupled"},
+        **{"trigger": "time", "interval": 1, "time_fractions": [0.1], "time_floors": [1.0]},
+    }
+    args = arguments(tmp_path, options, comm_round=40)
+    finished = run(args)
+    plan = plan_run(finished.simulation.config, fedml_keys(args), network())
+    usual = finished.simulation.config.model_copy(update={"upload": "full"})
+    slow = plan_run(usual, fedml_keys(args), network()).classes[-1].seconds[1.0]
+    last = plan.classes[-1]
+    planned = last.seconds[1.0]
+    assert planned is not None and slow is not None and planned < slow / 1.5
+    log = read_run(finished.directory)
+    began = {r["dispatch"]: r["time"] for r in log.records("dispatch")}
+    flown = [r for r in log.records("arrival") if r["client"] == last.clients[0] and r["density"] == 1.0]
+    assert [r["time"] - began[r["dispatch"]] for r in flown[:2]] == pytest.approx([planned] * 2, rel=0.2)
+    assert all(r["bytes_up"] < 37.2e6 / 2 for r in flown)
+
+
 def test_the_plan_agrees_with_the_run(tmp_path: Path) -> None:
     options = {"client_jitter": 0, "server_jitter": 0, "model_megabytes": 37.2, "trigger": "none"}
     args = arguments(tmp_path, options)

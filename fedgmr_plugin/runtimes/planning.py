@@ -14,6 +14,7 @@ from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.network import Transfer, VirtualNetwork, payload_megabytes
 from fedgmr_plugin.engine.sampling import choose_idle
+from fedgmr_plugin.engine.uplink import Uplink
 from fedgmr_plugin.kernels.layout import build_layout, validate
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
@@ -130,7 +131,8 @@ def plan_run(config: FedGMRConfig, keys: FedMLKeys, model: nn.Module) -> RunPlan
         prune_biases=config.prune_biases,
     )
     megabytes = setup.dense_megabytes(config, layout)
-    stage = _Stage(config, keys, ranking, layout.dtype, initial, megabytes)
+    uplink = Uplink(layout, initial, config.update_form) if config.upload == "decoupled" else None
+    stage = _Stage(config, keys, ranking, layout.dtype, initial, megabytes, uplink)
     at_start, *restored = [stage.rehearse([max(d, rung) for d in start]) for rung in (0.0, *rungs)]
     classes = []
     for d0 in sorted(set(initial), reverse=True):
@@ -178,6 +180,7 @@ class _Stage:
     dtype: torch.dtype
     initial: tuple[float, ...]
     megabytes: float
+    uplink: Uplink | None = None
 
     def moves(self, density: float) -> Transfer:
         """MB of a client's first dispatch at `density` and of its answer."""
@@ -217,12 +220,14 @@ class _Stage:
         return MessageSizes(PAYLOAD_TYPES[self.config.payload_dtype])
 
     def _transfer(self, sizes: MessageSizes, client: int, dispatch: int, density: float) -> Transfer:
+        rung = self.ranking.rung(density)
+        values_S = torch.empty(self.ranking.ends[rung], dtype=self.dtype, device="meta")
+        sent = Dispatch(dispatch, client, 0, 0, density, self.ranking, rung, values_S, 1.0)
         if self.config.payload_rule == "encoded":
-            rung = self.ranking.rung(density)
-            values_S = torch.empty(self.ranking.ends[rung], dtype=self.dtype, device="meta")
-            return sizes(Dispatch(dispatch, client, 0, 0, density, self.ranking, rung, values_S, 1.0))
+            return sizes(sent)
         size = payload_megabytes(self.config, self.megabytes, density, self._share(density))
-        return Transfer(size, size)
+        up = size if self.uplink is None else min(size, self.megabytes * self.uplink.share(sent))
+        return Transfer(size, up)
 
     def _share(self, density: float) -> float:
         return self.ranking.ends[self.ranking.rung(density)] / self.ranking.rung_D.numel()
