@@ -54,6 +54,21 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
+#: Files of minutes. They come first, so that no process is left with one of them at the end.
+_LONG = (
+    "test_ranks.py",
+    "test_methods.py",
+    "test_fedml_pickle.py",
+    "test_experiments.py",
+    "test_device_processes.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first, else the order of collection."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the source tree."""
