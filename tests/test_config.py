@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedgmr_plugin.config import ConfigRefused, FedGMRConfig, effective, json_schema, parse
 from fedgmr_plugin.errors import CATALOGUE, ConfigError
+from fedgmr_plugin.methods import options_of
 
 WHERE = "fedml_config.yaml: fedgmr_args"
 PROPERTIES = json_schema()["properties"]
@@ -286,11 +287,20 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
     if section.get("payload_rule") == "encoded":
         section["model_megabytes"] = None
     if section.get("probe"):
-        section["payload_dtype"] = "model"
+        section |= {"payload_dtype": "model", "upload": "full"}
+        section |= {"local_objective": "plain", "proximal": 0.0, "label_masks": False}
     if section.get("device_submodel", "wire") != "wire":
         section |= {"device_authentication": "off", "payload_dtype": "model"}
     if section.get("device_submodel") == "width":
-        section["score"] = "width"
+        section |= {"score": "width", "local_objective": "plain"}
+    given_ = {**options_of(section.get("method", "fedgmr")), **section}
+    objective = given_.get("local_objective", "plain")
+    if objective == "straight_through":
+        section["score"] = "magnitude"
+    if objective != "plain":
+        section["dense_start"] = False
+    if section.get("payload_rule") == "encoded":
+        section["upload"] = "full"
     if section.get("bandwidth_traces") is None:
         section["trace_family"] = None
     if section.get("run_name") is not None:

@@ -135,7 +135,14 @@ def test_interrupted_it_goes_on_to_the_same_bits(place: Path) -> None:
         "--seeds",
         "1",
     ]
-    process = subprocess.Popen([*command, "-o", "cut"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "-o", "cut"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where tests run in the background
+    )
     checkpoints = place / "cut" / "fedgmr-1" / "checkpoints"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("*")) and process.poll() is None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -277,6 +278,9 @@ def is_finished(experiment: Experiment, method: str, seed: int, folder: Path) ->
 
 def main(folder: str, method: str, seed: str) -> None:
     """One run of the experiment that is described in `folder`."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where a shell began it in the background
     text = (Path(folder) / DESCRIPTION).read_text(encoding="utf-8")
     train(Experiment.model_validate_json(text), method, int(seed), Path(folder))
 
