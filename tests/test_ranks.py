@@ -201,11 +201,7 @@ class Job:
         return [{k: v for k, v in r.items() if k != "wall_seconds"} for r in records]
 
 
-ROOT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_odls_base_sigkill_timeout": "20",  # from SIGTERM to SIGKILL, seconds: machines may be busy
-}
+ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 PYTHON = [sys.executable, "-m", "fedgmr_plugin"]
 
 
@@ -438,7 +434,8 @@ def test_a_killed_rank_ends_the_job_and_others_continue_it(
 def test_an_interrupt_leaves_a_run_that_can_be_continued(reference: Job, backend: str) -> None:
     name = f"interrupted-{backend}"
     reference.configure(backend, run_name=name)
-    process = reference.start(launcher(backend, 2), TROUBLE="stop 1 40")
+    patient = {"OMPI_MCA_odls_base_sigkill_timeout": "20"}  # seconds to SIGKILL: the machine may be busy
+    process = reference.start(launcher(backend, 2), TROUBLE="stop 1 40", **patient)
     run = reference.folder / "fedgmr_runs" / name
     deadline = time.monotonic() + LOST
     while not list(run.glob("checkpoints/*.safetensors")):

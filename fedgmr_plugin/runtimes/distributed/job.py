@@ -42,9 +42,7 @@ _HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 #: Options that say how a run is written down: those of `fedgmr_args` that FedML's FedAvg takes here too.
 RECORDING = frozenset({"run_name", "output_dir", "progress", "checkpoint_seconds"})
 #: Seconds that other ranks leave to rank 0 to say what all of them would say.
-_COURTESY = 10.0
-#: Seconds that threads have to end with their process.
-_FAREWELL = 2.0
+_COURTESY = 2.0
 
 _unfinished: list[str] = []
 _rehearsing: list[bool] = []
@@ -284,7 +282,7 @@ def _at_exit() -> None:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         for thread in waiting:  # one that torch wakes later, in an interpreter that is gone, would abort it
-            thread.join(_FAREWELL)
+            thread.join(_COURTESY)
     elif _unfinished:
         if not _status and not hasattr(sys, "last_value"):  # nothing else was said
             click.echo(f"rank {rank()} ends before its run has ended, and the job with it", err=True)
