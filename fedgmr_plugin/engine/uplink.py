@@ -71,8 +71,13 @@ class Uplink:
         return (size - prunable + most) / total + bits / (8 * self._layout.dtype.itemsize * total)
 
     def thin(self, sent: Dispatch, values_S: Tensor) -> Thinned:
-        """What of a trained update is sent now; the rest is remembered."""
+        """What of a trained update is sent now; the rest is remembered.
+
+        An update that is not finite, which the server refuses, is sent as it is: nothing of it is remembered.
+        """
         prunable, most = self._counts(sent)
+        if not bool(values_S.isfinite().all()):
+            return Thinned(values_S, None)
         if most >= prunable and sent.client not in self.residual:
             return Thinned(values_S, None)
         index_S = sent.ranking.support(sent.rung)
