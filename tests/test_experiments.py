@@ -81,7 +81,7 @@ def written(place: Path, **changes: Any) -> Path:
 
 
 def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
-    file = written(place)
+    file = written(place, notes="The rate is < 1, by guess.")
     result = CliRunner().invoke(main, ["bench", str(file), "--jobs", "2", "-o", "out"])
     assert result.exit_code == 0, result.output
     out = place / "out"
@@ -95,7 +95,13 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
             assert [e["time"] for e in log.records("evaluation")] == due and len(due) > 3
     lines = [line for line in result.output.splitlines() if "±" in line]
     assert [line.split()[0] for line in lines] == ["fedgmr", "fedavg"]
-    assert "points" in (out / "report.html").read_text() and "fedavg" in (out / "table.csv").read_text()
+    page = (out / "report.html").read_text()
+    assert "120 virtual seconds planned" in page and "windows planned" not in page
+    assert (
+        "points" in page
+        and "The rate is &lt; 1, by guess." in page
+        and "fedavg" in (out / "table.csv").read_text()
+    )
     assert r"\toprule" in (out / "table.tex").read_text()
 
     norms = [read_run(run).records("dispatch")[0]["full_norm_sq"] for run in sorted(out.glob("*-*/"))]

@@ -382,7 +382,7 @@ def test_fiarse_differentiates_the_threshold() -> None:
 
 
 def largest(weights: Weights, density: float) -> Weights:
-    """Masks of the ``int(density * P)`` largest weights of the hidden layers, and of the rows that have any."""
+    """Masks of the ``int(density * P)`` largest weights before the last layer, and of rows that have any."""
     sizes = torch.cat([w.abs().flatten() for w, _ in weights[:-1]])
     kept = torch.zeros(len(sizes), dtype=torch.bool)
     kept[sizes.argsort(descending=True, stable=True)[: int(density * len(sizes))]] = True
@@ -401,7 +401,11 @@ def test_fiarse_by_whole_rounds(tmp_path: Path, skewed: Data) -> None:
         holders = [[torch.zeros_like(t) for t in pair] for pair in weights]
         for walker, density in zip(walkers, DENSITIES, strict=True):
             masks = largest(weights, density)
-            own = [t * m for pair, kept in zip(weights, masks, strict=True) for t, m in zip(pair, kept, strict=True)]
+            own = [
+                t * m
+                for pair, kept in zip(weights, masks, strict=True)
+                for t, m in zip(pair, kept, strict=True)
+            ]
             flat = [m for kept in masks for m in kept]
             hidden = range(0, len(own) - 2, 2)  # places of the weights that are pruned
             theta = min(float(own[k].abs()[flat[k]].min()) for k in hidden if flat[k].any())
