@@ -427,6 +427,25 @@ def test_fiarse_by_whole_rounds(tmp_path: Path, skewed: Data) -> None:
     assert distance(weights_of(model), weights) < 5e-6
 
 
+def test_decoupled_uploads_cost_what_they_send(tmp_path: Path) -> None:
+    """Bytes of every upload: its values, the names of those that were chosen, and no more than the whole."""
+    initial, model = [1.0, 0.5, 0.2, 0.1], perceptron()
+    options = {"method": "fedgmr", "upload": "decoupled", "trigger": "time", "interval": 5}
+    _, log = trained(tmp_path, iid(), 60, densities=initial, **options)
+    layout, dispatches = build_layout(model), {d["dispatch"]: d for d in log.records("dispatch")}
+    thinned = 0
+    for arrival in log.records("arrival"):
+        sent = dispatches[arrival["dispatch"]]
+        held = int(sent["density"] * layout.prunable)
+        chosen = min(held, int(initial[arrival["client"]] * layout.prunable))
+        values = sent["support"] - held + chosen
+        share = (values + math.log2(math.comb(held, chosen)) / 32) / layout.size
+        assert math.isclose(arrival["bytes_up"], 26e6 * min(sent["density"], share), rel_tol=1e-9)
+        assert math.isclose(sent["bytes_down"], 26e6 * sent["density"], rel_tol=1e-9)
+        thinned += chosen < held
+    assert thinned > 3
+
+
 # -- what all of them must do --------------------------------------------------------------------------------
 
 ALL = pytest.mark.parametrize("method", list(METHODS))
