@@ -23,6 +23,7 @@ from fedgmr_plugin.engine.objectives import Context, threshold
 from fedgmr_plugin.engine.restricted import known_classes
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_simulation, snapshot_simulation
+from fedgmr_plugin.engine.workbench import Clients
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels import build_layout
 from fedgmr_plugin.kernels.width import rank_widths, widths
@@ -31,7 +32,7 @@ from fedgmr_plugin.protocol.runlog import RunLog, read_run
 from fedgmr_plugin.runtimes.launch import KEYS, simulate
 from fedgmr_plugin.runtimes.registration import register
 from fedgmr_plugin.runtimes.run import Run, assemble
-from fedgmr_plugin.runtimes.setup import prepare
+from fedgmr_plugin.runtimes.setup import _classes_of, prepare
 from theory.cli import main as theory
 
 SIZES = (6, 9, 7, 4)
@@ -427,10 +428,12 @@ def test_fiarse_by_whole_rounds(tmp_path: Path, skewed: Data) -> None:
     assert distance(weights_of(model), weights) < 5e-6
 
 
-def test_decoupled_uploads_cost_what_they_send(tmp_path: Path) -> None:
-    """Bytes of every upload: its values, the names of those that were chosen, and no more than the whole."""
+@pytest.mark.parametrize("rule", ["density", "support"])
+def test_decoupled_uploads_cost_what_they_send(tmp_path: Path, rule: str) -> None:
+    """Bytes of every upload: its values, priced as downloads are, and the names of those that were chosen."""
     initial, model = [1.0, 0.5, 0.2, 0.1], perceptron()
     options = {"method": "fedgmr", "upload": "decoupled", "trigger": "time", "interval": 5}
+    options["payload_rule"] = rule
     _, log = trained(tmp_path, iid(), 60, densities=initial, **options)
     layout, dispatches = build_layout(model), {d["dispatch"]: d for d in log.records("dispatch")}
     thinned = 0
@@ -438,10 +441,13 @@ def test_decoupled_uploads_cost_what_they_send(tmp_path: Path) -> None:
         sent = dispatches[arrival["dispatch"]]
         held = int(sent["density"] * layout.prunable)
         chosen = min(held, int(initial[arrival["client"]] * layout.prunable))
-        values = sent["support"] - held + chosen
-        share = (values + math.log2(math.comb(held, chosen)) / 32) / layout.size
-        assert math.isclose(arrival["bytes_up"], 26e6 * min(sent["density"], share), rel_tol=1e-9)
-        assert math.isclose(sent["bytes_down"], 26e6 * sent["density"], rel_tol=1e-9)
+        whole = sent["density"] if rule == "density" else sent["support"] / layout.size
+        values = (sent["support"] - held + chosen) / layout.size
+        if rule == "density":
+            values = min(sent["density"], initial[arrival["client"]])
+        names = math.log2(math.comb(held, chosen)) / 32 / layout.size
+        assert math.isclose(arrival["bytes_up"], 26e6 * min(whole, values + names), rel_tol=1e-9)
+        assert math.isclose(sent["bytes_down"], 26e6 * whole, rel_tol=1e-9)
         thinned += chosen < held
     assert thinned > 3
 
@@ -576,6 +582,12 @@ def test_label_masks_need_an_output_for_each_class(tmp_path: Path) -> None:
     keys = {"client_num_in_total": CLIENTS, "client_num_per_round": CLIENTS, "comm_round": 2}
     with pytest.raises(ConfigError, match="GMR-106.*an output for each class, but 4 has 4 for class_num=9"):
         simulate(dataset, perceptron(), {"method": "heterofl", "output_dir": str(tmp_path)}, 0, **keys)
+
+
+def test_classes_are_those_that_a_client_trains_on() -> None:
+    clients = Clients(lambda n: TensorSamples(torch.zeros(10, 1), torch.arange(10)), 0.2, 0, 1)
+    known = _classes_of(clients, SimpleNamespace(classes=10))(0)  # type: ignore[arg-type]
+    assert known.nonzero().flatten().tolist() == clients.train(0).take(np.arange(8))[1].tolist()
 
 
 def test_targets_below_0_are_no_classes() -> None:
