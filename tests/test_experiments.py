@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -103,6 +104,17 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
         and "fedavg" in (out / "table.csv").read_text()
     )
     assert r"\toprule" in (out / "table.tex").read_text()
+
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert [(row["group"], row["evaluations"], row["against"]) for row in rows] == [
+        ("fedgmr", "2", "fedavg"),
+        ("fedavg", "2", ""),
+    ]
+    ends_of = [
+        [e["accuracy"] for e in read_run(out / f"fedavg-{n}").records("evaluation")][-2:] for n in (1, 2)
+    ]
+    assert float(rows[1]["accuracy_mean"]) == pytest.approx(sum(map(sum, ends_of)) / 4)
+    assert "means of the last 2 evaluations" in page and "(as asked for)" in page
 
     norms = [read_run(run).records("dispatch")[0]["full_norm_sq"] for run in sorted(out.glob("*-*/"))]
     assert norms[0] == norms[2] != norms[1] == norms[3]  # weights follow the seed, not the method

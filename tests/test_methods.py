@@ -477,6 +477,17 @@ def test_options_of_a_method(method: str) -> None:
     assert (changed.interval, changed.staleness) == (7, "hinge")
 
 
+@pytest.mark.parametrize("family", ["heterofl", "fjord", "fedrolex", "fiarse"])
+def test_forms_of_the_sub_model_methods(family: str) -> None:
+    """What the methods page says of the three forms."""
+    wanted = {"": ("sync", "arrivals", False, "none"), "+aux": ("async", "buffer", True, "none"),
+              "+gmr": ("async", "buffer", True, "plateau")}  # fmt: skip
+    for form, expected in wanted.items():
+        c = parse({"method": family + form}, where="here")
+        assert (c.schedule, c.update_scope, c.incremental_splitting, c.trigger) == expected
+        assert (c.update_form, c.staleness, c.layer_floor) == ("replacement", "constant", 0.0)
+
+
 @CASES
 def test_a_method_learns_and_its_log_holds(
     tmp_path: Path, method: str, extra: dict[str, Any], capsys: Any
