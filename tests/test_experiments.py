@@ -175,6 +175,17 @@ def test_a_run_of_other_options_is_moved_aside(place: Path) -> None:
     assert other.output.split() == ["to", "run", "fedgmr-1"]  # another problem is another run
 
 
+def test_an_interrupted_run_of_another_problem_is_not_gone_on_with(place: Path) -> None:
+    file, options = written(place), ["--reduced", "--methods", "fedavg", "-o", "out"]
+    assert CliRunner().invoke(main, ["bench", str(file), *options]).exit_code == 0
+    log = place / "out" / "fedavg-1" / "run.jsonl"
+    cut = b"".join(log.read_bytes().splitlines(keepends=True)[:-3])
+    log.write_bytes(cut)
+    other = CliRunner().invoke(main, ["bench", str(file), *options, "--set", "with.pause=0.0"])
+    assert other.exit_code == 0, other.output
+    assert (place / "out" / "fedavg-1.old1" / "run.jsonl").read_bytes() == cut
+
+
 def test_what_is_finished_depends_on_keys_that_are_left_out_too(place: Path) -> None:
     file, options = written(place), ["--reduced", "--methods", "fedavg", "-o", "out"]
     other = ["--set", "train_args.weight_decay=0.1"]

@@ -232,6 +232,8 @@ def test_asynchronous_methods_against_their_rules(tmp_path: Path, skewed: Data, 
     versions = [weights_of(perceptron())]
     arrivals = log.records("arrival")
     assert max(a["staleness"] for a in arrivals) >= 1
+    closed = [max(a["time"] for a in arrivals if a["window"] == t) for t in range(windows)]
+    assert closed == sorted(closed)  # who came first is merged first
     for t in range(windows):
         now, here = versions[-1], [a for a in arrivals if a["window"] == t]
         assert len(here) == size
