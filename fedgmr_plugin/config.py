@@ -448,9 +448,17 @@ class FedGMRConfig(BaseModel):
                 f"GMR-106|local_objective|local_objective={self.local_objective} is about sub-models, but "
                 "dense_start=true gives everybody the whole model"
             )
-        if self.upload == "decoupled" and (self.payload_rule == "encoded" or self.probe):
-            other = "probe=true" if self.probe else "payload_rule=encoded"
-            problems.append(f"GMR-106|upload|upload=decoupled cannot be combined with {other}")
+        if self.upload == "decoupled":
+            others = {
+                "probe=true": self.probe,
+                "payload_rule=encoded": self.payload_rule == "encoded",
+                f"payload_dtype={self.payload_dtype}": self.payload_dtype != "model",
+            }
+            problems += [
+                f"GMR-106|upload|upload=decoupled cannot be combined with {other}"
+                for other, is_asked in others.items()
+                if is_asked
+            ]
         if self.payload_rule == "encoded" and self.model_megabytes is not None:
             problems.append(
                 f"GMR-106|model_megabytes|model_megabytes={self.model_megabytes} has no meaning with "

@@ -89,6 +89,18 @@ def test_a_sub_model_that_the_link_carries_goes_as_it_is() -> None:
     assert not uplink.residual
 
 
+def test_an_update_that_is_refused_leaves_nothing_behind() -> None:
+    layout, w_D, ranking = setting()
+    uplink = Uplink(layout, [0.1], "delta")
+    sent = dispatch(layout, w_D, ranking, 2)
+    uplink.thin(sent, torch.randn(len(sent.values_S), generator=torch.Generator().manual_seed(3)))
+    before_D = uplink.residual[0].clone()
+    diverged = uplink.thin(sent, torch.full_like(sent.values_S, math.nan))
+    assert not diverged.values_S.isfinite().any()
+    assert torch.equal(uplink.residual[0], before_D)
+    assert uplink.thin(sent, torch.zeros_like(sent.values_S)).values_S.isfinite().all()
+
+
 def test_size_counts_values_and_the_names_of_their_coordinates() -> None:
     layout, w_D, ranking = setting()
     uplink = Uplink(layout, [0.1], "delta")
@@ -135,6 +147,6 @@ def test_options() -> None:
     from fedgmr_plugin.errors import ConfigError
 
     assert parse({"upload": "decoupled"}, where="here").upload == "decoupled"
-    for other in ({"probe": True}, {"payload_rule": "encoded"}):
+    for other in ({"probe": True}, {"payload_rule": "encoded"}, {"payload_dtype": "bfloat16"}):
         with pytest.raises(ConfigError, match="upload=decoupled cannot be combined with"):
             parse({"upload": "decoupled", **other}, where="here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes.campaign import Campaign, Status
 from fedgmr_plugin.runtimes.experiment import Experiment, load
+from fedgmr_plugin.runtimes.resume import locked
 
 #: A problem of the user's own, as a module beside the experiment.
 PROBLEM = """
@@ -81,7 +83,7 @@ def written(place: Path, **changes: Any) -> Path:
 
 
 def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
-    file = written(place)
+    file = written(place, notes="The rate is < 1, by guess.")
     result = CliRunner().invoke(main, ["bench", str(file), "--jobs", "2", "-o", "out"])
     assert result.exit_code == 0, result.output
     out = place / "out"
@@ -95,8 +97,25 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
             assert [e["time"] for e in log.records("evaluation")] == due and len(due) > 3
     lines = [line for line in result.output.splitlines() if "±" in line]
     assert [line.split()[0] for line in lines] == ["fedgmr", "fedavg"]
-    assert "points" in (out / "report.html").read_text() and "fedavg" in (out / "table.csv").read_text()
+    page = (out / "report.html").read_text()
+    assert "120 virtual seconds planned" in page and "windows planned" not in page
+    assert (
+        "points" in page
+        and "The rate is &lt; 1, by guess." in page
+        and "fedavg" in (out / "table.csv").read_text()
+    )
     assert r"\toprule" in (out / "table.tex").read_text()
+
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert [(row["group"], row["evaluations"], row["against"]) for row in rows] == [
+        ("fedgmr", "2", "fedavg"),
+        ("fedavg", "2", ""),
+    ]
+    ends_of = [
+        [e["accuracy"] for e in read_run(out / f"fedavg-{n}").records("evaluation")][-2:] for n in (1, 2)
+    ]
+    assert float(rows[1]["accuracy_mean"]) == pytest.approx(sum(map(sum, ends_of)) / 4)
+    assert "means of the last 2 evaluations" in page and "(as asked for)" in page
 
     norms = [read_run(run).records("dispatch")[0]["full_norm_sq"] for run in sorted(out.glob("*-*/"))]
     assert norms[0] == norms[2] != norms[1] == norms[3]  # weights follow the seed, not the method
@@ -118,7 +137,8 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
     assert again.exit_code == 0 and {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_interrupted_it_goes_on_to_the_same_bits(place: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_goes_on_to_the_same_bits(place: Path, how: signal.Signals) -> None:
     slow = {
         "with": {"clients": 4, "pause": 0.02},
         "fedgmr_args": {**CONTENT["fedgmr_args"], "time_budget": 200.0, "checkpoint_seconds": 0.0},
@@ -148,10 +168,11 @@ def test_interrupted_it_goes_on_to_the_same_bits(place: Path) -> None:
     while not list(checkpoints.glob("*")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in said
-    assert read_run(place / "cut" / "fedgmr-1").end is None
+    with locked(place / "cut" / "fedgmr-1"):  # nobody trains it any more
+        assert read_run(place / "cut" / "fedgmr-1").end is None
     for folder in ("cut", "whole"):
         subprocess.run([*command, "-o", folder], check=True, capture_output=True, timeout=300)
     ends = [read_run(place / folder / "fedgmr-1").end for folder in ("cut", "whole")]
@@ -170,6 +191,33 @@ def test_a_run_of_other_options_is_moved_aside(place: Path) -> None:
     assert read_run(place / "out" / "fedgmr-1").header["config"]["patience"] == 9
     other = CliRunner().invoke(main, ["bench", str(file), *options, "--list", "--set", "with.pause=0.0"])
     assert other.output.split() == ["to", "run", "fedgmr-1"]  # another problem is another run
+
+
+def test_an_interrupted_run_of_another_problem_is_not_gone_on_with(place: Path) -> None:
+    file, options = written(place), ["--reduced", "--methods", "fedavg", "-o", "out"]
+    assert CliRunner().invoke(main, ["bench", str(file), *options]).exit_code == 0
+    log = place / "out" / "fedavg-1" / "run.jsonl"
+    cut = b"".join(log.read_bytes().splitlines(keepends=True)[:-3])
+    log.write_bytes(cut)
+    other = CliRunner().invoke(main, ["bench", str(file), *options, "--set", "with.pause=0.0"])
+    assert other.exit_code == 0, other.output
+    assert (place / "out" / "fedavg-1.old1" / "run.jsonl").read_bytes() == cut
+
+
+def test_what_is_finished_depends_on_keys_that_are_left_out_too(place: Path) -> None:
+    file, options = written(place), ["--reduced", "--methods", "fedavg", "-o", "out"]
+    other = ["--set", "train_args.weight_decay=0.1"]
+    assert CliRunner().invoke(main, ["bench", str(file), *options, *other]).exit_code == 0
+    listed = CliRunner().invoke(main, ["bench", str(file), *options, "--list"])
+    assert listed.output.split() == ["to", "run", "fedavg-1"]
+    listed = CliRunner().invoke(main, ["bench", str(file), *options, *other, "--list"])
+    assert listed.output.split() == ["finished", "fedavg-1"]
+
+
+def test_what_is_named_twice_runs_once(place: Path) -> None:
+    options = ["--methods", "fedavg,fedavg", "--seeds", "1,2,1", "--list"]
+    listed = CliRunner().invoke(main, ["bench", str(written(place)), *options])
+    assert listed.output.split("\n")[:-1] == ["to run    fedavg-1", "to run    fedavg-2"]
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(place: Path) -> None:
@@ -198,6 +246,8 @@ def test_progress_is_read_from_the_logs(place: Path) -> None:
         ({"methods": {"a": {"method": "fedavgg"}}}, r"GMR-103.*methods.a"),
         ({"methods": {"a": {"patience": "x"}, "b": {"interval": 0}}}, r"GMR-100 2 problems"),
         ({"train_args": {"batchsize": 3}}, "GMR-101 batchsize is not a key of train_args"),
+        ({"train_args": {"learning_rate": "fast"}}, "GMR-102 learning_rate='fast' is not a number"),
+        ({"methods": {"a/b": {"method": "fedavg"}}}, "GMR-104 run_name='a/b-1' is no name"),
         ({"fedgmr_args": {}}, "GMR-107 neither time_budget nor comm_round"),
         ({"against": "fedprox", "methods": {"fedavg": {"method": "fedavg"}}}, "GMR-103 against=fedprox"),
         ({"problem": "nowhere:build"}, "GMR-113 problem=nowhere:build cannot be imported"),

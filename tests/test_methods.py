@@ -18,9 +18,12 @@ from torch.nn import functional as F
 
 from fedgmr_plugin.config import FedGMRConfig, effective, parse
 from fedgmr_plugin.datasets import fedml_dataset
-from fedgmr_plugin.engine.client import BuiltinTrainer, parameter_masks
+from fedgmr_plugin.engine.client import BuiltinTrainer, TensorSamples, parameter_masks
 from fedgmr_plugin.engine.objectives import Context, threshold
+from fedgmr_plugin.engine.restricted import known_classes
+from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_simulation, snapshot_simulation
+from fedgmr_plugin.engine.workbench import Clients
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels import build_layout
 from fedgmr_plugin.kernels.width import rank_widths, widths
@@ -29,7 +32,7 @@ from fedgmr_plugin.protocol.runlog import RunLog, read_run
 from fedgmr_plugin.runtimes.launch import KEYS, simulate
 from fedgmr_plugin.runtimes.registration import register
 from fedgmr_plugin.runtimes.run import Run, assemble
-from fedgmr_plugin.runtimes.setup import prepare
+from fedgmr_plugin.runtimes.setup import _classes_of, prepare
 from theory.cli import main as theory
 
 SIZES = (6, 9, 7, 4)
@@ -223,12 +226,15 @@ def test_asynchronous_methods_against_their_rules(tmp_path: Path, skewed: Data, 
     """The log says who arrived when; the models are computed again from the papers' formulas."""
     alpha, mu, size = (0.6, 0.005, 1) if method == "fedasync" else (1.0, 0.0, 3)
     windows = 40
-    model, log = trained(tmp_path, skewed, windows, method=method, densities=[1.0, 0.7, 0.4, 0.1])
+    options = {"method": method, "densities": [0.7, 1.0, 0.4, 0.1], "aggregation_seconds": 8.0}
+    model, log = trained(tmp_path, skewed, windows, **options)  # several arrive while the server is busy
     x, y, parts = skewed
     walkers = [Walker(x[p], y[p]) for p in parts]
     versions = [weights_of(perceptron())]
     arrivals = log.records("arrival")
     assert max(a["staleness"] for a in arrivals) >= 1
+    closed = [max(a["time"] for a in arrivals if a["window"] == t) for t in range(windows)]
+    assert closed == sorted(closed)  # who came first is merged first
     for t in range(windows):
         now, here = versions[-1], [a for a in arrivals if a["window"] == t]
         assert len(here) == size
@@ -294,6 +300,38 @@ def test_fjord_trains_the_slice_that_each_step_draws() -> None:
     assert len(own[1]) < SIZES[1]
 
 
+LADDER = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def test_fjord_draws_from_the_ladder_up_to_the_clients_own(tmp_path: Path, skewed: Data) -> None:
+    """Whole rounds: the densities of other clients, such as .3 here, are no widths of a client at .5."""
+    model, _ = trained(tmp_path, skewed, 10, method="fjord", densities=list(DENSITIES))
+    fresh = perceptron()
+    layout, weights = build_layout(fresh), weights_of(fresh)
+    known = sorted({*LADDER, *DENSITIES})
+    share = {d: float(w) for d, w in zip(known, widths(fresh, layout, known), strict=True)}
+    x, y, parts = skewed
+    walkers = [Walker(x[p], y[p]) for p in parts]
+    for count in range(10):
+        uploads = []
+        for client, (walker, density) in enumerate(zip(walkers, DENSITIES, strict=True)):
+            choices = [units_of(share[d], 0) for d in LADDER if d < density] + [units_of(share[density], 0)]
+            own = [(w.clone(), b.clone()) for w, b in weights]
+            with isolated_rng(derive(0, "training", client, count)):
+                for at, labels in walker.batches():
+                    units = choices[int(torch.randint(len(choices), ()))]
+                    leaves = [t.requires_grad_() for pair in cut(own, units) for t in pair]
+                    seen = list(zip(leaves[::2], leaves[1::2], strict=True))
+                    grads = torch.autograd.grad(F.cross_entropy(forward(at, seen), labels), leaves)
+                    for layer, (inputs, outputs) in enumerate(pairwise(units)):
+                        own[layer][0][np.ix_(outputs, inputs)] -= RATE * grads[2 * layer]
+                        own[layer][1][outputs] -= RATE * grads[2 * layer + 1]
+            units = choices[-1]
+            uploads.append((cut(own, units), units, units))
+        weights = mean_of_holders(weights, uploads)
+    assert distance(weights_of(model), weights) < 2e-6
+
+
 class Surrogate(torch.autograd.Function):
     """|w| >= theta, whose derivative by |w| is 2 theta / (|w| + theta)^2 on what is kept."""
 
@@ -347,6 +385,76 @@ def test_fiarse_differentiates_the_threshold() -> None:
     assert distance(weights_of(model), weights) < 2e-6
 
 
+def largest(weights: Weights, density: float) -> Weights:
+    """Masks of the ``int(density * P)`` largest weights before the last layer, and of rows that have any."""
+    sizes = torch.cat([w.abs().flatten() for w, _ in weights[:-1]])
+    kept = torch.zeros(len(sizes), dtype=torch.bool)
+    kept[sizes.argsort(descending=True, stable=True)[: int(density * len(sizes))]] = True
+    parts = kept.split([w.numel() for w, _ in weights[:-1]])
+    masks = [part.view(w.shape) for part, (w, _) in zip(parts, weights[:-1], strict=True)]
+    return [(m, m.any(1)) for m in masks] + [tuple(torch.ones_like(t, dtype=torch.bool) for t in weights[-1])]  # type: ignore[misc]
+
+
+def test_fiarse_by_whole_rounds(tmp_path: Path, skewed: Data) -> None:
+    """Masks of each round's model, theta of each sub-model, the mean over its holders."""
+    model, _ = trained(tmp_path, skewed, 10, method="fiarse", densities=list(DENSITIES))
+    x, y, parts = skewed
+    weights, walkers = weights_of(perceptron()), [Walker(x[p], y[p]) for p in parts]
+    for _ in range(10):
+        total = [[torch.zeros_like(t) for t in pair] for pair in weights]
+        holders = [[torch.zeros_like(t) for t in pair] for pair in weights]
+        for walker, density in zip(walkers, DENSITIES, strict=True):
+            masks = largest(weights, density)
+            own = [
+                t * m
+                for pair, kept in zip(weights, masks, strict=True)
+                for t, m in zip(pair, kept, strict=True)
+            ]
+            flat = [m for kept in masks for m in kept]
+            hidden = range(0, len(own) - 2, 2)  # places of the weights that are pruned
+            theta = min(float(own[k].abs()[flat[k]].min()) for k in hidden if flat[k].any())
+            for at, labels in walker.batches():
+                leaves = [t.clone().requires_grad_() for t in own]
+                seen = list(leaves)
+                for k in hidden:
+                    seen[k] = leaves[k] * Surrogate.apply(leaves[k].abs(), torch.tensor(theta))
+                scores = forward(at, list(zip(seen[::2], seen[1::2], strict=True)))
+                grads = torch.autograd.grad(F.cross_entropy(scores, labels), leaves)
+                own = [(t - RATE * g * m).detach() for t, g, m in zip(leaves, grads, flat, strict=True)]
+            for k, (t, m) in enumerate(zip(own, flat, strict=True)):
+                total[k // 2][k % 2] += t * m
+                holders[k // 2][k % 2] += m
+        weights = [
+            tuple(torch.where(n > 0, t / n.clamp_min(1), w) for w, t, n in zip(*three, strict=True))  # type: ignore[misc]
+            for three in zip(weights, total, holders, strict=True)
+        ]
+    assert distance(weights_of(model), weights) < 5e-6
+
+
+@pytest.mark.parametrize("rule", ["density", "support"])
+def test_decoupled_uploads_cost_what_they_send(tmp_path: Path, rule: str) -> None:
+    """Bytes of every upload: its values, priced as downloads are, and the names of those that were chosen."""
+    initial, model = [1.0, 0.5, 0.2, 0.1], perceptron()
+    options = {"method": "fedgmr", "upload": "decoupled", "trigger": "time", "interval": 5}
+    options["payload_rule"] = rule
+    _, log = trained(tmp_path, iid(), 60, densities=initial, **options)
+    layout, dispatches = build_layout(model), {d["dispatch"]: d for d in log.records("dispatch")}
+    thinned = 0
+    for arrival in log.records("arrival"):
+        sent = dispatches[arrival["dispatch"]]
+        held = int(sent["density"] * layout.prunable)
+        chosen = min(held, int(initial[arrival["client"]] * layout.prunable))
+        whole = sent["density"] if rule == "density" else sent["support"] / layout.size
+        values = (sent["support"] - held + chosen) / layout.size
+        if rule == "density":
+            values = min(sent["density"], initial[arrival["client"]])
+        names = math.log2(math.comb(held, chosen)) / 32 / layout.size
+        assert math.isclose(arrival["bytes_up"], 26e6 * min(whole, values + names), rel_tol=1e-9)
+        assert math.isclose(sent["bytes_down"], 26e6 * whole, rel_tol=1e-9)
+        thinned += chosen < held
+    assert thinned > 3
+
+
 # -- what all of them must do --------------------------------------------------------------------------------
 
 ALL = pytest.mark.parametrize("method", list(METHODS))
@@ -370,6 +478,17 @@ def test_options_of_a_method(method: str) -> None:
         assert getattr(config, key) == value
     changed = parse({"method": method, "interval": 7, "staleness": "hinge"}, where="here")
     assert (changed.interval, changed.staleness) == (7, "hinge")
+
+
+@pytest.mark.parametrize("family", ["heterofl", "fjord", "fedrolex", "fiarse"])
+def test_forms_of_the_sub_model_methods(family: str) -> None:
+    """What the methods page says of the three forms."""
+    wanted = {"": ("sync", "arrivals", False, "none"), "+aux": ("async", "buffer", True, "none"),
+              "+gmr": ("async", "buffer", True, "plateau")}  # fmt: skip
+    for form, expected in wanted.items():
+        c = parse({"method": family + form}, where="here")
+        assert (c.schedule, c.update_scope, c.incremental_splitting, c.trigger) == expected
+        assert (c.update_form, c.staleness, c.layer_floor) == ("replacement", "constant", 0.0)
 
 
 @CASES
@@ -425,10 +544,10 @@ def test_a_method_goes_on_from_its_snapshot(tmp_path: Path, method: str, extra: 
         first.simulation.step()
     saved = snapshot_simulation(first.simulation)
     meta = json.loads(json.dumps(saved.meta))
-    tensors = {name: tensor.clone() for name, tensor in saved.tensors.items()}
+    ended = finish(first)  # which leaves the snapshot as it is
     second = started(tmp_path, method, "second", **extra)
-    restore_simulation(second.simulation, Snapshot(meta, tensors))
-    assert finish(first) == finish(second)
+    restore_simulation(second.simulation, Snapshot(meta, saved.tensors))
+    assert finish(second) == ended
 
 
 @pytest.mark.parametrize(
@@ -477,6 +596,17 @@ def test_label_masks_need_an_output_for_each_class(tmp_path: Path) -> None:
     keys = {"client_num_in_total": CLIENTS, "client_num_per_round": CLIENTS, "comm_round": 2}
     with pytest.raises(ConfigError, match="GMR-106.*an output for each class, but 4 has 4 for class_num=9"):
         simulate(dataset, perceptron(), {"method": "heterofl", "output_dir": str(tmp_path)}, 0, **keys)
+
+
+def test_classes_are_those_that_a_client_trains_on() -> None:
+    clients = Clients(lambda n: TensorSamples(torch.zeros(10, 1), torch.arange(10)), 0.2, 0, 1)
+    known = _classes_of(clients, SimpleNamespace(classes=10))(0)  # type: ignore[arg-type]
+    assert known.nonzero().flatten().tolist() == clients.train(0).take(np.arange(8))[1].tolist()
+
+
+def test_targets_below_0_are_no_classes() -> None:
+    samples = TensorSamples(torch.zeros(3, 1), torch.tensor([[0, -1], [2, -100], [2, 0]]))
+    assert known_classes(samples, 4).tolist() == [True, False, True, False]
 
 
 def test_a_users_trainer_has_no_other_objective(tmp_path: Path) -> None:

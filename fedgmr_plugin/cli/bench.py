@@ -177,7 +177,7 @@ def _report(experiment: Experiment, runs: list[Path], folder: Path) -> None:
     theirs = [run.name for run in runs if run.name.rpartition("-")[0] == experiment.against]
     against = theirs[0] if theirs else None  # any of its runs names a method
     table = tabulate(logs, against=against, last=experiment.last)
-    page = render(logs, experiment.title, against=against, last=experiment.last)
+    page = render(logs, experiment.title, against=against, last=experiment.last, notes=experiment.notes)
     for name, text in (("report.html", page), ("table.csv", to_csv(*table)), ("table.tex", to_latex(*table))):
         (folder / name).write_text(text, encoding="utf-8")
     click.echo(_text(table))

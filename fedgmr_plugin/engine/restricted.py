@@ -66,10 +66,13 @@ def _named(update: MaskedUpdate, sent_S: Tensor) -> MaskedUpdate:
 
 
 def known_classes(samples: Samples, classes: int) -> Tensor:
-    """bool [C]: which of `classes` labels occur in `samples`; all samples are read."""
+    """bool [C]: which of `classes` labels occur in `samples`; all samples are read.
+
+    Targets below 0, such as a text's filling, are no labels.
+    """
     is_known_C = torch.zeros(classes, dtype=torch.bool)
     for _, y in in_batches(samples, 512):
-        is_known_C[y.long().unique()] = True
+        is_known_C[y[y >= 0].long().unique()] = True
     return is_known_C
 
 

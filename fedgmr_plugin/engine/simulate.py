@@ -179,7 +179,8 @@ class Simulation(Course):
         if self.uplink is not None:
             network = self.network
             down = payload_megabytes(self.config, network.model_megabytes, sent.density, share)
-            transfer = Transfer(down, min(down, network.model_megabytes * self.uplink.share(sent)))
+            up = self.uplink.share(sent, by_density=self.config.payload_rule == "density")
+            transfer = Transfer(down, min(down, network.model_megabytes * up))
         megabytes = self.network.dispatch(sent.dispatch, sent.client, sent.density, share, transfer)
         self._await(sent)
         if self._probing is not None:

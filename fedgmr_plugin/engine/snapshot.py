@@ -129,7 +129,8 @@ def snapshot_simulation(simulation: Simulation) -> Snapshot:
         kept = {k: v for k, v in vars(d).items() if k not in ("ranking", "values_S")}
         pending.append({**kept, "payload": payload})
     if simulation.uplink is not None:
-        tensors.update({f"residual.{n}": owed_D for n, owed_D in simulation.uplink.residual.items()})
+        owed = simulation.uplink.residual
+        tensors.update({f"residual.{n}": owed_D.clone() for n, owed_D in owed.items()})  # thin() writes there
     starts = simulation.probed_starts
     tensors.update({f"start.{version}": w_D for version, w_D in starts.items()})
     return Snapshot(

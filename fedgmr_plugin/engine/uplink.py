@@ -61,18 +61,30 @@ class Uplink:
         self.residual: dict[int, Tensor] = {}
         self._known: OrderedDict[tuple[str, int], int] = OrderedDict()
 
-    def share(self, sent: Dispatch) -> float:
-        """Size of the upload that answers `sent`, in dense models; its coordinates' names included."""
+    def share(self, sent: Dispatch, *, by_density: bool = False) -> float:
+        """Size of the upload that answers `sent`, in dense models; its coordinates' names included.
+
+        Args:
+            by_density: price values as ``payload_rule: density`` does, so that those of the client's first
+                sub-model cost d0 here too; otherwise by their share of all coordinates.
+        """
         size, total = sent.ranking.ends[sent.rung], self._layout.size
         prunable, most = self._counts(sent)
+        values = (size - max(prunable - most, 0)) / total
+        if by_density:
+            values = min(sent.density, self._densities[sent.client])
         if most >= prunable:
-            return size / total
-        bits = _log2_choices(prunable, most)
-        return (size - prunable + most) / total + bits / (8 * self._layout.dtype.itemsize * total)
+            return values
+        return values + _log2_choices(prunable, most) / (8 * self._layout.dtype.itemsize * total)
 
     def thin(self, sent: Dispatch, values_S: Tensor) -> Thinned:
-        """What of a trained update is sent now; the rest is remembered."""
+        """What of a trained update is sent now; the rest is remembered.
+
+        An update that is not finite, which the server refuses, is sent as it is: nothing of it is remembered.
+        """
         prunable, most = self._counts(sent)
+        if not bool(values_S.isfinite().all()):
+            return Thinned(values_S, None)
         if most >= prunable and sent.client not in self.residual:
             return Thinned(values_S, None)
         index_S = sent.ranking.support(sent.rung)

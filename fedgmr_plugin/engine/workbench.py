@@ -168,7 +168,10 @@ class Workbench:
         if self.config.label_masks:
             context = context._replace(classes=self.training.classes(sent.client))
         if self.config.local_objective == "ordered_dropout":
-            narrower = [masks(sent.ranking, rung) for rung in range(sent.rung + 1)]
+            ladder = self.config.density_ladder
+            densities = sent.ranking.densities[: sent.rung]
+            rungs = [rung for rung, density in enumerate(densities) if density in ladder]
+            narrower = [masks(sent.ranking, rung) for rung in (*rungs, sent.rung)]
             context = context._replace(narrower=narrower)
         elif self.config.local_objective == "straight_through":
             names = frozenset(e.name for e in self.layout.of_kind("prunable"))

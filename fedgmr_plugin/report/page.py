@@ -31,6 +31,7 @@ def render(
     against: str | None = None,
     last: int = 1,
     verdicts: Sequence[Verdicts | None] | None = None,
+    notes: str = "",
 ) -> str:
     """The report of `runs` as one HTML page without references to anything outside it.
 
@@ -45,6 +46,7 @@ def render(
             of the best mean accuracy where None.
         last: evaluations that a run's accuracy is the mean of.
         verdicts: of the theory check, one for each run, or None where there are none.
+        notes: what a reader has to know, such as where hyper-parameters come from; any text, for the heading.
 
     Raises:
         ValueError: `runs` is empty, or `against` names no group.
@@ -85,13 +87,14 @@ def render(
     body = "".join(
         f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections if content
     )
+    about = f'<p class="quiet">{escape(notes)}</p>' if notes else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head><body>"
-        f"<header><h1>{name(title)}</h1><p>{_subtitle(shown)}</p></header><main>{body}</main>"
+        f"<header><h1>{name(title)}</h1><p>{_subtitle(shown)}</p>{about}</header><main>{body}</main>"
         "<footer>Made by fedgmr from the run logs alone. Times are virtual seconds of the simulated network; "
         "1 MB is 10<sup>6</sup> bytes.</footer></body></html>\n"
     )
@@ -141,9 +144,12 @@ def _subtitle(runs: Sequence[Named]) -> str:
     parts = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}"]
     for key, unit in (
         ("clients", "clients"),
+        ("time_budget", "virtual seconds planned"),
         ("windows", "windows planned"),
         ("model_megabytes", "MB model"),
     ):
+        if key == "windows" and any(header["time_budget"] is not None for header in headers):
+            continue  # then so many windows are no plan
         values = {header[key] for header in headers}
         value = values.pop()
         if not values and value is not None:

@@ -14,8 +14,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +81,7 @@ class Campaign:
         tell: Callable[[Status], None] = lambda status: None,
     ) -> None:
         self.experiment, self.folder, self._jobs, self._tell = experiment, folder.absolute(), jobs, tell
-        self.tasks = [Task(method, seed) for seed in seeds for method in methods]
+        self.tasks = list(dict.fromkeys(Task(method, seed) for seed in seeds for method in methods))
         self.failed: list[Task] = []
         self._running: dict[Task, subprocess.Popen[bytes]] = {}
         self._shares: dict[Task, float] = {}
@@ -91,7 +93,8 @@ class Campaign:
     def run(self) -> None:
         """Carry out what is not finished; `failed` then names the runs that could not be.
 
-        Interrupted, it ends the processes and raises again; the same campaign goes on later.
+        Interrupted, by Ctrl-C, ``kill`` or a terminal that closes, it ends the processes and raises
+        KeyboardInterrupt; the same campaign goes on later.
 
         Raises:
             ConfigError: GMR-110 if `folder` cannot be made.
@@ -100,15 +103,16 @@ class Campaign:
         waiting = [task for task in self.tasks if not self._is_finished(task)]
         before = len(self.tasks) - len(waiting)
         begun, gone = time.monotonic(), {task: self._share(task) for task in waiting}
-        try:
-            while waiting or self._running:
-                while waiting and len(self._running) < self._jobs:
-                    self._start(waiting.pop(0))
-                time.sleep(_INTERVAL)
-                self._collect()
-                self._tell(self._status(before, gone, time.monotonic() - begun))
-        finally:
-            self._end()
+        with _interruptible():
+            try:
+                while waiting or self._running:
+                    while waiting and len(self._running) < self._jobs:
+                        self._start(waiting.pop(0))
+                    time.sleep(_INTERVAL)
+                    self._collect()
+                    self._tell(self._status(before, gone, time.monotonic() - begun))
+            finally:
+                self._end()
 
     def _describe(self) -> None:
         text = self.experiment.model_dump_json(by_alias=True, indent=1)
@@ -180,6 +184,26 @@ class Campaign:
             share = min(0.999, (record["window"] + 1) / self.experiment.train_args["comm_round"])
         self._shares[task] = share
         return share
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """While active, SIGTERM and SIGHUP interrupt as Ctrl-C does, unless somebody deals with them already."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = [
+        n for n in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(n) is signal.SIG_DFL
+    ]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _last_window(log: Path) -> dict[str, Any] | None:

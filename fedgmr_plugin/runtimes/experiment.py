@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -36,6 +37,7 @@ from fedgmr_plugin.errors import ConfigError, RunLogError
 from fedgmr_plugin.protocol.runlog import LOG_NAME
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.launch import KEYS, simulate
+from fedgmr_plugin.runtimes.settings import as_mapping, fedml_keys
 
 #: An experiment as it runs, in the folder of its runs.
 DESCRIPTION = "experiment.json"
@@ -88,6 +90,15 @@ class Experiment(BaseModel):
         """
         return parse(self.options(method), where=f"methods.{method}")
 
+    def keys(self, seed: int) -> Mapping[str, Any]:
+        """FedML's keys of a run as its log has them, those that `train_args` leaves out included.
+
+        Raises:
+            ConfigError: what is wrong with `train_args`.
+        """
+        args = SimpleNamespace(**{**KEYS, **self.train_args, "random_seed": seed})
+        return as_mapping(fedml_keys(args))
+
     def check(self) -> None:
         """Refuse wrong options of any method, before any of them is trained.
 
@@ -97,7 +108,9 @@ class Experiment(BaseModel):
         problems: list[ConfigError] = []
         for method in self.methods:
             try:
-                if not self.config(method).time_budget and "comm_round" not in self.train_args:
+                named = {**self.options(method), "run_name": run_name(method, self.seeds[0])}
+                config = parse(named, where=f"methods.{method}")
+                if not config.time_budget and "comm_round" not in self.train_args:
                     message = "neither time_budget nor comm_round says when a run ends"
                     problems.append(ConfigError("GMR-107", message, where=f"methods.{method}"))
             except ConfigRefused as refused:
@@ -107,6 +120,10 @@ class Experiment(BaseModel):
             ConfigError("GMR-101", f"{key} is not a key of train_args here", where="train_args")
             for key in sorted(unknown)
         ]
+        try:
+            self.keys(min(self.seeds))
+        except ConfigError as wrong:
+            problems.append(wrong)
         if self.against is not None and self.against not in self.methods:
             problems.append(ConfigError("GMR-103", f"against={self.against} is not among the methods"))
         if problems:
@@ -272,8 +289,7 @@ def is_finished(experiment: Experiment, method: str, seed: int, folder: Path) ->
     wanted = experiment.config(method).model_dump(mode="json")
     found = {**FedGMRConfig().model_dump(mode="json"), **header["config"]}  # older logs lack newer options
     same = all(found[key] == value for key, value in wanted.items() if key not in resume.FREE_OPTIONS)
-    keys = {k: v for k, v in experiment.train_args.items() if k in header["fedml"]}
-    return same and all(header["fedml"][k] == v for k, v in keys.items())
+    return same and all(header["fedml"].get(k) == v for k, v in experiment.keys(seed).items())
 
 
 def main(folder: str, method: str, seed: str) -> None:

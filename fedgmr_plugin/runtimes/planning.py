@@ -226,7 +226,12 @@ class _Stage:
         if self.config.payload_rule == "encoded":
             return sizes(sent)
         size = payload_megabytes(self.config, self.megabytes, density, self._share(density))
-        up = size if self.uplink is None else min(size, self.megabytes * self.uplink.share(sent))
+        by_density = self.config.payload_rule == "density"
+        up = (
+            size
+            if self.uplink is None
+            else min(size, self.megabytes * self.uplink.share(sent, by_density=by_density))
+        )
         return Transfer(size, up)
 
     def _share(self, density: float) -> float:
