@@ -7,12 +7,13 @@ import shutil
 import stat
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from fedgmr_plugin.cli import main
-from fedgmr_plugin.cli.local import table, write_project
+from fedgmr_plugin.cli.local import refuse_foreign, table, write_project
 from fedgmr_plugin.config import parse
 from fedgmr_plugin.runtimes.devices.connection import connection, device_keys, services
 from fedgmr_plugin.runtimes.devices.project import arguments, load_project
@@ -97,6 +98,24 @@ def test_a_real_clock_cannot_be_planned(tmp_path: Path, monkeypatch: pytest.Monk
     write_project(tmp_path, 2, 5, CONNECTION)
     found = CliRunner().invoke(main, ["plan", "--cf", "fedml_config.yaml"])
     assert found.exit_code == 2 and "GMR-502 training_type='cross_device' has a real clock" in found.output
+
+
+@pytest.mark.parametrize("name", ["main.py", "fedml_config.yaml", "keys.json"])
+def test_nobodys_own_files_are_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine\n")
+    found = CliRunner().invoke(main, ["local", "up", "--folder", str(tmp_path)])
+    assert found.exit_code == 1 and f"has a {name} of yours" in found.output
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine\n"]
+
+
+def test_a_script_that_was_changed_is_not_replaced(tmp_path: Path) -> None:
+    refuse_foreign(tmp_path)
+    write_project(tmp_path, 2, 5, CONNECTION)
+    refuse_foreign(tmp_path)
+    script = tmp_path / "main.py"
+    script.write_text(script.read_text() + "# mine\n")
+    with pytest.raises(click.ClickException, match="changed"):
+        refuse_foreign(tmp_path)
 
 
 def test_nothing_to_stop_is_said(tmp_path: Path) -> None:
