@@ -21,6 +21,7 @@ from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import host, resume
 from fedgmr_plugin.runtimes.devices.connection import Bucket
+from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
 from fedgmr_plugin.runtimes.silos.objects import Objects
@@ -292,3 +293,26 @@ def test_an_idle_device_wakes_up_once_a_second(asleep: type[Sleeping], tmp_path:
     with pytest.raises(Enough):
         process.run()
     assert len(asleep.waits) <= 640 and max(asleep.waits) <= 1.0
+
+
+@pytest.mark.parametrize("where", ["put", "get", "delete", "publish"])
+def test_an_error_that_nobody_expected_ends_the_run(where: str) -> None:
+    """Otherwise everything behind it would be waited for without end."""
+
+    def fail(*given: Any) -> Any:
+        raise ZeroDivisionError
+
+    inbox = Inbox()
+    store, link = Objects(), Line(World(Path()), [], inbox)
+    setattr(link if where == "publish" else store, where, fail)
+    hands = ThreadedHands(store, link, inbox)
+    hands.start()
+    {
+        "put": lambda: hands.put(Piece("k", 1, ""), b"x"),
+        "get": lambda: hands.fetch(Piece("k", 1, ""), lambda content: None),
+        "delete": lambda: hands.delete(["k"]),
+        "publish": lambda: hands.publish("t", b"x"),
+    }[where]()
+    with pytest.raises(ZeroDivisionError):
+        inbox.get(timeout=5)()
+    hands.close()
