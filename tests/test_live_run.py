@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,16 @@ from torch import nn
 
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.protocol.journal import Journal
-from fedgmr_plugin.protocol.notes import STATUS, StatusNote, sign, to_server
+from fedgmr_plugin.protocol.notes import (
+    FINISH,
+    STATUS,
+    SYNC,
+    StatusNote,
+    plain_message,
+    sign,
+    to_device,
+    to_server,
+)
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import host, resume
@@ -316,3 +326,23 @@ def test_an_error_that_nobody_expected_ends_the_run(where: str) -> None:
     with pytest.raises(ZeroDivisionError):
         inbox.get(timeout=5)()
     hands.close()
+
+
+@pytest.mark.parametrize("wrong", [{"client_idx": "x"}, {"client_idx": [1]}, {"model_params": "none"}, {}])
+def test_what_anybody_may_send_does_not_end_a_device_that_checks_no_signature(
+    tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    """Neither a message that is not understood nor a model file that is none."""
+    world = World(tmp_path, device_submodel="masked")
+    device = world.device(1)
+    while to_device("7", 0, 1) not in world.inboxes:
+        time.sleep(0.01)
+    world.store.put(Piece("file", 4, ""), b"file")
+    inbox = world.inboxes[to_device("7", 0, 1)]
+    for _ in range(20):
+        inbox.put((to_device("7", 0, 1), plain_message(SYNC, 0, 1, {"model_params": "file", **wrong})))
+    device.join(1)
+    assert device.is_alive()
+    inbox.put((to_device("7", 0, 1), plain_message(FINISH, 0, 1, {})))
+    device.join(10)
+    assert not device.is_alive()

@@ -18,7 +18,7 @@ from torch import nn
 from fedgmr_plugin.engine.client import BatchPlan, LocalTrainer, LocalUpdate, Samples
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
-from fedgmr_plugin.errors import ConfigError, WireError
+from fedgmr_plugin.errors import ConfigError, FedGMRError, WireError
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.notes import to_device
@@ -171,8 +171,15 @@ class DeviceProcess:
         self.device.tick()
 
     def _train_file(self, content: bytearray, client: int, count: int, then: Callable[[bytes], None]) -> None:
+        def over(done: Future[bytes]) -> None:
+            error = done.exception()
+            if isinstance(error, FedGMRError) and isinstance(self.device, PlainDevice):
+                self.device.failed(error)  # anybody may have written that file
+            else:
+                then(done.result())
+
         def trained(done: Future[bytes]) -> None:
-            self._inbox.put(lambda: then(done.result()))
+            self._inbox.put(lambda: over(done))
 
         training = self._bench.training
         self._trainer.submit(
