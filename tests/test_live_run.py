@@ -21,6 +21,7 @@ from fedgmr_plugin.protocol.notes import (
     FINISH,
     STATUS,
     SYNC,
+    FinishNote,
     StatusNote,
     plain_message,
     sign,
@@ -115,15 +116,18 @@ class World:
             setup, None, lambda desk, inbox: Transport(Line(self, desk.topics, inbox), self.store)
         )
 
-    def device(self, n: int) -> threading.Thread:
-        process = DeviceProcess(
+    def process(self, n: int, folder: Path | None = None) -> DeviceProcess:
+        return DeviceProcess(
             self.args,
             n,
             self.data(n),
             self.model(),
+            folder=folder,
             transport=lambda hears, inbox: (Line(self, [hears], inbox), self.store),
         )
-        thread = threading.Thread(target=process.run, daemon=True)
+
+    def device(self, n: int) -> threading.Thread:
+        thread = threading.Thread(target=self.process(n).run, daemon=True)
         thread.start()
         return thread
 
@@ -346,3 +350,18 @@ def test_what_anybody_may_send_does_not_end_a_device_that_checks_no_signature(
     inbox.put((to_device("7", 0, 1), plain_message(FINISH, 0, 1, {})))
     device.join(10)
     assert not device.is_alive()
+
+
+def test_a_devices_folder_belongs_to_one_process(tmp_path: Path) -> None:
+    """Two would use one another's sequence numbers, and train everything twice."""
+    world = World(tmp_path)
+    process = world.process(1, tmp_path / "state")
+    with pytest.raises(HostError, match="another process") as found:
+        world.process(1, tmp_path / "state")
+    assert found.value.code == "GMR-514"
+    topic = to_device("7", 0, 1)
+    world.inboxes[topic] = process._inbox
+    note = FinishNote("0" * 16, 1, 1)
+    process._inbox.put((topic, sign(note, topic, None, {"msg_type": FINISH})))
+    process.run()
+    world.process(1, tmp_path / "state")
