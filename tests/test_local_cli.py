@@ -47,6 +47,17 @@ def test_keys_are_secret_and_never_overwritten(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == content
 
 
+def test_each_device_has_a_file_of_its_own_key(tmp_path: Path) -> None:
+    found = CliRunner().invoke(main, ["keys", "3", "5", "--each", "--out", str(tmp_path / "all.json")])
+    assert found.exit_code == 0 and "key_5.json, for device 5 alone" in found.output
+    whole = json.loads((tmp_path / "all.json").read_text())
+    assert {p.name for p in tmp_path.iterdir()} == {"all.json", "key_3.json", "key_5.json"}
+    for device in ("3", "5"):
+        own = tmp_path / f"key_{device}.json"
+        assert json.loads(own.read_text()) == {device: whole[device]}
+        assert stat.S_IMODE(own.stat().st_mode) == 0o600
+
+
 def test_a_local_project_is_one_that_server_and_devices_accept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
