@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.errors import ConfigError, HostError
 from fedgmr_plugin.protocol.journal import Journal
 from fedgmr_plugin.protocol.notes import (
     FINISH,
@@ -365,3 +365,8 @@ def test_a_devices_folder_belongs_to_one_process(tmp_path: Path) -> None:
     process._inbox.put((topic, sign(note, topic, None, {"msg_type": FINISH})))
     process.run()
     world.process(1, tmp_path / "state")
+
+
+def test_more_clients_at_the_start_than_there_are_would_be_waited_for_without_end(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="clients_at_start=3 are more than client_num_in_total=2"):
+        World(tmp_path, clients_at_start=3).server()
