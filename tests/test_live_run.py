@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from botocore.exceptions import ClientError
 from torch import nn
 
-from fedgmr_plugin.errors import ConfigError, HostError
+from fedgmr_plugin.errors import ConfigError, HostError, WireError
 from fedgmr_plugin.protocol.journal import Journal
 from fedgmr_plugin.protocol.notes import (
     FINISH,
@@ -171,6 +172,22 @@ def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(store, "_client", SimpleNamespace(list_objects_v2=page))
     assert store.keys("a/") == ["a/0", "a/2"]
+
+
+@pytest.mark.parametrize("code", ["NoSuchKey", "AccessDenied"])
+def test_an_object_that_is_missing_ends_nobody(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """S3 says that access is denied where one may read an object, but not list the bucket."""
+    store = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s"))
+
+    def refuse(**named: Any) -> Any:
+        raise ClientError({"Error": {"Code": code}}, "Operation")
+
+    monkeypatch.setattr(store, "_client", SimpleNamespace(get_object=refuse, put_object=refuse))
+    with pytest.raises(WireError, match="GMR-746"):
+        store.get(Piece("k", 1, ""))
+    if code == "AccessDenied":
+        with pytest.raises(HostError, match="GMR-515"):
+            store.put(Piece("k", 1, ""), b"x")
 
 
 class Broken(Exception):
