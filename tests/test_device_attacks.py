@@ -101,7 +101,7 @@ def test_a_replayed_message_changes_nothing(field: Field) -> None:
         if topic in field.office.desk.topics:
             field.office.message(topic, payload)
     assert len(field.records("client")) == before
-    assert all(set(refused(field, n)) <= {"GMR-744", "GMR-745"} for n in (0, 1))
+    assert all({"GMR-744"} <= set(refused(field, n)) <= {"GMR-744", "GMR-745"} for n in (0, 1))
     field.run()
     merged = [r["dispatch"] for r in field.records("arrival")]
     assert len(merged) == len(set(merged))
