@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.desk import Replays
 from fedgmr_plugin.protocol.header import Header, Outcome
 from fedgmr_plugin.protocol.messages import PayloadOrder
-from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, sign, to_server
+from fedgmr_plugin.protocol.notes import (
+    AnswerNote,
+    FinishNote,
+    StatusNote,
+    TaskNote,
+    note_of,
+    parse,
+    sign,
+    to_server,
+)
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.storekeys import answer_key
 from fedgmr_plugin.protocol.wire import Message, encode
@@ -233,7 +243,7 @@ def test_an_object_that_was_exchanged_is_not_read_and_the_device_heals_it(field:
     def get(piece: Piece, then: Any) -> None:
         if "/answers/" in piece.key and done[0] < 3:
             done[0] += 1
-            field.world.objects[piece.key] = b"exchanged"
+            field.world.objects[piece.key] = b"exchanged" if done[0] == 1 else bytes(piece.size)
         real(piece, then)
 
     field.world.get = get  # type: ignore[method-assign]
@@ -256,6 +266,20 @@ def test_every_number_counts_once(numbers: list[int]) -> None:
             continue
         assert number not in taken and highest - number < 64
         taken.add(number)
+
+
+def test_an_older_task_is_not_trained_again(field: Field) -> None:
+    device = field.devices[0]
+    assert isinstance(device, Device)
+    field.until(lambda: device.memory.answered > 2 and device.working is None)
+    told = [note_of(parse(p), t, KEYS[1], TaskNote) for t, p in field.world.published if t == device.hears]
+    first = told[0]
+    assert first is not None and first.dispatch < device.memory.answered
+    again = replace(first, sequence=field.office.desk.next_sequence())
+    device.message(*field.office.desk.write(again, 0, {}))
+    assert device.working is None and not device.refused
+    field.run()
+    assert len(field.trained) == len(set(field.trained))
 
 
 def finish(field: Field, device: Device, token: str) -> None:
