@@ -268,7 +268,7 @@ class Device:
         )
 
     def _answer(self, note: TaskNote, sent: Dispatch, update: LocalUpdate) -> None:
-        if self.working is not note:
+        if self.working is not note or self.finished:
             return
         self.trained += 1
         header = Header(
