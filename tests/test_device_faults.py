@@ -278,6 +278,17 @@ def test_late_work_is_merged_with_its_staleness(tmp_path: Path) -> None:
     each_is_once(field)
 
 
+def test_a_device_that_always_needs_several_deadlines_is_merged_all_the_same(tmp_path: Path) -> None:
+    """It gets no other dispatch before it has answered, so none of its work is too old when it comes."""
+    field = start(make(tmp_path, 60, seconds=lambda n: 25.0 if n == 2 else 2.0))  # the deadline is 8 s
+    field.run()
+    trained = sum(n == 2 for n, _ in field.trained)
+    merged = [r for r in field.records("arrival") if r["client"] == 2]
+    assert len(merged) >= 4 and trained - len(merged) <= 1, (trained, len(merged))
+    assert len([r for r in field.records("dispatch") if r["client"] == 2]) - len(merged) <= 1
+    assert replayed(field).differences == []
+
+
 @pytest.mark.parametrize("damage", ["torn answer", "other answer", "torn state", "empty state", "no folder"])
 def test_a_damaged_memory_is_never_believed(tmp_path: Path, damage: str) -> None:
     field = start(make(tmp_path / "s"), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import struct
 import sys
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from fedgmr_plugin.errors import HostError, ModelError
 from fedgmr_plugin.kernels import build_layout
-from fedgmr_plugin.kernels.width import narrow, widths
-from fedgmr_plugin.runtimes.devices import mnn
+from fedgmr_plugin.kernels.width import narrow, rank_widths, widths
+from fedgmr_plugin.runtimes.devices import codecs, mnn
 from fedgmr_plugin.runtimes.devices.graph import parse
 from fedgmr_plugin.runtimes.host import prepare
 
@@ -427,3 +428,18 @@ def test_tensors_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ModelError, match="tensors overlap"):
         mnn.read(path)
+
+
+def test_stacks_that_were_not_used_for_long_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Densities may change without end, and every stack has files."""
+    monkeypatch.setattr(codecs, "_MOST_KNOWN", 3)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    layout = build_layout(model)
+    files = codecs.WidthFiles(copy.deepcopy(model), layout, (1, 6))
+    w_D = layout.gather(model)
+    for densities in [(0.3, 1.0), (0.4, 1.0), (0.5, 1.0), (0.6, 1.0), (0.3, 1.0)]:
+        ranking = rank_widths(model, layout, densities)
+        for rung in range(2):
+            values_S = w_D[ranking.support(rung)]
+            assert torch.equal(files.decode(files.encode(values_S, ranking, rung), ranking, rung), values_S)
+        assert len(files._known) <= 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +13,27 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from botocore.exceptions import ClientError
 from torch import nn
 
-from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.errors import ConfigError, HostError, WireError
 from fedgmr_plugin.protocol.journal import Journal
-from fedgmr_plugin.protocol.notes import STATUS, StatusNote, sign, to_server
+from fedgmr_plugin.protocol.notes import (
+    FINISH,
+    STATUS,
+    SYNC,
+    FinishNote,
+    StatusNote,
+    plain_message,
+    sign,
+    to_device,
+    to_server,
+)
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import host, resume
 from fedgmr_plugin.runtimes.devices.connection import Bucket
+from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
 from fedgmr_plugin.runtimes.silos.objects import Objects
@@ -104,15 +117,18 @@ class World:
             setup, None, lambda desk, inbox: Transport(Line(self, desk.topics, inbox), self.store)
         )
 
-    def device(self, n: int) -> threading.Thread:
-        process = DeviceProcess(
+    def process(self, n: int, folder: Path | None = None) -> DeviceProcess:
+        return DeviceProcess(
             self.args,
             n,
             self.data(n),
             self.model(),
+            folder=folder,
             transport=lambda hears, inbox: (Line(self, [hears], inbox), self.store),
         )
-        thread = threading.Thread(target=process.run, daemon=True)
+
+    def device(self, n: int) -> threading.Thread:
+        thread = threading.Thread(target=self.process(n).run, daemon=True)
         thread.start()
         return thread
 
@@ -156,6 +172,22 @@ def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(store, "_client", SimpleNamespace(list_objects_v2=page))
     assert store.keys("a/") == ["a/0", "a/2"]
+
+
+@pytest.mark.parametrize("code", ["NoSuchKey", "AccessDenied"])
+def test_an_object_that_is_missing_ends_nobody(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """S3 says that access is denied where one may read an object, but not list the bucket."""
+    store = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s"))
+
+    def refuse(**named: Any) -> Any:
+        raise ClientError({"Error": {"Code": code}}, "Operation")
+
+    monkeypatch.setattr(store, "_client", SimpleNamespace(get_object=refuse, put_object=refuse))
+    with pytest.raises(WireError, match="GMR-746"):
+        store.get(Piece("k", 1, ""))
+    if code == "AccessDenied":
+        with pytest.raises(HostError, match="GMR-515"):
+            store.put(Piece("k", 1, ""), b"x")
 
 
 class Broken(Exception):
@@ -292,3 +324,66 @@ def test_an_idle_device_wakes_up_once_a_second(asleep: type[Sleeping], tmp_path:
     with pytest.raises(Enough):
         process.run()
     assert len(asleep.waits) <= 640 and max(asleep.waits) <= 1.0
+
+
+@pytest.mark.parametrize("where", ["put", "get", "delete", "publish"])
+def test_an_error_that_nobody_expected_ends_the_run(where: str) -> None:
+    """Otherwise everything behind it would be waited for without end."""
+
+    def fail(*given: Any) -> Any:
+        raise ZeroDivisionError
+
+    inbox = Inbox()
+    store, link = Objects(), Line(World(Path()), [], inbox)
+    setattr(link if where == "publish" else store, where, fail)
+    hands = ThreadedHands(store, link, inbox)
+    hands.start()
+    {
+        "put": lambda: hands.put(Piece("k", 1, ""), b"x"),
+        "get": lambda: hands.fetch(Piece("k", 1, ""), lambda content: None),
+        "delete": lambda: hands.delete(["k"]),
+        "publish": lambda: hands.publish("t", b"x"),
+    }[where]()
+    with pytest.raises(ZeroDivisionError):
+        inbox.get(timeout=5)()
+    hands.close()
+
+
+@pytest.mark.parametrize("wrong", [{"client_idx": "x"}, {"client_idx": [1]}, {"model_params": "none"}, {}])
+def test_what_anybody_may_send_does_not_end_a_device_that_checks_no_signature(
+    tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    """Neither a message that is not understood nor a model file that is none."""
+    world = World(tmp_path, device_submodel="masked")
+    device = world.device(1)
+    while to_device("7", 0, 1) not in world.inboxes:
+        time.sleep(0.01)
+    world.store.put(Piece("file", 4, ""), b"file")
+    inbox = world.inboxes[to_device("7", 0, 1)]
+    for _ in range(20):
+        inbox.put((to_device("7", 0, 1), plain_message(SYNC, 0, 1, {"model_params": "file", **wrong})))
+    device.join(1)
+    assert device.is_alive()
+    inbox.put((to_device("7", 0, 1), plain_message(FINISH, 0, 1, {})))
+    device.join(10)
+    assert not device.is_alive()
+
+
+def test_a_devices_folder_belongs_to_one_process(tmp_path: Path) -> None:
+    """Two would use one another's sequence numbers, and train everything twice."""
+    world = World(tmp_path)
+    process = world.process(1, tmp_path / "state")
+    with pytest.raises(HostError, match="another process") as found:
+        world.process(1, tmp_path / "state")
+    assert found.value.code == "GMR-514"
+    topic = to_device("7", 0, 1)
+    world.inboxes[topic] = process._inbox
+    note = FinishNote("0" * 16, 1, 1)
+    process._inbox.put((topic, sign(note, topic, None, {"msg_type": FINISH})))
+    process.run()
+    world.process(1, tmp_path / "state")
+
+
+def test_more_clients_at_the_start_than_there_are_would_be_waited_for_without_end(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="clients_at_start=3 are more than client_num_in_total=2"):
+        World(tmp_path, clients_at_start=3).server()

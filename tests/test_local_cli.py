@@ -6,20 +6,24 @@ import json
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from fedgmr_plugin.cli import main
-from fedgmr_plugin.cli.local import table, write_project
+from fedgmr_plugin.cli.local import refuse_foreign, table, write_project
 from fedgmr_plugin.config import parse
-from fedgmr_plugin.runtimes.devices.connection import connection, device_keys, services
+from fedgmr_plugin.errors import ConfigError
+from fedgmr_plugin.runtimes.devices.connection import MQTT, S3, connection, device_keys, services
 from fedgmr_plugin.runtimes.devices.project import arguments, load_project
 from fedgmr_plugin.runtimes.local.record import running
 from fedgmr_plugin.runtimes.settings import fedml_keys, options
 
-CONNECTION = {
+CONNECTION: dict[str, Any] = {
     "customized_training_mqtt_config": {"BROKER_HOST": "127.0.0.1", "BROKER_PORT": 1883, "MQTT_USER": ""},
     "customized_training_s3_config": {
         "CN_S3_AKI": "a",
@@ -43,6 +47,17 @@ def test_keys_are_secret_and_never_overwritten(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == content
 
 
+def test_each_device_has_a_file_of_its_own_key(tmp_path: Path) -> None:
+    found = CliRunner().invoke(main, ["keys", "3", "5", "--each", "--out", str(tmp_path / "all.json")])
+    assert found.exit_code == 0 and "key_5.json, for device 5 alone" in found.output
+    whole = json.loads((tmp_path / "all.json").read_text())
+    assert {p.name for p in tmp_path.iterdir()} == {"all.json", "key_3.json", "key_5.json"}
+    for device in ("3", "5"):
+        own = tmp_path / f"key_{device}.json"
+        assert json.loads(own.read_text()) == {device: whole[device]}
+        assert stat.S_IMODE(own.stat().st_mode) == 0o600
+
+
 def test_a_local_project_is_one_that_server_and_devices_accept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +76,51 @@ def test_a_local_project_is_one_that_server_and_devices_accept(
     (tmp_path / "fedgmr_runs" / "local").mkdir(parents=True)
     write_project(tmp_path, 2, 7, CONNECTION)
     assert (tmp_path / "fedgmr_runs" / "local-001").is_dir() and connection(arguments("fedml_config.yaml"))
+
+
+def told(section: str, **wrong: Any) -> Any:
+    """What a configuration with other values of the broker, the store, or the run names."""
+    changed = {**CONNECTION[section], **wrong} if section else {}
+    args = SimpleNamespace(
+        **{"client_id_list": "[1, 2]", **CONNECTION, **({section: changed} if section else wrong)}
+    )
+    connection(args)
+    return services(args)
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong"),
+    [
+        ("", {"server_id": "abc"}),
+        ("", {"client_id_list": [1.5, 2]}),
+        ("", {"client_id_list": [True, 2]}),
+        ("", {"client_id_list": [10**18]}),
+        ("", {"client_id_list": [-1]}),
+        ("", {"client_id_list": "[" * 100_000}),
+        ("", {"run_id": "a/b"}),
+        (MQTT, {"BROKER_PORT": 0}),
+        (MQTT, {"BROKER_PORT": True}),
+        (MQTT, {"BROKER_PORT": "x"}),
+        (MQTT, {"MQTT_KEEPALIVE": "abc"}),
+        (MQTT, {"MQTT_KEEPALIVE": 65_536}),
+        (MQTT, {"BROKER_HOST": ""}),
+        (S3, {"CN_S3_ENDPOINT": "localhost:9000"}),
+        (S3, {"CN_S3_ENDPOINT": 5}),
+        (S3, {"BUCKET_NAME": "my bucket"}),
+        (S3, {"BUCKET_NAME": None}),
+    ],
+)
+def test_what_is_wrong_with_a_connection_is_told(section: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as found:
+        told(section, **wrong)
+    assert found.value.code == "GMR-112" and next(iter(wrong)) in str(found.value)
+
+
+def test_numbers_may_be_names_and_names_numbers() -> None:
+    """The guide calls a broker's users by their devices' ids."""
+    broker, _ = told(MQTT, MQTT_USER=7, MQTT_PWD=1234, BROKER_PORT="1883", MQTT_KEEPALIVE="30")
+    assert (broker.user, broker.password, broker.port, broker.keepalive) == ("7", "1234", 1883, 30)
+    assert told(S3, CN_S3_ENDPOINT="")[1].endpoint is None
 
 
 def test_the_table_has_a_line_for_each_device() -> None:
@@ -97,6 +157,24 @@ def test_a_real_clock_cannot_be_planned(tmp_path: Path, monkeypatch: pytest.Monk
     write_project(tmp_path, 2, 5, CONNECTION)
     found = CliRunner().invoke(main, ["plan", "--cf", "fedml_config.yaml"])
     assert found.exit_code == 2 and "GMR-502 training_type='cross_device' has a real clock" in found.output
+
+
+@pytest.mark.parametrize("name", ["main.py", "fedml_config.yaml", "keys.json"])
+def test_nobodys_own_files_are_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine\n")
+    found = CliRunner().invoke(main, ["local", "up", "--folder", str(tmp_path)])
+    assert found.exit_code == 1 and f"has a {name} of yours" in found.output
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine\n"]
+
+
+def test_a_script_that_was_changed_is_not_replaced(tmp_path: Path) -> None:
+    refuse_foreign(tmp_path)
+    write_project(tmp_path, 2, 5, CONNECTION)
+    refuse_foreign(tmp_path)
+    script = tmp_path / "main.py"
+    script.write_text(script.read_text() + "# mine\n")
+    with pytest.raises(click.ClickException, match="changed"):
+        refuse_foreign(tmp_path)
 
 
 def test_nothing_to_stop_is_said(tmp_path: Path) -> None:

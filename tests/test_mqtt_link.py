@@ -91,6 +91,22 @@ def test_a_device_that_drops_twice_is_gone_twice(where: Where) -> None:
     server.stop()
 
 
+def test_what_the_broker_retained_is_of_another_time(where: Where) -> None:
+    heard = Inbox()
+    link, other = MqttLink(where, ["t"], heard), Paho()
+    other.connect(where.host, where.port)
+    other.loop_start()
+    other.publish("t", b"old", qos=1, retain=True).wait_for_publish(10)
+    link.start()
+    until(link.connected.is_set)
+    time.sleep(0.5)  # the retained one comes first
+    other.publish("t", b"new", qos=1).wait_for_publish(10)
+    assert heard.get(timeout=10) == ("t", b"new")
+    link.stop()
+    other.disconnect()
+    other.loop_stop()
+
+
 def test_a_connection_that_times_out_is_made_again(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
     """paho's own thread would end here."""
     link = MqttLink(where, [], Inbox())

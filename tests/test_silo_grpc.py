@@ -8,13 +8,15 @@ import pickle
 import queue
 import struct
 from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fedgmr_plugin.errors import WireError
+from fedgmr_plugin.errors import ConfigError, WireError
 from fedgmr_plugin.protocol.fedml_pickle import read_model
 from fedgmr_plugin.protocol.notes import MODEL, MOST_MESSAGE, STATUS, AnswerNote, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
@@ -27,6 +29,8 @@ pytest.importorskip("grpc", reason="grpcio is not installed")
 from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Outbox, Peer, most_bytes
 
 host.prepare()
+
+from fedgmr_plugin.runtimes.silos import client  # noqa: E402
 
 KEYS = {n: bytes([n]) * 32 for n in (1, 2)}
 TOKEN = "0123456789abcdef"
@@ -211,3 +215,31 @@ def test_messages_beyond_the_inbox_are_dropped_with_a_code() -> None:
         server._inbox._most = 2**20
         server._arrived(frame(payload, [], topic))
     assert server._inbox.qsize() == 5 and dict(server.dropped) == {"GMR-745": 35}
+
+
+def test_a_silo_without_a_row_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "peers.csv").write_text("eid,rank,grpc_server_ip,grpc_server_port\n0,0,127.0.0.1,1\n")
+    given = {
+        "run_id": "7",
+        "rank": 1,
+        "client_id_list": "[1]",
+        "client_num_in_total": 1,
+        "client_num_per_round": 1,
+        "comm_round": 2,
+        "backend": "GRPC",
+        "grpc_ipconfig_path": str(tmp_path / "peers.csv"),
+        "fedgmr_args": {"device_authentication": "off", "output_dir": str(tmp_path)},
+        **dict.fromkeys(("random_seed", "weight_decay"), 0),
+        **dict.fromkeys(("epochs", "batch_size", "frequency_of_the_test"), 1),
+        **{
+            "client_optimizer": "sgd",
+            "learning_rate": 0.1,
+            "dataset": "none",
+            "federated_optimizer": "fedgmr",
+        },
+    }
+    stack = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    data = {0: [(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64))]}
+    with pytest.raises(ConfigError, match="no row for silo 1") as found:
+        client.build(SimpleNamespace(**given), None, [None] * 5 + [data], stack)
+    assert found.value.code == "GMR-112"

@@ -17,6 +17,7 @@ from fedgmr_plugin.cli.keys import write_keys
 
 FOLDER = Path("fedgmr_local")
 _RUNS = "fedgmr_runs"
+_FILES = _SCRIPT, _CONFIG, _KEYS = "main.py", "fedml_config.yaml", "keys.json"
 _POLL_SECONDS = 0.5
 _HEAD = ("device", "state", "density", "staleness", "uploaded", "refused", "last seen")
 
@@ -39,10 +40,11 @@ def up(devices: int, windows: int, folder: Path, detach: bool) -> None:
     from fedgmr_plugin.runtimes.local.stack import Stack
 
     folder = folder.absolute()
+    refuse_foreign(folder)
     python = [sys.executable, "-m", "fedgmr_plugin"]
     with Stack(folder, detached=detach) as stack:
         write_project(folder, devices, windows, stack.connection().section()["comm_args"])
-        files = ["main.py", "--cf", "fedml_config.yaml"]
+        files = [_SCRIPT, "--cf", _CONFIG]
         stack.run("server", [*python, *files], cwd=folder)
         for n in range(1, devices + 1):
             stack.run(f"device-{n}", [*python, "device", *files, "--id", str(n)], cwd=folder)
@@ -71,18 +73,35 @@ def down(folder: Path) -> None:
     click.echo(f"stopped: {', '.join(stopped)}" if stopped else f"nothing runs in {folder}")
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Let nobody lose a script, a configuration or keys of their own.
+
+    Raises:
+        ClickException: the folder has some that `write_project` did not write.
+    """
+    script = folder / _SCRIPT
+    theirs = [name for name in _FILES if (folder / name).exists()]
+    if theirs and not (script.is_file() and script.read_bytes() == _template(_SCRIPT).encode()):
+        raise click.ClickException(
+            f"{folder} has a {theirs[0]} of yours, or one that was changed, which would be lost: choose "
+            "another --folder. To run a script of your own, see docs/devices.md, on several machines."
+        )
+
+
+def _template(name: str) -> str:
+    kept = resources.files("fedgmr_plugin.cli") / "templates" / f"devices_{name.removeprefix('fedml_')}.txt"
+    return kept.read_text(encoding="utf-8")
+
+
 def write_project(folder: Path, devices: int, windows: int, connection: dict[str, Any]) -> None:
     """Script, configuration and keys of a local run; those of an earlier one are replaced."""
-    templates = resources.files("fedgmr_plugin.cli") / "templates"
-    (folder / "main.py").write_text(
-        (templates / "devices_main.py.txt").read_text(encoding="utf-8"), encoding="utf-8"
-    )
-    keys = folder / "keys.json"
+    (folder / _SCRIPT).write_text(_template(_SCRIPT), encoding="utf-8")
+    keys = folder / _KEYS
     keys.unlink(missing_ok=True)
     ids = tuple(range(1, devices + 1))
     write_keys(keys, ids)
     section = yaml.safe_dump(connection, sort_keys=False)
-    text = string.Template((templates / "devices_config.yaml.txt").read_text(encoding="utf-8")).substitute(
+    text = string.Template(_template(_CONFIG)).substitute(
         run_id=str(time.time_ns() // 1_000_000),
         ids=json.dumps(list(ids)),
         devices=devices,
@@ -93,7 +112,7 @@ def write_project(folder: Path, devices: int, windows: int, connection: dict[str
     )
     if (folder / _RUNS / "local").exists():
         _move_away(folder / _RUNS / "local")
-    config = folder / "fedml_config.yaml"
+    config = folder / _CONFIG
     config.touch(mode=0o600)
     config.write_text(text + '  run_name: "local"\n  progress: false\n', encoding="utf-8")
 

@@ -17,20 +17,21 @@ def replay(run: Path) -> None:
     the model must come out the same; the first difference is told, and the status is then 1.
     """
     from fedgmr_plugin.protocol.runlog import read_run
+    from fedgmr_plugin.runtimes.progress import say
     from fedgmr_plugin.runtimes.replaying import replay as replayed
 
     run = run.absolute()
     recorded = read_run(run).end
     found = replayed(run)
     if found.differences:
-        click.echo(f"record {found.records} differs: {found.where}")
+        say(f"record {found.records} differs: {found.where}")
         for line in found.differences[:5]:
-            click.echo(f"  {line}")
+            say(f"  {line}")
         sys.exit(1)
-    click.echo(f"the same {found.records} records")
+    say(f"the same {found.records} records")
     if recorded is None or found.end is None:
-        click.echo("the run did not end by itself")
+        say("the run did not end by itself")
         return
     same = recorded["model_sha256"] == found.end["model_sha256"]
-    click.echo(f"model sha256: {found.end['model_sha256']} ({'the same' if same else 'ANOTHER'})")
+    say(f"model sha256: {found.end['model_sha256']} ({'the same' if same else 'ANOTHER'})")
     sys.exit(0 if same else 1)

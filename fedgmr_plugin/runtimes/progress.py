@@ -20,6 +20,7 @@ class Progress:
 
     def __init__(self, header: dict[str, Any]) -> None:
         self._budget = header["time_budget"]
+        self._seconds = "seconds" if "training_type" in header["fedml"] else "virtual seconds"
         self._silent = not header["config"]["progress"]
         self._bar = tqdm(
             total=header["windows"] if self._budget is None else round(self._budget),
@@ -59,7 +60,7 @@ class Progress:
     def close_with(self, end: dict[str, Any], directory: Path) -> None:
         """Say how the run ended and where its files are."""
         if not self._silent:
-            say(f"run: {directory}  ({end['windows']} windows, {end['time']:,.0f} virtual seconds)")
+            say(f"run: {directory}  ({end['windows']} windows, {end['time']:,.0f} {self._seconds})")
             say(f"model sha256: {end['model_sha256']}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -18,7 +19,7 @@ from torch import nn
 from fedgmr_plugin.engine.client import BatchPlan, LocalTrainer, LocalUpdate, Samples
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
-from fedgmr_plugin.errors import ConfigError, WireError
+from fedgmr_plugin.errors import ConfigError, FedGMRError, HostError, WireError
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.notes import to_device
@@ -72,6 +73,7 @@ class DeviceProcess:
 
     Raises:
         ConfigError, ModelError, DataError: everything wrong with them, before anything is sent.
+        HostError: GMR-514 if another process uses `folder`.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class DeviceProcess:
         self._probe = probe_key(here.run, device_id)
         self._hands = ThreadedHands(store, self._link, self._inbox, fetches=4)
         common = (here.run, here.server, device_id)
+        self._claim = None if folder is None else _claimed(folder)
         self.device: Device | PlainDevice
         if config.device_submodel != "wire":
             self.device = PlainDevice(*common, parts.own, self._train_file, self._hands, time.monotonic)
@@ -156,6 +159,8 @@ class DeviceProcess:
             self._trainer.shutdown(wait=False, cancel_futures=True)
             self._link.stop()
             self._hands.close()
+            if self._claim is not None:
+                os.close(self._claim)
 
     def _next(self) -> None:
         wait = min(max(self.device.next_tick() - time.monotonic(), 0.0), 1.0)
@@ -171,8 +176,15 @@ class DeviceProcess:
         self.device.tick()
 
     def _train_file(self, content: bytearray, client: int, count: int, then: Callable[[bytes], None]) -> None:
+        def over(done: Future[bytes]) -> None:
+            error = done.exception()
+            if isinstance(error, FedGMRError) and isinstance(self.device, PlainDevice):
+                self.device.failed(error)  # anybody may have written that file
+            else:
+                then(done.result())
+
         def trained(done: Future[bytes]) -> None:
-            self._inbox.put(lambda: then(done.result()))
+            self._inbox.put(lambda: over(done))
 
         training = self._bench.training
         self._trainer.submit(
@@ -191,6 +203,25 @@ class DeviceProcess:
             self._inbox.put(lambda: then(done.result()))  # raises here what training raised there
 
         self._trainer.submit(self._bench.train, sent).add_done_callback(trained)
+
+
+def _claimed(folder: Path) -> int | None:
+    """Keep other processes from a folder while this descriptor is open; None where the disk does not let it.
+
+    Raises:
+        HostError: GMR-514 if one has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise HostError("GMR-514", f"another process is the device of {folder}", where=str(folder)) from error
+    except OSError as error:
+        _log.warning("%s cannot be kept from other processes: %s", folder, error)
+        return None
+    return descriptor
 
 
 def measure_bandwidth(store: Store, key: str, size: int = PROBE_BYTES) -> tuple[float | None, float | None]:

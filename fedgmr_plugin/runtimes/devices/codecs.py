@@ -17,6 +17,9 @@ from fedgmr_plugin.kernels.width import narrow, widths
 from fedgmr_plugin.runtimes.devices import mnn
 from fedgmr_plugin.runtimes.devices.office import Content
 
+#: Stacks that are kept at the same time, each with files of its own; densities may change without end.
+_MOST_KNOWN = 64
+
 
 class ModelFile:
     """Files of one stack: a template with other values.
@@ -111,7 +114,11 @@ class WidthFiles:
     def _stack(self, ranking: Ranking, rung: int) -> tuple[ModelFile, ModelLayout, Tensor]:
         """The stack of a rung, its layout, and the place in the payload of each of its coordinates [S]."""
         key = ranking.densities, rung
-        if key not in self._known:
+        if key in self._known:
+            self._known[key] = self._known.pop(key)  # the last that is forgotten
+        else:
+            while len(self._known) >= _MOST_KNOWN:
+                del self._known[next(iter(self._known))]
             width = widths(self._model, self._layout, ranking.densities)[rung]
             small, index_S = narrow(self._model, self._layout, width)
             order_S = ranking.support(rung).cpu().argsort()

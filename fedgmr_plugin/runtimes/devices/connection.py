@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.errors import ConfigError
 
+#: Ids have 18 digits at most, as in a topic.
+_MOST_ID = 10**18
 MQTT, S3 = "customized_training_mqtt_config", "customized_training_s3_config"
 
 
@@ -64,10 +66,11 @@ def connection(args: Any) -> Connection:
         ConfigError: GMR-112.
     """
     run = str(getattr(args, "run_id", "0"))
+    where = getattr(args, "yaml_config_file", "") or "args"
     if not re.fullmatch(r"[\w.-]{1,64}", run):
-        where = getattr(args, "yaml_config_file", "") or "args"
         raise ConfigError("GMR-112", f"run_id={run!r} is no name of letters, digits, _, . and -", where=where)
-    return Connection(run, int(getattr(args, "server_id", 0) or 0), device_ids(args))
+    server = _whole("server_id", getattr(args, "server_id", None) or 0, range(_MOST_ID), where)
+    return Connection(run, server, device_ids(args))
 
 
 def services(args: Any) -> tuple[Broker, Bucket]:
@@ -78,23 +81,31 @@ def services(args: Any) -> tuple[Broker, Bucket]:
     """
     where = getattr(args, "yaml_config_file", "") or "args"
     mqtt, s3 = (_section(args, name, where) for name in (MQTT, S3))
+    there = f"{where}: {MQTT}"
     broker = Broker(
         _required(mqtt, "BROKER_HOST", MQTT, where),
-        _port(mqtt, where),
-        mqtt.get("MQTT_USER") or None,
-        mqtt.get("MQTT_PWD") or None,
-        int(mqtt.get("MQTT_KEEPALIVE") or 60),
-        mqtt.get("MQTT_TLS_CA"),
-        mqtt.get("MQTT_TLS_CERT"),
-        mqtt.get("MQTT_TLS_KEY"),
+        _whole("BROKER_PORT", mqtt.get("BROKER_PORT", 1883), range(1, 2**16), there),
+        _text(mqtt, "MQTT_USER"),
+        _text(mqtt, "MQTT_PWD"),
+        _whole("MQTT_KEEPALIVE", mqtt.get("MQTT_KEEPALIVE") or 60, range(1, 2**16), there),
+        _text(mqtt, "MQTT_TLS_CA"),
+        _text(mqtt, "MQTT_TLS_CERT"),
+        _text(mqtt, "MQTT_TLS_KEY"),
     )
     bucket = Bucket(
-        s3.get("CN_S3_ENDPOINT"),
+        _text(s3, "CN_S3_ENDPOINT"),
         _required(s3, "BUCKET_NAME", S3, where),
         _required(s3, "CN_S3_AKI", S3, where),
         _required(s3, "CN_S3_SAK", S3, where),
-        s3.get("CN_REGION_NAME"),
+        _text(s3, "CN_REGION_NAME"),
     )
+    if bucket.endpoint is not None and not re.match(r"https?://[^/]", bucket.endpoint):
+        problem = f"CN_S3_ENDPOINT={bucket.endpoint!r} does not begin with http:// or https://"
+        raise ConfigError("GMR-112", problem, where=f"{where}: {S3}")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}", bucket.name):
+        raise ConfigError(
+            "GMR-112", f"BUCKET_NAME={bucket.name!r} is no name of a bucket", where=f"{where}: {S3}"
+        )
     return broker, bucket
 
 
@@ -108,12 +119,12 @@ def device_ids(args: Any) -> tuple[int, ...]:
     where = f"{getattr(args, 'yaml_config_file', '') or 'args'}: client_id_list"
     try:
         found = json.loads(given.replace("'", '"')) if isinstance(given, str) else given
-        ids = tuple(int(item) for item in found or ())
-    except (TypeError, ValueError) as error:
+        ids = tuple(_whole("id", item, range(_MOST_ID), where) for item in found or ())
+    except (TypeError, ValueError, RecursionError, ConfigError) as error:
         raise ConfigError(
             "GMR-112", f"client_id_list={given!r} is no list of whole numbers", where=where
         ) from error
-    if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
+    if not ids or len(set(ids)) < len(ids):
         raise ConfigError("GMR-112", f"client_id_list={given!r} has no id, or one twice", where=where)
     return ids
 
@@ -131,7 +142,7 @@ def device_keys(config: FedGMRConfig, devices: tuple[int, ...], where: str) -> d
     try:
         found = json.loads(Path(config.device_keys).read_text(encoding="utf-8"))
         keys = {device: bytes.fromhex(found[str(device)]) for device in devices}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"device {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigError("GMR-111", f"device_keys={config.device_keys}: {what}", where=where) from error
     short = [device for device, key in keys.items() if len(key) < 16]
@@ -154,8 +165,16 @@ def _required(section: Mapping[str, Any], key: str, name: str, where: str) -> st
     return str(value)
 
 
-def _port(section: Mapping[str, Any], where: str) -> int:
-    value = section.get("BROKER_PORT", 1883)
-    if isinstance(value, bool) or not str(value).isdecimal() or not 0 < int(value) < 65_536:
-        raise ConfigError("GMR-112", f"BROKER_PORT={value!r} is no port", where=f"{where}: {MQTT}")
-    return int(value)
+def _text(section: Mapping[str, Any], key: str) -> str | None:
+    """A value as text, also where YAML makes a number of it (a user ``7``); None where it is empty."""
+    value = section.get(key)
+    return None if value in (None, "") else str(value)
+
+
+def _whole(key: str, value: Any, allowed: range, where: str) -> int:
+    """A whole number, also where it is quoted."""
+    text = str(value)
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,19}", text) or int(text) not in allowed:
+        wanted = f"from {allowed.start} to {allowed.stop - 1}"
+        raise ConfigError("GMR-112", f"{key}={value!r} is no whole number {wanted}", where=where)
+    return int(text)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +96,7 @@ class Device:
         self.working: TaskNote | None = None
         self.next: TaskNote | None = None
         self.trained = 0
-        self.refused: list[str] = []
+        self.refused: Counter[str] = Counter()
         self.up: float | None = None
         self.down: float | None = None
         self.memory = memory
@@ -131,14 +132,18 @@ class Device:
         try:
             note = self._believed(topic, payload)
         except WireError as refusal:
-            self.refused.append(refusal.code)
-            _log.warning("%s", refusal)
+            self._refuse(refusal, "a message")
             return
         if isinstance(note, FinishNote):
             self.finished = True
             self._say_status("FINISHED")
         else:
             self._task(note)
+
+    def _refuse(self, refusal: WireError, what: str) -> None:
+        self.refused[refusal.code] += 1
+        level = logging.WARNING if self.refused[refusal.code] == 1 else logging.DEBUG  # no flood of the log
+        _log.log(level, "%s is refused: %s", what, refusal)
 
     def _believed(self, topic: str, payload: bytes) -> TaskNote | FinishNote:
         message = parse(payload)
@@ -214,8 +219,7 @@ class Device:
         try:
             sent = self._dispatch(note)
         except WireError as refusal:
-            self.refused.append(refusal.code)
-            _log.warning("dispatch %d: %s", note.dispatch, refusal)
+            self._refuse(refusal, f"dispatch {note.dispatch}")
             self._give_up()
             return
         self._train(sent, lambda update: self._answer(note, sent, update))
@@ -264,7 +268,7 @@ class Device:
         )
 
     def _answer(self, note: TaskNote, sent: Dispatch, update: LocalUpdate) -> None:
-        if self.working is not note:
+        if self.working is not note or self.finished:
             return
         self.trained += 1
         header = Header(

@@ -157,7 +157,7 @@ class ThreadedHands:
                 job = self._jobs[0]
             try:
                 job()
-            except FedGMRError as error:
+            except Exception as error:  # noqa: BLE001  # one that nobody expected ends the run, not this thread alone
                 self._fail(error)
             with self._changed:
                 self._jobs.popleft()

@@ -9,7 +9,7 @@ import queue
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,10 +147,11 @@ class LiveRun(RecordedRun):
             first = meta["journal"]
             contents = [tensors[f"unsent.{i}"].numpy().tobytes() for i in range(len(meta["unsent"]))]
             unsent = [(Piece(*p), content) for p, content in zip(meta["unsent"], contents, strict=True)]
-        entries = list(self._journals.since(first)) if self.resumed else []
-        self.clock.start(max([office.live.now, *(float(entry.head["time"]) for entry in entries)]))
+        past = range(first, self._journals.last + 1) if self.resumed else range(0)
+        times = (float(entry.head["time"]) for entry in self._journals.entries(past))
+        self.clock.start(max(office.live.now, max(times, default=0.0)))
         if self.resumed:
-            office.resume(entries, self._journals.next(), unsent)
+            office.resume(self._journals.entries(past), self._journals.next(), unsent)
             office.abandon([] if checkpoint is None else checkpoint.meta.get("undeleted", []))
         else:
             office.begin(self._journals.next())
@@ -290,9 +291,9 @@ class _Journals:
         self.last = max(numbers, default=-1)
         self._needed = [min(numbers, default=0)]  # first journal behind each of the last checkpoints
 
-    def since(self, first: int) -> Iterator[Entry]:
-        """What happened since journal `first` began."""
-        for number in range(first, self.last + 1):
+    def entries(self, numbers: Iterable[int]) -> Iterator[Entry]:
+        """What happened in these journals, one entry in memory at a time: each may hold a whole model."""
+        for number in numbers:
             yield from read(self._path(number))
 
     def next(self) -> Journal:

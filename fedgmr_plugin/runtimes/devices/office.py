@@ -203,6 +203,8 @@ class Office:
     def _status(self, client: int, note: StatusNote, now: float) -> None:
         if note.state != "ONLINE":
             self._apply([ClientLeft(client, now)])
+        elif self._is_late(client, note.working):
+            return  # another dispatch would only wait behind this one, until both are too old
         elif client in self.server.away:
             self._welcome(client, now, self._measured(note.up, note.down), note.samples)
         else:
@@ -213,6 +215,12 @@ class Office:
     ) -> None:
         if self._is_new(client):
             self._apply([ClientJoined(client, now, density, samples)])
+
+    def _is_late(self, client: int, working: int | None) -> bool:
+        """Whether a device still works on the dispatch that it did not answer in time: its answer counts."""
+        if working is None or working not in self.server.overdue:
+            return False
+        return self.server.flights[working].client == client
 
     def _is_new(self, client: int) -> bool:
         """Whether it would change anything that a client who is away joins."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import uuid
 from collections.abc import Callable
 
 from fedgmr_plugin.errors import FedGMRError, WireError
+from fedgmr_plugin.protocol.header import shown
 from fedgmr_plugin.protocol.notes import (
     CHECK,
     FINISH,
@@ -28,6 +30,7 @@ from fedgmr_plugin.runtimes.devices.office import Hands
 
 _log = logging.getLogger(__name__)
 _MOST_BYTES = 2**31
+_MOST_WAITING = 8
 #: Trains a model file and calls back with the trained one, in the device's thread: (file, client, count).
 TrainFile = Callable[[bytearray, int, int, Callable[[bytes], None]], None]
 
@@ -78,7 +81,10 @@ class PlainDevice:
             message = parse(payload)
             kind = message.get("msg_type")
             if topic != self.hears or kind not in (INIT, SYNC, CHECK, FINISH):
-                raise WireError("GMR-741", f"msg_type={kind!r} on {topic} is not for this device")
+                raise WireError("GMR-741", f"msg_type={shown(kind)} on {topic} is not for this device")
+            client = str(message.get("client_idx") or 0)
+            if not re.fullmatch("[0-9]{1,18}", client):
+                raise WireError("GMR-741", f"client_idx={shown(client)}")
         except WireError as refusal:
             _log.warning("%s", refusal)
             return
@@ -88,7 +94,7 @@ class PlainDevice:
             self.finished = True
             self._say_status("FINISHED")
         else:
-            self._waiting.append((str(message.get("model_params")), int(message.get("client_idx") or 0)))
+            self._waiting = [*self._waiting, (str(message.get("model_params")), int(client))][-_MOST_WAITING:]
             self._next()
 
     def last_will(self) -> bytes:
@@ -103,15 +109,15 @@ class PlainDevice:
 
     def _fetched(self, client: int, content: bytearray | WireError) -> None:
         if isinstance(content, WireError):
-            _log.warning("%s", content)
-            self._busy = False
-            self._next()
-            return
-        try:
+            self.failed(content)
+        else:
             self._train(content, client, self.trained, self._done)
-        except FedGMRError as error:
-            _log.warning("%s", error)
-            self._busy = False
+
+    def failed(self, error: FedGMRError) -> None:
+        """A model could not be had, or is none; the next one may be."""
+        _log.warning("%s", error)
+        self._busy = False
+        self._next()
 
     def _done(self, content: bytes) -> None:
         self.trained += 1

@@ -172,6 +172,12 @@ def prepare_server(
         raise ConfigError(
             "GMR-112", f"client_id_list has {len(ids)} ids for client_num_in_total={keys.clients}"
         )
+    if config.clients_at_start > keys.clients:
+        raise ConfigError(
+            "GMR-106",
+            f"clients_at_start={config.clients_at_start} are more than client_num_in_total={keys.clients}",
+            where="fedgmr_args.clients_at_start",
+        )
     where = torch.device(device) if device is not None else torch.device("cpu")
     model.to(where)
     layout = build_layout(model, config.dense_layers)

@@ -62,7 +62,7 @@ class S3Store:
         """
         found = self._call("get_object", Key=piece.key)
         if found is None:
-            raise WireError("GMR-746", f"key={piece.key} is not in the store")
+            raise WireError("GMR-746", f"key={piece.key} is not in the store, or not to be read")
         with found["Body"] as body:
             length = found["ContentLength"]
             if length > piece.size or (piece.sha256 and length != piece.size):
@@ -116,7 +116,8 @@ class S3Store:
             return getattr(self._client, operation)(Bucket=self._bucket, **named)
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code"))
-            if code in _MISSING:
+            # S3 tells nobody who may not list a bucket, as no device may, that an object of it is missing.
+            if code in _MISSING or (operation == "get_object" and code == "AccessDenied"):
                 return None
             if code in _REFUSED:
                 raise HostError("GMR-515", f"the store refuses {operation}: {error}") from error

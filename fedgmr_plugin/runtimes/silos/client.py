@@ -49,7 +49,12 @@ def build(args: Any, device: Any, dataset: Any, model: nn.Module, model_trainer:
     samples = SiloSamples(dataset[5])
 
     def over_grpc(hears: str, inbox: queue.Queue[Any]) -> tuple[GrpcLink, Objects]:
-        rows = peers(str(getattr(args, "grpc_ipconfig_path", "")))
+        path = str(getattr(args, "grpc_ipconfig_path", ""))
+        rows = peers(path)
+        if not {me, here.server} <= set(rows):
+            raise ConfigError(
+                "GMR-112", f"no row for silo {me}, or for the server, {here.server}", where=path
+            )
         expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         most = most_bytes(expected)
         objects = Objects(most, own=most)

@@ -47,6 +47,9 @@ _log = logging.getLogger(__name__)
 _MAGIC = b"FGM1"
 #: Seconds for which a message is tried again while its receiver cannot be reached.
 _PATIENCE = 60.0
+_PORT_HINT = (
+    "End the process that has the port, or change this row of the file that grpc_ipconfig_path names."
+)
 #: Longest head of a frame: a message, and escapes.
 _MOST_HEAD = 4 * MOST_MESSAGE
 _NOTES: dict[object, type[Any]] = {
@@ -185,9 +188,11 @@ class GrpcLink:
         try:
             bound = self._listener.add_insecure_port(f"{me.host}:{me.port}")
         except RuntimeError as error:
-            raise HostError("GMR-515", f"{me.host}:{me.port} cannot be listened on: {error}") from error
+            raise HostError(
+                "GMR-515", f"{me.host}:{me.port} cannot be listened on", hint=_PORT_HINT
+            ) from error
         if bound == 0:
-            raise HostError("GMR-515", f"{me.host}:{me.port} cannot be listened on")
+            raise HostError("GMR-515", f"{me.host}:{me.port} cannot be listened on", hint=_PORT_HINT)
         self._listener.start()
         self.connected.set()
 
