@@ -185,7 +185,7 @@ class FedGMRConfig(BaseModel):
     norm_bound: Positive | None = Field(
         None,
         description="Scale an update down whose change per weight is more than so many times the median of "
-        "the updates that are merged.",
+        "the updates that are merged, and believe no more than so many times the median of their samples.",
     )
     trim: Annotated[float, Field(ge=0, lt=0.5, allow_inf_nan=False)] = Field(
         0.0,

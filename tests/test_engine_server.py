@@ -377,6 +377,16 @@ def test_a_client_that_left_gets_nothing_until_it_joins() -> None:
 # -- merging ---------------------------------------------------------------------------------------
 
 
+def test_a_bound_on_norms_bounds_the_samples_that_are_believed() -> None:
+    """Who says a million samples weighs 1.5 medians; without the bound, nearly everything."""
+    for bound, share in ((None, 1.0), (1.5, 15 / 35)):
+        world = World((1.0, 1.0, 1.0), norm_bound=bound, staleness="constant").start()
+        for n, samples in ((0, 10), (1, 10), (2, 10_000_000)):
+            world.handle(world.upload(n, samples=samples))
+        weights = [a["weight"] for a in records(world.close(), "arrival")]
+        assert weights[2] / sum(weights) == pytest.approx(share, rel=1e-5)
+
+
 def test_a_window_merges_what_arrived_weighted_by_staleness_and_samples() -> None:
     """c_n = s(tau) * samples, with the mask of the dispatch; pibar, gamma and coverage by brute force."""
     world = World(windows=20, staleness="polynomial", staleness_exponent=0.5).start()

@@ -19,6 +19,7 @@ client's last upload takes part in every merge. See the method page, sections 3 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -318,8 +319,15 @@ class Server:
             return "time_budget"
         return "windows" if self.version >= self.plan.windows else None
 
-    def _weighted(self, admitted: Admitted) -> MaskedUpdate:
-        """c_n = s(tau_n) * samples, with the support of the dispatched mask.
+    def _most_samples(self, scope: Sequence[Admitted]) -> float:
+        """Samples that are believed of an upload: with `norm_bound`, so many times the median of all."""
+        bound = self.config.norm_bound
+        if bound is None or not scope:
+            return math.inf
+        return bound * statistics.median(a.upload.samples for a in scope)
+
+    def _weighted(self, admitted: Admitted, most: float) -> MaskedUpdate:
+        """c_n = s(tau_n) * samples (`most` of them), with the support of the dispatched mask.
 
         Without `staleness_normalised`, c_n = samples, and s(tau_n) scales the change.
         """
@@ -328,7 +336,7 @@ class Server:
         damping = staleness_weight(
             c.staleness, tau, exponent=c.staleness_exponent, slope=c.hinge_slope, delay=c.hinge_delay
         )
-        samples = float(upload.samples)
+        samples = min(float(upload.samples), most)
         update = MaskedUpdate(flight.ranking, flight.rung, upload.values_S, samples)
         update = self._restricted(upload.client, update, upload.sent_S)
         if c.staleness_normalised:
@@ -341,7 +349,8 @@ class Server:
         if self.config.update_scope == "buffer":
             latest = {**self.buffer, **{a.upload.client: a for a in arrived}}
             scope = [latest[n] for n in sorted(latest)]
-        updates = [self._weighted(a) for a in scope] if arrived else []
+        most = self._most_samples(scope)
+        updates = [self._weighted(a, most) for a in scope] if arrived else []
         updates, defence = self._defended(updates)
         weights = {a.upload.dispatch: u.weight for a, u in zip(scope, updates, strict=False)}
         if updates and self.before_merge is not None:

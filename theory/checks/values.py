@@ -210,6 +210,8 @@ def weights(frame: Frame) -> Finding:
     expected = factor * table["samples"]
     known = ~np.isnan(expected) & ~np.isnan(table["weight"])
     bad = np.abs(table["weight"] - expected) > 1e-6 * np.abs(expected)
+    if config("norm_bound") is not None:  # which bounds samples too
+        bad &= table["weight"] > expected
     return law(
         "weights", title, bad | (table["weight"] <= 0), place_of(frame, "arrival"), applies=known,
         lhs=table["weight"], rhs=expected, reason="weight or samples are not logged",
