@@ -574,7 +574,7 @@ class Histories(RuleBasedStateMachine):
         require(not left, "objects that nobody needs are left in the store", sorted(left))
 
     def _store_holds_nothing_but_what_is_swept(self) -> None:
-        """Answers of devices that came back after the end, and whose farewell was lost: `LiveRun` sweeps them."""
+        """That is answers of devices that came back after the end, and whose farewell was lost."""
         left = sorted(set(self.objects) - self.objects.late)
         require(not left, "objects are left in the store", left)
         swept = [k for k in self.objects if is_of_run(k, stage.RUN, self.office.token, stage.KEYS)]
