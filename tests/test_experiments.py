@@ -220,6 +220,15 @@ def test_what_is_named_twice_runs_once(place: Path) -> None:
     assert listed.output.split("\n")[:-1] == ["to run    fedavg-1", "to run    fedavg-2"]
 
 
+def test_two_campaigns_do_not_share_a_folder(place: Path) -> None:
+    """The second would rewrite what the processes of the first read."""
+    file, out = written(place), place / "out"
+    out.mkdir()
+    with locked(out):
+        result = CliRunner().invoke(main, ["bench", str(file), "-o", str(out)])
+    assert result.exit_code == 2 and "GMR-604" in result.output and not list(out.iterdir())
+
+
 def test_a_failed_run_is_told_and_the_others_go_on(place: Path) -> None:
     file = written(place, **{"with": {"clients": 4, "fails": [2]}})
     options = ["--methods", "fedavg", "--budget", "50", "-o", "out"]

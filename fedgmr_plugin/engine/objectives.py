@@ -135,7 +135,7 @@ class StraightThrough(View):
 
 @torch.no_grad()
 def threshold(model: nn.Module, masks: Masks | None, names: frozenset[str]) -> float:
-    """theta of a sub-model: the smallest |x_0| of the weights that it holds; 0 if it holds none.
+    """theta of a sub-model (FIARSE): the smallest |x_0| of the weights that it holds; 0 if it holds none.
 
     Args:
         model: holds x_0.

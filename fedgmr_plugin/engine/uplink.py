@@ -5,7 +5,8 @@ Legend: D coordinates, S support of one sub-model, k prunable coordinates that a
 Restoration makes a client's sub-model larger, not its link. With ``upload: decoupled`` a client trains all of
 its sub-model and sends what its link can carry: everything that is never pruned, and of the prunable
 coordinates of its change the k = ``int(d0 * D_p)`` of largest size, as many as its initial density d0 had. It
-remembers the rest and adds it to its next change (error feedback), so nothing is lost, only late.
+remembers the rest and adds it to its next change (error feedback; Karimireddy et al., ICML 2019, arXiv
+1901.09847): what the server does not refuse is not lost, only late.
 
 The names of the k coordinates are sent too: log2 C(n, k) bits for n prunable coordinates of the sub-model.
 """

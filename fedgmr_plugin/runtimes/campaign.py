@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.protocol.runlog import LOG_NAME
 from fedgmr_plugin.runtimes import experiment as worker
+from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.experiment import DESCRIPTION, Experiment, is_finished, run_name
 
 #: Seconds that processes have to end after an interruption.
@@ -98,8 +99,14 @@ class Campaign:
 
         Raises:
             ConfigError: GMR-110 if `folder` cannot be made.
+            RunLogError: GMR-604 if another campaign works in it.
         """
-        self._describe()
+        self._make_folder()
+        with resume.locked(self.folder):
+            self._describe()
+            self._carry_out()
+
+    def _carry_out(self) -> None:
         waiting = [task for task in self.tasks if not self._is_finished(task)]
         before = len(self.tasks) - len(waiting)
         begun, gone = time.monotonic(), {task: self._share(task) for task in waiting}
@@ -114,13 +121,16 @@ class Campaign:
             finally:
                 self._end()
 
-    def _describe(self) -> None:
-        text = self.experiment.model_dump_json(by_alias=True, indent=1)
+    def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError("GMR-110", f"{self.folder} cannot be made: {error.strerror}") from error
+
+    def _describe(self) -> None:
+        """Write down the experiment, which the runs' processes read."""
+        text = self.experiment.model_dump_json(by_alias=True, indent=1)
+        (self.folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
     def _is_finished(self, task: Task) -> bool:
         return is_finished(self.experiment, *task, self.folder)

@@ -294,9 +294,8 @@ def is_finished(experiment: Experiment, method: str, seed: int, folder: Path) ->
 
 def main(folder: str, method: str, seed: str) -> None:
     """One run of the experiment that is described in `folder`."""
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored where a shell began it in the background
+    # A shell that begins a campaign in the background lets its processes ignore what ends them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     text = (Path(folder) / DESCRIPTION).read_text(encoding="utf-8")
     train(Experiment.model_validate_json(text), method, int(seed), Path(folder))
 
