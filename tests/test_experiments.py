@@ -321,3 +321,27 @@ def test_a_reduced_form_needs_no_file_of_its_own(place: Path) -> None:
     with pytest.raises(ConfigError, match="GMR-102"):
         reduced.changed("seeds", "many")
     assert json.loads(reduced.model_dump_json(by_alias=True))["with"] == {"clients": 4}
+
+
+def test_sections_of_the_reduced_form_are_merged_at_any_depth(place: Path) -> None:
+    data = {"name": "digits", "split": {"by": "class", "alpha": 0.6}, "sizes": [1, 2, 3]}
+    reduced = {
+        "with": {"data": {"split": {"alpha": 0.1}, "sizes": [4]}},
+        "methods": {"fedgmr": {"patience": 3}, "none": {"trigger": "none"}},
+    }
+    experiment = load(written(place, **{"with": {"data": data, "clients": 4}}, reduced=reduced))
+    found = experiment.as_reduced()
+    split = {"by": "class", "alpha": 0.1}
+    assert found.arguments == {"data": {"name": "digits", "split": split, "sizes": [4]}, "clients": 4}
+    assert found.methods == {
+        "fedgmr": {"method": "fedgmr", "patience": 3},
+        "fedavg": {"method": "fedavg"},
+        "none": {"trigger": "none"},
+    }
+    assert experiment.arguments["data"] == data  # the whole form stays as it was
+
+
+@pytest.mark.parametrize("reduced", [{"seeds": {"a": 1}}, {"with": 3}, {"methods": {"fedgmr": 3}}])
+def test_a_reduced_form_of_other_types_is_refused(place: Path, reduced: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="GMR-102"):
+        load(written(place, reduced=reduced)).as_reduced()

@@ -61,7 +61,8 @@ class Experiment(BaseModel):
         last: evaluations that a run's figure is the mean of.
         against: the method that the others are compared with.
         notes: what a reader of the figures has to know.
-        reduced: replaces parts of the experiment, for a run in minutes.
+        reduced: replaces parts of the experiment, for a run in minutes: sections are merged key by key at
+            any depth, lists and single values replaced.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -135,7 +136,7 @@ class Experiment(BaseModel):
         Raises:
             ConfigError: what is wrong with it.
         """
-        return _read(_merged(self.model_dump(by_alias=True), self.reduced), "reduced")
+        return _read(_reduced(self.model_dump(by_alias=True), self.reduced), "reduced")
 
     def changed(self, key: str, value: Any) -> Experiment:
         """The same with another value at a place such as ``fedgmr_args.patience``.
@@ -184,17 +185,30 @@ def _read(content: Mapping[str, Any], where: str) -> Experiment:
         raise ConfigRefused(problems, where=where) from None
 
 
-def _merged(content: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` with sections of `changes` merged into its own, key by key.
+def _reduced(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with `changes` merged in; see `_merged`.
 
     Raises:
         ConfigError: GMR-101 for what cannot be reduced.
     """
-    result = copy.deepcopy(content)
-    for key, value in changes.items():
+    for key in changes:
         if key not in _REDUCIBLE:
-            raise ConfigError("GMR-101", f"{key} cannot be reduced", where="reduced")
-        result[key] = {**result[key], **value} if isinstance(value, Mapping) else value
+            raise ConfigError(
+                "GMR-101",
+                f"{key} cannot be reduced",
+                where="reduced",
+                hint=f"What can be is {', '.join(_REDUCIBLE)}.",
+            )
+    return _merged(content, changes)
+
+
+def _merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with `changes`: sections are merged key by key, at any depth; all else is replaced."""
+    result = dict(content)
+    for key, value in changes.items():
+        own = result.get(key)
+        is_section = isinstance(own, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(own, value) if is_section else copy.deepcopy(value)
     return result
 
 
