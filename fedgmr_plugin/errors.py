@@ -34,7 +34,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-101": CatalogueEntry(
         "unknown key",
-        "`fedgmr_args` has a key that fedgmr does not know. It is refused rather than ignored.",
+        "`fedgmr_args`, or the file of an experiment, has a key that fedgmr does not know. It is refused "
+        "rather than ignored.",
         "Use the suggested spelling, or delete the key.",
     ),
     "GMR-102": CatalogueEntry(
@@ -64,7 +65,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-107": CatalogueEntry(
         "missing key",
-        "FedML needs a key that the YAML does not have.",
+        "FedML, or an experiment, needs a key that the YAML does not have.",
         "Add the key to the section that the message names.",
     ),
     "GMR-108": CatalogueEntry(

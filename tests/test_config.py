@@ -97,6 +97,8 @@ BAD = [
     ("run_name: 7", "GMR-102", "run_name", 'Write it in quotes: "7".'),
     ("heterogeneity:", "GMR-102", "heterogeneity", "one of `high`, `medium`, `low`, `none`"),
     ("score: 3", "GMR-102", "score", "score=3 is a whole number"),
+    ("density_ladder: [true]", "GMR-102", "density_ladder[0]", "is a boolean"),
+    ("density_ladder: []", "GMR-104", "density_ladder", "at least 1 element"),
     # choices
     ("score: magnitud", "GMR-103", "score", "Did you mean `magnitude`?"),
     ("score: wg", "GMR-103", "score", "one of `magnitude`, `weight_change`, `per_cost`, `random`"),

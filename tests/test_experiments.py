@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from benchmarks.collect import collect, table
 from fedgmr_plugin.cli import main
+from fedgmr_plugin.config import ConfigRefused
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes.campaign import Campaign, Status
@@ -252,7 +253,7 @@ def test_progress_is_read_from_the_logs(place: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": {"a": {"method": "fedavgg"}}}, r"GMR-103.*methods.a"),
+        ({"methods": {"a": {"method": "fedavgg"}}}, r"GMR-103.*digits.yaml: methods.a.method"),
         ({"methods": {"a": {"patience": "x"}, "b": {"interval": 0}}}, r"GMR-100 2 problems"),
         ({"train_args": {"batchsize": 3}}, "GMR-101 batchsize is not a key of train_args"),
         ({"train_args": {"learning_rate": "fast"}}, "GMR-102 learning_rate='fast' is not a number"),
@@ -260,9 +261,27 @@ def test_progress_is_read_from_the_logs(place: Path) -> None:
         ({"fedgmr_args": {}}, "GMR-107 neither time_budget nor comm_round"),
         ({"against": "fedprox", "methods": {"fedavg": {"method": "fedavg"}}}, "GMR-103 against=fedprox"),
         ({"problem": "nowhere:build"}, "GMR-113 problem=nowhere:build cannot be imported"),
-        ({"problem": "nowhere"}, "GMR-102 problem"),
-        ({"tittle": "x"}, "GMR-101 tittle"),
-        ({"reduced": {"last": 3}}, "GMR-101 last cannot be reduced"),
+        ({"tittle": "x"}, "GMR-101 tittle is not a key.*digits.yaml: tittle.*Did you mean `title`"),
+        ({"arguments": {}}, "GMR-101 arguments is not a key.*Its keys are title, problem, with,"),
+        ({"title": 2024}, 'GMR-102 title=2024 is a whole number; it must be text.*"2024"'),
+        ({"problem": 3}, "GMR-102 problem=3 .* text such as `benchmarks.problems:build`"),
+        ({"problem": "nowhere"}, 'GMR-102 problem="nowhere" has another form.*digits.yaml: problem'),
+        ({"with": 3}, "GMR-102 with=3 is a whole number; it must be a section"),
+        ({"with": {1: 2}}, "GMR-102 a key of with=1 is a whole number; it must be text"),
+        ({"methods": {}}, "GMR-104 methods={} has too few elements.*at least 1 key"),
+        ({"methods": {"a": 3}}, "GMR-102 methods.a=3 .*must be a section.*digits.yaml: methods.a"),
+        ({"seeds": 3}, r"GMR-102 seeds=3 .*Write a list: \[3\]"),
+        ({"seeds": []}, r"GMR-104 seeds=\[\] has too few elements"),
+        ({"seeds": [1, "2"]}, r"^GMR-102 seeds\[1\]=\"2\" is text.*Write 2 without quotes"),
+        ({"seeds": [True]}, r"^GMR-102 seeds\[0\]=true is a boolean"),
+        ({"seeds": [-1]}, r"GMR-104 seeds\[0\]=-1 is outside \[0, inf\)"),
+        ({"last": 0}, r"GMR-104 last=0 is outside \[1, inf\)"),
+        ({"last": 2.0}, "GMR-102 last=2.0 is a fraction.*Write 2"),
+        ({"notes": None}, "GMR-102 notes=null is empty"),
+        ({"train_args": {"batchsize": 3}}, "digits.yaml: train_args.batchsize.*Did you mean `batch_size`"),
+        ({"train_args": {"learning_rate": "fast"}}, "digits.yaml: train_args.learning_rate"),
+        ({"against": "fedav"}, "GMR-103 against=fedav .*digits.yaml: against.*Did you mean `fedavg`"),
+        ({"reduced": {"last": 3}}, "GMR-101 last cannot be reduced.*What can be is with, train_args"),
     ],
 )
 def test_what_is_wrong_with_a_file(place: Path, changes: dict[str, Any], message: str) -> None:
@@ -274,9 +293,33 @@ def test_what_is_wrong_with_a_file(place: Path, changes: dict[str, Any], message
     options = ["--reduced"] if "reduced" in changes else []
     result = CliRunner().invoke(main, ["bench", str(written(place, **changes)), "-o", "out", *options])
     assert result.exit_code == 2, result.output
-
     assert re.search(message, result.output, re.DOTALL), result.output
+    assert "docs/errors.md#gmr-1" in result.output
+    assert not re.search("Input should|Field required|not permitted|validation", result.output)
     assert not (place / "out").exists()
+
+
+def test_what_a_file_lacks_is_told_at_once(place: Path) -> None:
+    (place / "empty.yaml").write_text("seeds: [1]\n3: x")
+    result = CliRunner().invoke(main, ["bench", "empty.yaml"])
+    assert result.exit_code == 2 and "GMR-100 4 problems" in result.output
+    assert "GMR-101 3 is not a key of an experiment" in result.output
+    for key, value in {"title": "text", "problem": "text such as", "methods": "a section with"}.items():
+        assert f"GMR-107 {key} is missing\n        in empty.yaml\n        Add `{key}:`" in result.output
+        assert f"and behind it {value}" in result.output
+
+
+def test_what_is_wrong_in_all_methods_is_said_once_and_where_it_stands(place: Path) -> None:
+    wrong = {**CONTENT["fedgmr_args"], "patience": 0, "densities": [1.0, 2.0], "probe": True}
+    methods = {"a": {}, "b": {"proximal": 0.1}, "c": {"patience": -1}}
+    with pytest.raises(ConfigRefused) as caught:
+        load(written(place, fedgmr_args=wrong, methods=methods, against="a")).check("my.yaml")
+    assert [(problem.code, problem.where) for problem in caught.value.problems] == [
+        ("GMR-104", "my.yaml: fedgmr_args.densities[1]"),
+        ("GMR-104", "my.yaml: fedgmr_args.patience"),
+        ("GMR-106", "my.yaml: methods.b.probe"),
+        ("GMR-104", "my.yaml: methods.c.patience"),
+    ]
 
 
 @pytest.mark.parametrize(

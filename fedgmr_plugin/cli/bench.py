@@ -79,7 +79,7 @@ def bench(
         chosen = chosen.changed("fedgmr_args.time_budget", budget)
     names = _chosen(methods, list(chosen.methods), str, "--methods")
     numbers = _chosen(seeds, None, int, "--seeds") if seeds else list(chosen.seeds)
-    chosen.check()
+    chosen.check(str(experiment))
     problem_of(chosen)
     folder = output or Path("fedgmr_bench") / (experiment.stem + ("-reduced" if reduced else ""))
     campaign = Campaign(chosen, folder, names, numbers, jobs, _teller())
