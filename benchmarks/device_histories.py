@@ -57,10 +57,16 @@ def require(condition: bool, *what: Any) -> None:
 
 
 class Account:
-    """What must come of a history, from what the devices did and what the log says was merged."""
+    """What must come of a history, from what the devices did and what the log says was merged.
 
-    def __init__(self, exponent: float) -> None:
-        self.exponent = exponent
+    Args:
+        exponent: of the weight by staleness.
+        keeps: whether the last answer of every client is merged again in every window.
+    """
+
+    def __init__(self, exponent: float, *, keeps: bool = False) -> None:
+        self.exponent, self.keeps = exponent, keeps
+        self.kept: dict[int, int] = {}  # client to its last dispatch that was merged
         self.updates: dict[int, tuple[int, int, np.ndarray, np.ndarray, float]] = {}
         self.models: list[np.ndarray] = []  # of each version
         self.lines: list[str] = []  # of the run log
@@ -104,10 +110,16 @@ class Account:
         before = self.models[version - 1].astype(np.float64)
         top, bottom = np.zeros_like(before), np.zeros_like(before)
         for record in self._arrived:
-            client, sent, index_S, values_S, samples = self.updates[record["dispatch"]]
+            client, sent, *_ = self.updates[record["dispatch"]]
             require((client, sent) == (record["client"], record["version"]), "another device's", record)
-            weight = samples * (1.0 + version - 1 - sent) ** -self.exponent
+            weight = self._weight(record["dispatch"], version)
             require(math.isclose(record["weight"], weight), "another weight", record, weight)
+        merged = [record["dispatch"] for record in self._arrived]
+        if self.keeps and merged:
+            self.kept |= {self.updates[number][0]: number for number in sorted(merged)}
+            merged = list(self.kept.values())
+        for number in merged:
+            weight, (_, _, index_S, values_S, _) = self._weight(number, version), self.updates[number]
             top[index_S] += weight * values_S
             bottom[index_S] += weight
         self._arrived = []
@@ -116,6 +128,11 @@ class Account:
         require(np.allclose(found, wanted, rtol=1e-6, atol=1e-6), "the sum is another one", version)
         require(bool((found[bottom == 0] == before[bottom == 0]).all()), "what nobody holds moved", version)
         self.models.append(found.copy())
+
+    def _weight(self, number: int, version: int) -> float:
+        """Weight of an update in the merge that made a version."""
+        _, sent, _, _, samples = self.updates[number]
+        return samples * (1.0 + version - 1 - sent) ** -self.exponent
 
 
 class Hearing:
@@ -148,7 +165,14 @@ class Histories(RuleBasedStateMachine):
     @initialize(
         windows=st.sampled_from([2, 4, 6]),
         options=st.sampled_from(
-            [{}, {"window_limit": 4.0}, {"schedule": "sync"}, {"min_updates": 2}, {"staleness_limit": 2}]
+            [
+                {},
+                {"window_limit": 4.0},
+                {"schedule": "sync"},
+                {"min_updates": 2},
+                {"staleness_limit": 2},
+                {"update_scope": "buffer"},
+            ]
         ),
         start=st.integers(1, 2),
     )
@@ -163,7 +187,8 @@ class Histories(RuleBasedStateMachine):
         self.past_up: list[tuple[str, bytes]] = []
         self.past_down: list[tuple[int, bytes]] = []
         self.retained: dict[int, bytes] = {}  # client to the last message to it
-        self.account = Account(self.config.staleness_exponent)
+        keeps = self.config.update_scope == "buffer"
+        self.account = Account(self.config.staleness_exponent, keeps=keeps)
         self.account.models.append(stage.LAYOUT.gather(stage.model()).numpy().copy())
         self.hearing = Hearing()
         self.kept: list[tuple[Hearing, int]] = []  # at each checkpoint, and records before it

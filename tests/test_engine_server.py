@@ -489,6 +489,28 @@ def test_the_buffer_averages_everybodys_last_upload() -> None:
     assert records(effects, "window")[0]["uncovered"] == 0
 
 
+@pytest.mark.parametrize("late_first", [True, False])
+def test_the_buffer_takes_the_later_of_two_answers_of_a_client(late_first: bool) -> None:
+    """A late answer and the next one meet in a window: both are in the log, in whatever order they came."""
+
+    def answered(*numbers: int) -> tuple[World, list[Effect]]:
+        world = World(update_scope="buffer").start()
+        world.window()
+        world.handle(DispatchOverdue(3, 5.0))
+        world.handle(ClientJoined(0, 6.0))
+        for number in numbers:
+            world.handle(world.upload(number))
+        return world, world.close()
+
+    world, effects = answered(*((3, 6) if late_first else (6, 3)))
+    assert world.sent[3].client == world.sent[6].client == 0
+    found = records(effects, "arrival")
+    assert [(r["dispatch"], r["weight"]) for r in found] == [(3, 10.0), (6, 10.0)]
+    assert records(effects, "window")[0]["arrivals"] == 2
+    alone, _ = answered(6)
+    assert torch.equal(world.server.w_D, alone.server.w_D)
+
+
 def test_the_buffer_rests_in_a_window_without_arrivals() -> None:
     world = World(update_scope="buffer", update_form="replacement", windows=20).start()
     world.window()

@@ -353,6 +353,9 @@ class Server:
         updates = [self._weighted(a, most) for a in scope] if arrived else []
         updates, defence = self._defended(updates)
         weights = {a.upload.dispatch: u.weight for a, u in zip(scope, updates, strict=False)}
+        for a in arrived:  # of a client that answered twice, the buffer takes its later dispatch
+            if a.upload.dispatch not in weights:
+                weights[a.upload.dispatch] = self._weighted(a, most).weight
         if updates and self.before_merge is not None:
             updates = self.before_merge(self.version, self.w_D, updates)
         coverage, moved = _NOBODY, 0.0
