@@ -180,6 +180,11 @@ class FedGMRConfig(BaseModel):
         description="What a restored client sends back: its whole update; or the largest part that its link "
         "carries as fast as its first sub-model, the rest being added to its next one (error feedback).",
     )
+    download: Literal["full", "decoupled"] = Field(
+        "full",
+        description="What a restored client is sent: its whole sub-model; or the part that its link carries "
+        "as fast as its first sub-model, where what the client has differs most.",
+    )
     server_step: Positive = Field(1.0, description="Server step size, a factor on the merged change.")
     norm_bound: Positive | None = Field(
         None,
@@ -447,14 +452,16 @@ class FedGMRConfig(BaseModel):
                 f"GMR-106|local_objective|local_objective={self.local_objective} is about sub-models, but "
                 "dense_start=true gives everybody the whole model"
             )
-        if self.upload == "decoupled":
+        for key in ("upload", "download"):
+            if getattr(self, key) == "full":
+                continue
             others = {
                 "probe=true": self.probe,
                 "payload_rule=encoded": self.payload_rule == "encoded",
                 f"payload_dtype={self.payload_dtype}": self.payload_dtype != "model",
             }
             problems += [
-                f"GMR-106|upload|upload=decoupled cannot be combined with {other}"
+                f"GMR-106|{key}|{key}=decoupled cannot be combined with {other}"
                 for other, is_asked in others.items()
                 if is_asked
             ]

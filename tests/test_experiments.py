@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import yaml
 from click.testing import CliRunner
 
 from benchmarks.collect import collect, table
+from benchmarks.data import DataSpec
 from fedgmr_plugin.cli import main
 from fedgmr_plugin.config import ConfigRefused
 from fedgmr_plugin.errors import ConfigError
@@ -136,6 +138,13 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
     assert again.output.count("finished") == 4
     again = CliRunner().invoke(main, ["bench", str(file), "-o", "out"])
     assert again.exit_code == 0 and {p: p.stat().st_mtime_ns for p in before} == before
+
+    shutil.rmtree(out / "fedgmr-2")
+    assert [run["accuracy"] for run in collect(out, figures)["runs"]] == [
+        run["accuracy"] for run in figures["runs"]
+    ]
+    with pytest.raises(ValueError, match="another experiment"):
+        collect(out, {**figures, "experiment": {}})
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -281,7 +290,7 @@ def test_progress_is_read_from_the_logs(place: Path) -> None:
         ({"train_args": {"batchsize": 3}}, "digits.yaml: train_args.batchsize.*Did you mean `batch_size`"),
         ({"train_args": {"learning_rate": "fast"}}, "digits.yaml: train_args.learning_rate"),
         ({"against": "fedav"}, "GMR-103 against=fedav .*digits.yaml: against.*Did you mean `fedavg`"),
-        ({"reduced": {"last": 3}}, "GMR-101 last cannot be reduced.*What can be is with, train_args"),
+        ({"reduced": {"last": 3}}, "GMR-101 last cannot be changed there.*What can be is with, train_args"),
     ],
 )
 def test_what_is_wrong_with_a_file(place: Path, changes: dict[str, Any], message: str) -> None:
@@ -342,10 +351,12 @@ EXPERIMENTS = sorted((Path(__file__).parent.parent / "benchmarks" / "experiments
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: str(file.stem))
 def test_the_experiments_of_the_project(file: Path) -> None:
-    """Every one is whole, in both forms; the paper's four have the paper's budgets."""
+    """Every one is whole, in all forms; the paper's four have the paper's budgets."""
     experiment = load(file)
-    for form in (experiment, experiment.as_reduced()):
+    variants = [experiment.as_varied(name) for name in experiment.variants]
+    for form in (experiment, experiment.as_reduced(), *variants, *(v.as_reduced() for v in variants)):
         form.check()
+        DataSpec.of(form.arguments["data"])
         assert Experiment.model_validate_json(form.model_dump_json(by_alias=True)) == form
         assert form.against in form.methods
         spent = form.config("fedgmr")
@@ -382,6 +393,23 @@ def test_sections_of_the_reduced_form_are_merged_at_any_depth(place: Path) -> No
         "none": {"trigger": "none"},
     }
     assert experiment.arguments["data"] == data  # the whole form stays as it was
+
+
+def test_a_variant_is_the_experiment_with_its_changes(place: Path) -> None:
+    variants = {"even": {"fedgmr_args": {"densities": [0.5] * 4}}, "few": {"with": {"clients": 3}}}
+    file = written(place, variants=variants)
+    experiment = load(file)
+    even = experiment.as_varied("even")
+    assert even.title == "Digits, perceptron: even" and even.arguments == {"clients": 4}
+    assert even.fedgmr_args == {**CONTENT["fedgmr_args"], "densities": [0.5] * 4}
+    assert even.as_reduced().fedgmr_args["densities"] == [0.5] * 4
+    command = ["bench", str(file), "--variant", "even", "--reduced", "--list"]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0 and shown.output.split() == ["to", "run", "fedgmr-1", "to", "run", "fedavg-1"]
+    with pytest.raises(ConfigError, match=r"GMR-103 variant=odd is unknown; there is even, few"):
+        experiment.as_varied("odd")
+    with pytest.raises(ConfigError, match=r"GMR-101 last cannot be changed there"):
+        load(written(place, variants={"odd": {"last": 3}})).as_varied("odd")
 
 
 @pytest.mark.parametrize("reduced", [{"seeds": {"a": 1}}, {"with": 3}, {"methods": {"fedgmr": 3}}])

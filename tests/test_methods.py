@@ -431,12 +431,13 @@ def test_fiarse_by_whole_rounds(tmp_path: Path, skewed: Data) -> None:
     assert distance(weights_of(model), weights) < 5e-6
 
 
+@pytest.mark.parametrize("download", ["full", "decoupled"])
 @pytest.mark.parametrize("rule", ["density", "support"])
-def test_decoupled_uploads_cost_what_they_send(tmp_path: Path, rule: str) -> None:
-    """Bytes of every upload: its values, priced as downloads are, and the names of those that were chosen."""
+def test_decoupled_traffic_costs_what_it_sends(tmp_path: Path, rule: str, download: str) -> None:
+    """Bytes of every flight: its values, priced as whole ones are, and the names of what was chosen."""
     initial, model = [1.0, 0.5, 0.2, 0.1], perceptron()
     options = {"method": "fedgmr", "upload": "decoupled", "trigger": "time", "interval": 5}
-    options["payload_rule"] = rule
+    options |= {"payload_rule": rule, "download": download}
     _, log = trained(tmp_path, iid(), 60, densities=initial, **options)
     layout, dispatches = build_layout(model), {d["dispatch"]: d for d in log.records("dispatch")}
     thinned = 0
@@ -449,8 +450,9 @@ def test_decoupled_uploads_cost_what_they_send(tmp_path: Path, rule: str) -> Non
         if rule == "density":
             values = min(sent["density"], initial[arrival["client"]])
         names = math.log2(math.comb(held, chosen)) / 32 / layout.size
-        assert math.isclose(arrival["bytes_up"], 26e6 * min(whole, values + names), rel_tol=1e-9)
-        assert math.isclose(sent["bytes_down"], 26e6 * whole, rel_tol=1e-9)
+        part = min(whole, values + names)
+        assert math.isclose(arrival["bytes_up"], 26e6 * part, rel_tol=1e-9)
+        assert math.isclose(sent["bytes_down"], 26e6 * (whole if download == "full" else part), rel_tol=1e-9)
         thinned += chosen < held
     assert thinned > 3
 
@@ -461,7 +463,12 @@ ALL = pytest.mark.parametrize("method", list(METHODS))
 #: Every method, and options that a method may be combined with.
 CASES = pytest.mark.parametrize(
     ("method", "extra"),
-    [*((m, {}) for m in METHODS), *((m, {"upload": "decoupled"}) for m in ("fedgmr", "fjord+gmr"))],
+    [
+        *((m, {}) for m in METHODS),
+        *((m, {"upload": "decoupled"}) for m in ("fedgmr", "fjord+gmr")),
+        ("fedgmr", {"download": "decoupled"}),
+        *((m, {"upload": "decoupled", "download": "decoupled"}) for m in ("fedgmr", "heterofl+gmr")),
+    ],
 )
 
 

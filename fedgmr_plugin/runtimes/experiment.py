@@ -45,8 +45,8 @@ from fedgmr_plugin.runtimes.settings import as_mapping, fedml_keys
 DESCRIPTION = "experiment.json"
 #: What one run trains, in its own directory.
 PROBLEM = "problem.json"
-#: What of an experiment `--reduced` may replace.
-_REDUCIBLE = ("with", "train_args", "fedgmr_args", "methods", "seeds")
+#: What of an experiment its reduced form and its variants may change.
+_CHANGEABLE = ("with", "train_args", "fedgmr_args", "methods", "seeds")
 
 Problem = Callable[..., tuple[list[Any], nn.Module]]
 
@@ -65,6 +65,7 @@ class Experiment(BaseModel):
         notes: what a reader of the figures has to know.
         reduced: replaces parts of the experiment, for a run in minutes: sections are merged key by key at
             any depth, lists and single values replaced.
+        variants: by name, what each changes, merged as `reduced` is; the experiment's other settings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -80,6 +81,7 @@ class Experiment(BaseModel):
     against: str | None = None
     notes: str = ""
     reduced: dict[str, Any] = Field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     def options(self, method: str) -> dict[str, Any]:
         """The `fedgmr_args` of one method."""
@@ -169,7 +171,26 @@ class Experiment(BaseModel):
         Raises:
             ConfigError: what is wrong with it.
         """
-        return _read(_reduced(self.model_dump(by_alias=True), self.reduced), "reduced")
+        return self._with(self.reduced, "reduced")
+
+    def as_varied(self, name: str) -> Experiment:
+        """A variant, named in the title.
+
+        Raises:
+            ConfigError: GMR-103 if there is none of that name, else what is wrong with it.
+        """
+        if name not in self.variants:
+            known = ", ".join(self.variants) or "none at all"
+            raise ConfigError("GMR-103", f"variant={name} is unknown; there is {known}", where="--variant")
+        varied = self._with(self.variants[name], f"variants.{name}")
+        return varied.model_copy(update={"title": f"{self.title}: {name}"})
+
+    def _with(self, changes: Mapping[str, Any], where: str) -> Experiment:
+        for key in changes:
+            if key not in _CHANGEABLE:
+                hint = f"What can be is {', '.join(_CHANGEABLE)}."
+                raise ConfigError("GMR-101", f"{key} cannot be changed there", where=where, hint=hint)
+        return _read(_merged(self.model_dump(by_alias=True), changes), where)
 
     def changed(self, key: str, value: Any) -> Experiment:
         """The same with another value at a place such as ``fedgmr_args.patience``.
@@ -262,23 +283,6 @@ def _properties() -> dict[str, dict[str, Any]]:
     """JSON schema of each key of an experiment; not to be changed."""
     properties: dict[str, dict[str, Any]] = Experiment.model_json_schema(by_alias=True)["properties"]
     return properties
-
-
-def _reduced(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` with `changes` merged in; see `_merged`.
-
-    Raises:
-        ConfigError: GMR-101 for what cannot be reduced.
-    """
-    for key in changes:
-        if key not in _REDUCIBLE:
-            raise ConfigError(
-                "GMR-101",
-                f"{key} cannot be reduced",
-                where="reduced",
-                hint=f"What can be is {', '.join(_REDUCIBLE)}.",
-            )
-    return _merged(content, changes)
 
 
 def _merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

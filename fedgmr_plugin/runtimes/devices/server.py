@@ -208,8 +208,9 @@ def _refuse_simulated(config: FedGMRConfig) -> None:
         wrong.append("probe=true needs the clients' data")
     if config.trigger == "gradient":
         wrong.append("trigger=gradient needs the clients' data")
-    if config.upload != "full":
-        wrong.append(f"upload={config.upload} is known to simulated clients only")
+    for key in ("upload", "download"):
+        if getattr(config, key) != "full":
+            wrong.append(f"{key}={getattr(config, key)} is known to simulated clients only")
     if config.label_masks:
         wrong.append("label_masks=true needs the clients' data")
     if config.local_objective != "plain":

@@ -1,4 +1,4 @@
-"""Decoupled uploads: top-k with error feedback, against a loop over coordinates."""
+"""Decoupled traffic: top-k with error feedback up, the largest differences down, against loops."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedgmr_plugin.engine.decoupled import Budget, Downlink, Uplink
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.restricted import Restricted
-from fedgmr_plugin.engine.uplink import Uplink
 from fedgmr_plugin.kernels import build_layout
 from fedgmr_plugin.kernels.aggregate import MaskedUpdate, merge
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
@@ -57,7 +57,7 @@ def brute(layout: Any, sent: Dispatch, trained_S: Tensor, owed: dict[int, float]
 @pytest.mark.parametrize("form", ["delta", "replacement"])
 def test_the_largest_changes_go_first_and_nothing_is_lost(form: Form) -> None:
     layout, w_D, ranking = setting()
-    uplink = Uplink(layout, [0.1], form)
+    uplink = Uplink(Budget(layout, [0.1]), form)
     k = int(0.1 * layout.prunable)
     owed: dict[int, float] = {}
     generator = torch.Generator().manual_seed(1)
@@ -80,18 +80,18 @@ def test_the_largest_changes_go_first_and_nothing_is_lost(form: Form) -> None:
 
 def test_a_sub_model_that_the_link_carries_goes_as_it_is() -> None:
     layout, w_D, ranking = setting()
-    uplink = Uplink(layout, [0.4], "delta")
+    uplink = Uplink(Budget(layout, [0.4]), "delta")
     for rung in (0, 1):
         sent = dispatch(layout, w_D, ranking, rung)
         thinned = uplink.thin(sent, sent.values_S)
         assert thinned.sent_S is None and thinned.values_S is sent.values_S
-        assert uplink.share(sent) == ranking.ends[rung] / layout.size
+        assert Budget(layout, [0.4]).share(0, ranking, rung) == ranking.ends[rung] / layout.size
     assert not uplink.residual
 
 
 def test_an_update_that_is_refused_leaves_nothing_behind() -> None:
     layout, w_D, ranking = setting()
-    uplink = Uplink(layout, [0.1], "delta")
+    uplink = Uplink(Budget(layout, [0.1]), "delta")
     sent = dispatch(layout, w_D, ranking, 2)
     uplink.thin(sent, torch.randn(len(sent.values_S), generator=torch.Generator().manual_seed(3)))
     before_D = uplink.residual[0].clone()
@@ -102,13 +102,12 @@ def test_an_update_that_is_refused_leaves_nothing_behind() -> None:
 
 
 def test_size_counts_values_and_the_names_of_their_coordinates() -> None:
-    layout, w_D, ranking = setting()
-    uplink = Uplink(layout, [0.1], "delta")
+    layout, _, ranking = setting()
     n, k = layout.prunable, int(0.1 * layout.prunable)
     others = layout.size - n
     bits = math.log2(math.comb(n, k))
     expected = (others + k + bits / 32) / layout.size
-    assert math.isclose(uplink.share(dispatch(layout, w_D, ranking, 2)), expected, rel_tol=1e-12)
+    assert math.isclose(Budget(layout, [0.1]).share(0, ranking, 2), expected, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["delta", "replacement"])
@@ -119,7 +118,7 @@ def test_the_server_merges_a_part_over_those_who_sent_it(form: Form) -> None:
     sent = dispatch(layout, w_D, ranking, 2)
     generator = torch.Generator().manual_seed(4)
     trained = [torch.randn(len(sent.values_S), generator=generator) for _ in range(2)]
-    uplink = Uplink(layout, [0.1], form)
+    uplink = Uplink(Budget(layout, [0.1]), form)
     part = uplink.thin(sent, trained[0])
     assert part.sent_S is not None
     restricted = Restricted(None)
@@ -147,6 +146,77 @@ def test_options() -> None:
     from fedgmr_plugin.errors import ConfigError
 
     assert parse({"upload": "decoupled"}, where="here").upload == "decoupled"
-    for other in ({"probe": True}, {"payload_rule": "encoded"}, {"payload_dtype": "bfloat16"}):
-        with pytest.raises(ConfigError, match="upload=decoupled cannot be combined with"):
-            parse({"upload": "decoupled", **other}, where="here")
+    for key in ("upload", "download"):
+        for other in ({"probe": True}, {"payload_rule": "encoded"}, {"payload_dtype": "bfloat16"}):
+            with pytest.raises(ConfigError, match=f"{key}=decoupled cannot be combined with"):
+                parse({key: "decoupled", **other}, where="here")
+
+
+def test_a_client_is_sent_where_what_it_has_differs_most() -> None:
+    """Against a loop: k coordinates of the largest difference; the others keep what was sent before, or 0."""
+    layout, w_D, ranking = setting()
+    generator = torch.Generator().manual_seed(5)
+    k = int(0.1 * layout.prunable)
+    prunable = {j for e in layout.of_kind("prunable") for j in range(e.offset, e.offset + e.size)}
+    downlink = Downlink(Budget(layout, [0.1]))
+    has: dict[int, float] = {}
+    for step, rung in enumerate((0, 2, 1, 2, 0, 2)):
+        w_D = w_D + 0.1 * torch.randn(layout.size, generator=generator)
+        whole = dispatch(layout, w_D, ranking, rung)
+        index = ranking.support(rung).tolist()
+        new = dict(zip(index, whole.values_S.tolist(), strict=True))
+        gap = {j: abs(float(torch.tensor(new[j]) - torch.tensor(has.get(j, 0.0)))) for j in index}
+        chosen = set(sorted(prunable & gap.keys(), key=lambda j: (-gap[j], index.index(j)))[:k])
+        if rung == 0:
+            chosen = set(index)
+        has |= {j: new[j] for j in index if j in chosen or j not in prunable}
+        sent = downlink.cut(whole)
+        assert (sent is whole) == (rung == 0), step
+        assert sent.values_S.tolist() == [has.get(j, 0.0) for j in index]
+        assert (sent.ranking, sent.rung, sent.dispatch) == (ranking, rung, whole.dispatch)
+
+
+def test_what_stands_still_arrives_whole_after_some_dispatches() -> None:
+    layout, w_D, ranking = setting()
+    downlink = Downlink(Budget(layout, [0.1]))
+    downlink.cut(dispatch(layout, w_D, ranking, 0))
+    whole = dispatch(layout, w_D, ranking, 2)
+    rounds = math.ceil(layout.prunable / int(0.1 * layout.prunable)) - 1
+    for _ in range(rounds - 1):
+        assert not torch.equal(downlink.cut(whole).values_S, whole.values_S)
+    assert torch.equal(downlink.cut(whole).values_S, whole.values_S)
+
+
+def test_the_first_dispatch_of_a_client_is_whole_and_a_full_link_needs_no_memory() -> None:
+    layout, w_D, ranking = setting()
+    downlink = Downlink(Budget(layout, [0.1, 1.0]))
+    first = dispatch(layout, w_D, ranking, 2)
+    assert downlink.cut(first) is first
+    wide = dispatch(layout, w_D, ranking, 2, client=1)
+    assert downlink.cut(wide) is wide and downlink.held.keys() == {0}
+
+
+@pytest.mark.parametrize("rule", ["density", "support"])
+def test_what_a_flight_moves(rule: str) -> None:
+    from fedgmr_plugin.config import FedGMRConfig
+
+    layout, _, ranking = setting()
+    budget = Budget(layout, [0.1])
+    names = math.log2(math.comb(layout.prunable, int(0.1 * layout.prunable))) / 32 / layout.size
+    values = (
+        0.1
+        if rule == "density"
+        else (layout.size - layout.prunable + int(0.1 * layout.prunable)) / layout.size
+    )
+    part, whole = 8.0 * (values + names), 8.0
+    for up in ("full", "decoupled"):
+        for down in ("full", "decoupled"):
+            config = FedGMRConfig(upload=up, download=down, payload_rule=rule)  # type: ignore[arg-type]
+            moved = budget.transfer(config, 8.0, 0, ranking, 2)
+            assert moved.up == pytest.approx(part if up == "decoupled" else whole, rel=1e-12)
+            assert moved.down == pytest.approx(part if down == "decoupled" else whole, rel=1e-12)
+            assert moved.shared == (down == "full")
+            first = budget.transfer(config, 8.0, 0, ranking, 2, whole=True)
+            assert first.down == whole and first.shared and first.up == moved.up
+            small = budget.transfer(config, 8.0, 0, ranking, 0)
+            assert small.shared and small.up == small.down <= part
