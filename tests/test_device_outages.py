@@ -18,7 +18,7 @@ SECONDS = 3.0
 
 
 def test_broker_and_store_go_away_and_nothing_is_lost(tmp_path: Path) -> None:
-    """Outages longer than the devices' deadline; with a minute for each: `python -m benchmarks.outages`."""
+    """Each is longer than the devices' deadline. With a minute each: `python -m benchmarks.outages`."""
     found = outages.measure(SECONDS, tmp_path, answer_deadline=SECONDS / 2)
     assert found["status"] == 0 and found["windows"] == outages.WINDOWS
     answers = found["answers"]

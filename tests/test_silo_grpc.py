@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import queue
+import socket
 import struct
 from collections import OrderedDict
 from pathlib import Path
@@ -26,7 +27,8 @@ from fedgmr_plugin.runtimes.silos.objects import MOST_OBJECTS, Objects
 
 pytest.importorskip("grpc", reason="grpcio is not installed")
 
-from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Outbox, Peer, most_bytes
+from fedgmr_plugin.runtimes.local.ports import free_port
+from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Outbox, Peer, most_bytes, peers
 
 host.prepare()
 
@@ -215,6 +217,21 @@ def test_messages_beyond_the_inbox_are_dropped_with_a_code() -> None:
         server._inbox._most = 2**20
         server._arrived(frame(payload, [], topic))
     assert server._inbox.qsize() == 5 and dict(server.dropped) == {"GMR-745": 35}
+
+
+def test_a_process_listens_where_its_row_says_and_is_reached_at_its_ingress(tmp_path: Path) -> None:
+    """`ingress_ip` is of the router before it: no address of this machine."""
+    rows = tmp_path / "peers.csv"
+    row = f"0,0,127.0.0.1,{free_port()},192.0.2.1"
+    rows.write_text(f"eid,rank,grpc_server_ip,grpc_server_port,ingress_ip\n{row}\n1,1,127.0.0.1,1,\n")
+    found = peers(str(rows))
+    assert found[0].host == "192.0.2.1" and found[1].host == "127.0.0.1"
+    server = link()
+    server._peers = found
+    server.start()
+    with socket.create_connection(("127.0.0.1", found[0].port), timeout=5):
+        pass
+    server.stop(0.0)
 
 
 def test_a_silo_without_a_row_is_told_so(tmp_path: Path) -> None:

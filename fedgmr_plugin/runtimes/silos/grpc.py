@@ -64,10 +64,15 @@ _OTHERS = {True: ("GMR-741", "a frame among FedML's own clients"), False: ("GMR-
 
 
 class Peer(NamedTuple):
-    """A row of FedML's ``grpc_ipconfig_path``: where a process of the run listens."""
+    """A row of FedML's ``grpc_ipconfig_path``: where a process of the run is reached.
+
+    Attributes:
+        listens: address at which it listens, where that is another one (FedML's ``ingress_ip`` is `host`).
+    """
 
     host: str
     port: int
+    listens: str = ""
 
 
 def peers(path: str) -> dict[int, Peer]:
@@ -81,7 +86,9 @@ def peers(path: str) -> dict[int, Peer]:
             rows = list(csv.DictReader(file))
         return {
             int(row["eid"]): Peer(
-                row.get("ingress_ip") or row["grpc_server_ip"], int(row["grpc_server_port"])
+                row.get("ingress_ip") or row["grpc_server_ip"],
+                int(row["grpc_server_port"]),
+                row["grpc_server_ip"],
             )
             for row in rows
         }
@@ -178,6 +185,7 @@ class GrpcLink:
             ("grpc.so_reuseport", 0),
         ]
         me = self._peers[self._me]
+        here = f"{me.listens or me.host}:{me.port}"
         waiting = max(64, 4 * len(self._peers))  # others are told to come back later
         self._listener = self._grpc.server(
             futures.ThreadPoolExecutor(4), options=options, maximum_concurrent_rpcs=waiting
@@ -186,13 +194,11 @@ class GrpcLink:
             _Servicer(self._arrived, self._messages.CommResponse), self._listener
         )
         try:
-            bound = self._listener.add_insecure_port(f"{me.host}:{me.port}")
+            bound = self._listener.add_insecure_port(here)
         except RuntimeError as error:
-            raise HostError(
-                "GMR-515", f"{me.host}:{me.port} cannot be listened on", hint=_PORT_HINT
-            ) from error
+            raise HostError("GMR-515", f"{here} cannot be listened on", hint=_PORT_HINT) from error
         if bound == 0:
-            raise HostError("GMR-515", f"{me.host}:{me.port} cannot be listened on", hint=_PORT_HINT)
+            raise HostError("GMR-515", f"{here} cannot be listened on", hint=_PORT_HINT)
         self._listener.start()
         self.connected.set()
 
