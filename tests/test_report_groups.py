@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from scipy import stats
 from fedgmr_plugin.cli import main
 from fedgmr_plugin.protocol import RunLog, RunLogWriter, read_run
 from fedgmr_plugin.report import export, raster, render, tabulate, text, verdicts
+from fedgmr_plugin.report.families import panels
 from fedgmr_plugin.report.figures import Figures
 from fedgmr_plugin.report.groups import between, grouped, stem
 from fedgmr_plugin.report.results import compare
@@ -553,3 +555,134 @@ def test_the_command_refuses(
     result = CliRunner().invoke(main, ["report", *paths, option, value])
     assert result.exit_code == status and said in result.output
     assert not (two[0].path.parent / "report.html").exists()
+
+
+# -- many groups -----------------------------------------------------------------------------------
+
+FORMS = ("", "+aux", "+gmr")
+METHODS = [
+    *("fedgmr", "fedavg", "fedprox", "fedasync"),
+    *(f"{name}{form}" for name in ("heterofl", "fjord", "fiarse") for form in FORMS),
+]
+DENSE = {"fedavg", "fedprox", "fedasync"}
+
+
+def of_method(method: str) -> dict[str, Any]:
+    return {"config": {"method": method, "dense_start": method in DENSE}}
+
+
+@pytest.fixture
+def many(log: Any) -> list[RunLog]:
+    """Thirteen methods of three seeds each; each method is better by 0.02 than the one before it."""
+    return [
+        log(
+            f"{method}-{seed}",
+            seed,
+            [0.1, 0.2 + seed / 100, 0.4 + 0.02 * n + seed / 100],
+            **of_method(method),
+        )
+        for n, method in enumerate(METHODS)
+        for seed in (1, 2, 3)
+    ]
+
+
+def charts(page: str, about: str) -> list[str]:
+    """The charts of a page whose title begins so."""
+    return re.findall(rf'<svg class="chart[^>]*><title[^>]*>{re.escape(about)}.*?</svg>', page, re.DOTALL)
+
+
+def test_forms_of_a_method_are_one_panel(many: list[RunLog]) -> None:
+    found = panels(many[::3])
+    assert [(panel.title, [METHODS[place] for place in panel.places]) for panel in found] == [
+        ("Other methods", ["fedgmr", "fedavg", "fedprox", "fedasync"]),
+        ("HeteroFL", [f"heterofl{form}" for form in FORMS]),
+        ("FjORD", [f"fjord{form}" for form in FORMS]),
+        ("FIARSE", [f"fiarse{form}" for form in FORMS]),
+    ]
+    (dense, _, _, _) = panels(many[3::3])
+    assert dense.title == "Methods of the whole model"
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        (["fedgmr"] * 4, [("Configurations", [0, 1, 2, 3])]),
+        ([None] * 7, [("Configurations, 1 of 2", [0, 1, 2]), ("Configurations, 2 of 2", [3, 4, 5, 6])]),
+        (["a", "b", "c"], [("Configurations", [0, 1, 2])]),
+        (["x", "x", "fedavg"], [("x", [0, 1]), ("FedAvg", [2])]),
+        (["fedavg", "x", "x", "b"], [("Other methods", [0, 3]), ("x", [1, 2])]),
+        ([["a"], "x", "x+gmr"], [("Without a method", [0]), ("x", [1, 2])]),
+    ],
+)
+def test_panels_of_any_groups(log: Any, methods: list[Any], expected: list[tuple[str, list[int]]]) -> None:
+    runs = [log("run", 1, [0.5], config={"method": m} if m else {}) for m in methods]
+    assert [(panel.title, list(panel.places)) for panel in panels(runs)] == expected
+
+
+@given(
+    st.lists(st.sampled_from(["a", "a+b", "b", "c", "fedavg", "", "heterofl+aux"]), min_size=1, max_size=60)
+)
+def test_every_group_is_in_one_panel_that_can_show_it(methods: list[str]) -> None:
+    found = panels([SimpleNamespace(header={"config": {"method": m}}) for m in methods])  # type: ignore[misc]
+    assert sorted(place for panel in found for place in panel.places) == list(range(len(methods)))
+    assert all(0 < len(panel.places) < 7 for panel in found)
+
+
+def test_pens_of_many_groups_say_the_panel_and_tell_all_apart(many: list[RunLog]) -> None:
+    groups = grouped(many)
+    pens = [(group.colour, group.dash) for group in groups]
+    assert len(set(pens)) == len(groups)
+    for panel in panels(many[::3]):
+        assert len({groups[place].colour for place in panel.places}) == 1
+
+
+def test_many_groups_are_drawn_in_panels_with_the_others_in_grey(many: list[RunLog]) -> None:
+    page = render(many, "x", against="fedgmr", last=1)
+    drawn = charts(page, "Accuracy against virtual time, panel by panel")
+    assert len(drawn) == len(panels(many[::3]))
+    for chart, panel in zip(drawn, panels(many[::3]), strict=True):
+        inside = {METHODS[place] for place in panel.places}
+        grey = set(re.findall(r'class="l context"[^>]*><title>([^<]*)</title>', chart))
+        assert grey == set(METHODS) - inside - {"fedgmr"}
+        assert len(re.findall(r'<path class="b s\d"', chart)) == len(inside)  # intervals of its own alone
+        limits = re.findall(r'y="[\d.]+" text-anchor="end">(\d+)<', chart)
+        assert limits == re.findall(r'y="[\d.]+" text-anchor="end">(\d+)<', drawn[0])  # one axis for all
+    for about in ("Mean density", "Coverage", "Staleness over time", "Upload per window"):
+        assert len(charts(page, f"{about}: ")) == len(drawn)
+    assert "fedgmr" in re.search(r"<h4><bdi>FjORD.*?</ul>", page, re.DOTALL)[0]  # type: ignore[index]
+    assert "<script" not in page and len(re.findall('id="figure-', page)) == len(
+        set(re.findall(r'id="(figure-[^"]*)"', page))
+    )
+
+
+def test_the_overview_names_the_best_and_the_reference(many: list[RunLog]) -> None:
+    (best,) = charts(render(many, "x"), "Accuracy against virtual time, an overview")
+    assert len(re.findall('class="l context"', best)) == len(METHODS) - 7
+    named = re.findall(r'class="end t\d"[^>]*>([^<]*)<', best)
+    assert sorted(named) == sorted(METHODS[-7:])
+    page = render(many, "x", against="fedgmr")
+    (other,) = charts(page, "Accuracy against virtual time, an overview")
+    assert sorted(re.findall(r'class="end t\d"[^>]*>([^<]*)<', other)) == sorted([*METHODS[-6:], "fedgmr"])
+    assert "the best 6 and the reference by accuracy" in page
+
+
+def test_all_accuracies_are_ranked_in_one_figure(many: list[RunLog]) -> None:
+    page = render(many, "x", against="fedgmr", last=1)
+    (chart,) = charts(page, "Accuracy of all configurations")
+    rows = re.findall(r'<text class="t\d"[^>]*y="([\d.]+)"[^>]*>([^<]*)<', chart)
+    assert [label for _, label in rows] == METHODS[::-1]
+    assert [float(y) for y, _ in rows] == sorted(float(y) for y, _ in rows)
+    assert f"{100 * (0.4 + 0.02 * 12 + 0.02):.1f} ± 2.5</text>" in chart  # t of two degrees: 4.303 / sqrt(3)
+    assert all(
+        len(re.findall("M", path)) == 3 for path in re.findall(r'd="([^"]*)"/?>', chart) if "v10" in path
+    )
+    axis = re.findall(r'class="rule" x1="([\d.]+)"', chart)
+    (reference,) = re.findall(r'class="mark" x1="([\d.]+)"', chart)
+    ticks = [int(t) for t in re.findall(r'text-anchor="middle">(\d+)<', chart)]
+    share = (float(reference) - float(axis[0])) / (float(axis[-1]) - float(axis[0]))
+    assert ticks[0] + share * (ticks[-1] - ticks[0]) == pytest.approx(42.0, abs=0.2)
+
+
+def test_few_groups_are_drawn_as_before(two: list[RunLog]) -> None:
+    page = render(two, "x")
+    assert 'class="panels"' not in page and 'class="l context"' not in page
