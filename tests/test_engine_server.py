@@ -27,6 +27,7 @@ from fedgmr_plugin.engine.events import (
     Validated,
     WindowClosed,
 )
+from fedgmr_plugin.engine.measures import LayerCounts
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.snapshot import Snapshot, restore, snapshot
@@ -34,6 +35,7 @@ from fedgmr_plugin.errors import UpdateRejected
 from fedgmr_plugin.kernels import (
     MaskedUpdate,
     ModelLayout,
+    Ranking,
     build_layout,
     merge,
     rank,
@@ -803,7 +805,41 @@ def test_records_are_complete_typed_and_json() -> None:
         present = [k for k in RECORDS[fields["type"]] if k in fields]
         assert [k for k in fields if k != "type"] == present  # in the documented order
         kinds.add(fields["type"])
-    assert kinds == {"dispatch", "arrival", "rejected", "window", "restoration"}
+    assert kinds == {"dispatch", "arrival", "rejected", "layers", "window", "restoration"}
+
+
+@pytest.mark.parametrize("scope", ["arrivals", "buffer"])
+def test_what_is_held_of_each_layer_is_recorded_with_every_merge(scope: str) -> None:
+    """By counting in masks, and against the mean coverage that the window's record has."""
+    world = World((1.0, 0.5, 0.05), windows=12, interval=2, patience=1, update_scope=scope).start()
+    server, layout = world.server, world.server.layout
+    latest: dict[int, Tensor] = {}
+    for _ in range(12):
+        flights = {f.client: f.ranking.mask(f.rung) for f in server.flights.values()}
+        effects = world.window()
+        arrived = {r["client"] for r in records(effects, "arrival")}
+        latest = {**(latest if scope == "buffer" else {}), **{n: flights[n] for n in arrived}}
+        (window,), found = records(effects, "window"), records(effects, "layers")
+        assert bool(found) == bool(arrived)
+        for record in found:
+            entries = [e for e in layout.entries if e.kind != "buffer"]
+            assert record["window"] == window["window"]
+            assert record["held"] == [sum(int(m[e.slice].sum()) for m in latest.values()) for e in entries]
+            total = window["coverage"] * layout.parameters * len(latest)
+            assert sum(record["held"]) == pytest.approx(total)
+
+
+def test_counts_of_layers_are_right_after_many_rankings() -> None:
+    layout = build_layout(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 6), nn.Linear(6, 2)))
+    counts, generator = LayerCounts(layout), torch.Generator().manual_seed(0)
+    for _ in range(150):
+        rung_D = torch.randint(0, 4, (layout.size,), generator=generator).to(torch.int16)
+        rung_D[layout.parameters :] = 0
+        ranking = Ranking((0.1, 0.5, 1.0), rung_D)
+        updates = [MaskedUpdate(ranking, rung, torch.empty(0), 1.0) for rung in (2, 0, 1, 0)]
+        entries = [e for e in layout.entries if e.kind != "buffer"]
+        wanted = [sum(int((rung_D[e.slice] <= u.rung).sum()) for u in updates) for e in entries]
+        assert counts.held(updates) == wanted
 
 
 def test_densities_of_a_run_only_rise_and_every_rise_is_recorded() -> None:

@@ -22,7 +22,7 @@ from scipy import stats
 
 from fedgmr_plugin.cli import main
 from fedgmr_plugin.protocol import RunLog, RunLogWriter, read_run
-from fedgmr_plugin.report import export, raster, render, tabulate, text, verdicts
+from fedgmr_plugin.report import export, layers, raster, render, tabulate, text, verdicts
 from fedgmr_plugin.report.families import panels
 from fedgmr_plugin.report.figures import Figures
 from fedgmr_plugin.report.groups import between, grouped, stem
@@ -151,7 +151,9 @@ def test_where_a_run_writes_and_how_it_is_carried_out_part_nobody(log: Any) -> N
     other = log("a-2", 2, [0.5], config=config, versions={"fedgmr": "0.2.0"}, densities=[0.5, 0.5, 1.0])
     (group,) = grouped([log("a-1", 1, [0.5]), other])
     assert not group.alone
-    assert "are one group although their versions differ" in render([run.run for run in group.runs], "x")
+    assert "are one group although their versions or devices differ" in render(
+        [run.run for run in group.runs], "x"
+    )
 
 
 def test_a_seed_that_comes_twice_starts_a_group_of_its_own(log: Any) -> None:
@@ -555,6 +557,78 @@ def test_the_command_refuses(
     result = CliRunner().invoke(main, ["report", *paths, option, value])
     assert result.exit_code == status and said in result.output
     assert not (two[0].path.parent / "report.html").exists()
+
+
+# -- devices and layers ----------------------------------------------------------------------------
+
+
+def test_the_device_is_among_the_versions(log: Any) -> None:
+    cpu, gpu = "cpu: Some <Processor>", "cuda: NVIDIA H200"
+    page = render([log("a-1", 1, [0.5], device=cpu)], "x")
+    assert re.search(r"device</th><td>cpu: Some &lt;Processor&gt;</td>", page)
+    both = render([log("a-1", 1, [0.5], device=cpu), log("a-2", 2, [0.5], device=gpu)], "x")
+    assert "their versions or devices differ" in both
+    assert "device</th><td>cpu: Some &lt;Processor&gt;</td><td>cuda: NVIDIA H200</td>" in both
+    assert "device</th>" not in render([log("a-1", 1, [0.5])], "x")  # an older log says nothing
+
+
+LAYERS = [
+    {"name": "1.weight", "kind": "prunable", "size": 4},
+    {"name": "1.bias", "kind": "bias", "size": 2},
+    {"name": "2.weight", "kind": "prunable", "size": 8},
+    {"name": "3.running_mean", "kind": "buffer", "size": 2},
+]
+
+
+def with_layers(log: Any, held: list[list[int]], updates: int) -> RunLog:
+    """A run of windows of so many updates, with what they hold of the layers."""
+    run = log("a-1", 1, [0.5] * len(held), layout={"size": 16, "prunable": 12, "layers": LAYERS})
+    text = run.path.read_text().splitlines()
+    out = []
+    for line in text:
+        record = json.loads(line)
+        if record["type"] == "window":
+            own = held[record["window"]]
+            record["coverage"] = sum(own) / (14 * updates)
+            out.append({"type": "layers", "window": record["window"], "held": own})
+        out.append(record)
+    run.path.write_text("".join(json.dumps(record) + "\n" for record in out))
+    return read_run(run.path)
+
+
+def test_coverage_by_layer_is_the_share_of_updates_that_hold_it(log: Any) -> None:
+    run = with_layers(log, [[8, 4, 4], [8, 4, 16], [3, 2, 0]], 2)
+    found = layers.layers(run)
+    assert found is not None and found.names == ("1", "2")
+    assert found.end.tolist() == [10.0, 20.0, 30.0]
+    assert found.shares.tolist() == [[1.0, 0.25], [1.0, 1.0], [0.375, 0.0]]
+    values = layers.binned(found, 60.0)
+    per_window = layers.TIMES // 6
+    assert values[0].tolist() == [1.0, 0.25] and values[per_window + 1].tolist() == [1.0, 1.0]
+    assert values[2 * per_window + 2].tolist() == [0.375, 0.0] and np.isnan(values[-1]).all()
+    (chart,) = charts(render([run], "x"), "Coverage by layer")
+    assert "1: 37.5\u202f%; 2: 0.0\u202f%" in chart
+    assert {float(shade) for shade in re.findall('opacity="([^"]*)"', chart)} == {0.25, 0.4, 1.0}
+
+
+@pytest.mark.parametrize("held", [[[8, 4]], [[8, 4, 4, 1]], [[0, 0, 0]]])
+def test_records_of_layers_that_do_not_fit_are_left_out(log: Any, held: list[list[int]]) -> None:
+    run = with_layers(log, held, 2)
+    assert layers.layers(run) is None and "Coverage by layer" not in render([run], "x")
+    assert layers.layers(log("a-1", 1, [0.5])) is None
+
+
+def test_many_layers_share_rows(log: Any) -> None:
+    many = [{"name": f"{n}.weight", "kind": "prunable", "size": n + 1} for n in range(100)]
+    run = log("a-1", 1, [0.5], layout={"size": 5050, "prunable": 5050, "layers": many})
+    record = {"type": "layers", "window": 0, "held": [n + 1 for n in range(50)] + [0] * 50}
+    text = run.path.read_text().replace('"coverage": 0.5', f'"coverage": {50 * 51 / 2 / 5050}')
+    run.path.write_text(text.replace('{"type": "window"', json.dumps(record) + '\n{"type": "window"', 1))
+    found = layers.layers(read_run(run.path))
+    assert found is not None and len(found.names) <= layers.ROWS and found.names[0] == "0 …"
+    assert found.shares[0][0] == 1.0 and found.shares[0][-1] == 0.0
+    sizes = [sum(range(start + 1, min(start + 4, 101))) for start in range(0, 100, 3)]
+    assert float(found.shares[0] @ np.array(sizes)) == pytest.approx(50 * 51 / 2)
 
 
 # -- many groups -----------------------------------------------------------------------------------

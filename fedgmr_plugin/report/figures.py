@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgmr_plugin.protocol.runlog import RunLog
-from fedgmr_plugin.report import raster
+from fedgmr_plugin.report import layers, raster
 from fedgmr_plugin.report.families import MOST, panels
 from fedgmr_plugin.report.groups import Group, Named
 from fedgmr_plugin.report.scales import BINS, as_percent, bin_means, nice_ticks
@@ -190,6 +190,27 @@ class Figures:
         return self._drawn(
             "Coordinates reached", caption + self._thin() + self._binned(), series, self.seconds, axis
         )
+
+    def by_layer(self) -> list[str]:
+        """Coverage of every pruned layer: each group's first seed, as far as its log has it."""
+        end, figures = self.seconds.high or 0.0, []
+        for group in self.groups:
+            run = group.runs[0].run
+            found = layers.layers(run) if end > 0 else None
+            if found is not None:
+                self._made += 1
+                figures.append(
+                    layers.figure(
+                        found,
+                        self.seconds,
+                        ident=f"figure-{self._made}",
+                        title="Coverage by layer" + ("" if len(self.groups) == 1 else f", {group.label}"),
+                        seed=""
+                        if group.alone
+                        else f" Seed {run.header['seed']}, of {len(group.runs)} seeds.",
+                    )
+                )
+        return figures
 
     def staleness_histogram(self) -> str:
         """Share of merged uploads by staleness."""

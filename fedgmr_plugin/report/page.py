@@ -75,7 +75,11 @@ def render(
         ("Density", _densities(figures)),
         ("Participation", _folded(figures, "Every client of each configuration", figures.participation())),
         ("Client classes", _fold("Every class of each configuration", classes) if figures.many else classes),
-        ("Coverage", _side_by_side(figures, [figures.coverage(), figures.covered()])),
+        (
+            "Coverage",
+            _side_by_side(figures, [figures.coverage(), figures.covered()])
+            + _folded(figures, "Every layer of each configuration", figures.by_layer()),
+        ),
         ("Staleness", _side_by_side(figures, [figures.staleness_histogram(), figures.staleness_by_time()])),
         ("Traffic", _side_by_side(figures, [figures.traffic("bytes_up"), figures.traffic("bytes_down")])),
         ("Restorations", tables.restorations(shown, is_open=len(runs) <= OPEN_RUNS)),
@@ -131,11 +135,11 @@ def _group_lede(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
 
 
 def _mixed(groups: Sequence[Group]) -> str:
-    """A warning for each group whose runs were made with different versions."""
+    """A warning for each group whose runs were made with different versions, or on different devices."""
     return "".join(
-        f"<p>The runs of {name(group.label)} are one group although their versions differ.</p>"
+        f"<p>The runs of {name(group.label)} are one group although their versions or devices differ.</p>"
         for group in groups
-        if any(run.run.header["versions"] != group.runs[0].run.header["versions"] for run in group.runs)
+        if any(tables.carried_out(run.run) != tables.carried_out(group.runs[0].run) for run in group.runs)
     )
 
 

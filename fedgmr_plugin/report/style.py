@@ -69,7 +69,9 @@ figcaption p { font-size: 13.5px; line-height: 1.45; margin: 2px 0 8px; max-widt
 .panels .panel { display: flex; flex-direction: column; min-width: 0; break-inside: avoid; }
 .panels .chart { min-width: 0; }
 .panels h4 { font-size: 14px; font-weight: 600; margin: 0 0 2px; }
-section > figure + figure, .grid + figure, figure + details, .grid + details { margin-top: 34px; }
+section > figure + figure, .grid + figure, .grid + .grid, figure + details, .grid + details {
+  margin-top: 34px;
+}
 .dots .lane { stroke: var(--grid); }
 .dots .span { stroke-width: 1.6; }
 .dots .seed { stroke-width: 1.4; opacity: 0.75; }
