@@ -757,6 +757,15 @@ def test_all_accuracies_are_ranked_in_one_figure(many: list[RunLog]) -> None:
     assert ticks[0] + share * (ticks[-1] - ticks[0]) == pytest.approx(42.0, abs=0.2)
 
 
+def test_the_papers_of_the_runs_methods_are_cited(many: list[RunLog], two: list[RunLog]) -> None:
+    keys = re.findall(r"@\w+\{(\w+),", render(many, "x"))
+    assert keys[3:] == [
+        "mcmahan2017fedavg", "li2020fedprox", "xie2020fedasync",
+        "diao2021heterofl", "horvath2021fjord", "wu2024fiarse",
+    ]  # fmt: skip
+    assert len(re.findall(r"@\w+\{(\w+),", render(two, "x"))) == 3
+
+
 def test_few_groups_are_drawn_as_before(two: list[RunLog]) -> None:
     page = render(two, "x")
     assert 'class="panels"' not in page and 'class="l context"' not in page

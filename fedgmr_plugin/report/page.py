@@ -86,7 +86,7 @@ def render(
         ("Theory", theory(shown, verdicts or [None] * len(runs))),
         ("Configuration", tables.differences(groups) if figures.seeds else tables.configuration(shown)),
         ("Versions and hashes", _mixed(groups) + tables.versions(shown) + tables.hashes(shown, summaries)),
-        ("Citation", _citation()),
+        ("Citation", _citation(shown)),
     ]
     body = "".join(
         f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections if content
@@ -259,10 +259,13 @@ def _grid(figures: Sequence[str]) -> str:
     return "" if not figures else f'<div class="grid">{"".join(figures)}</div>'
 
 
-def _citation() -> str:
-    """BibTeX, if the package can make it."""
+def _citation(runs: Sequence[Named]) -> str:
+    """BibTeX of what the runs build on, their methods included, if the package can make it."""
     try:
         citation = importlib.import_module("fedgmr_plugin.citation")
     except ImportError:
         return ""
-    return f"<p>If this run is part of a publication, please cite:</p><pre>{escape(citation.cite())}</pre>"
+    methods = [run.run.header["config"].get("method") for run in runs]
+    text = citation.cite(*(method for method in methods if isinstance(method, str)))
+    what = "this run is" if len(runs) == 1 else "these runs are"
+    return f"<p>If {what} part of a publication, please cite:</p><pre>{escape(text)}</pre>"
