@@ -854,6 +854,35 @@ def test_densities_of_a_run_only_rise_and_every_rise_is_recorded() -> None:
     assert world.server.gmr.densities == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("form", ["delta", "replacement"])
+def test_staleness_that_scales_changes_and_running_statistics(form: str) -> None:
+    """Client 1's upload is two windows old: its change counts s = 3^-1/2 of itself, alone and unweighed.
+
+    In the delta form running statistics are no changes: they are averaged as they came.
+    """
+    options = {"staleness_normalised": False, "staleness_exponent": 0.5, "trigger": "none"}
+    world = World((1.0, 0.5), update_form=form, **options).start()
+    world.window([0])
+    world.window([0])
+    (late,) = (d for d, f in world.server.flights.items() if f.client == 1)
+    upload, sent, before_D = world.upload(late), world.sent[late], world.server.w_D.clone()
+    world.handle(upload)
+    effects = world.close()
+    assert [r["staleness"] for r in records(effects, "arrival")] == [2] and world.buffers > 0
+    index_S, factor = sent.index_S, 3**-0.5
+    is_buffer_S = index_S >= world.layout.parameters
+    change_S = upload.values_S - (before_D[index_S] if form == "replacement" else 0.0)
+    wanted_S = before_D[index_S] + factor * change_S
+    if form == "delta":
+        wanted_S = torch.where(is_buffer_S, upload.values_S, wanted_S)
+    after_D = world.server.w_D
+    torch.testing.assert_close(after_D[index_S], wanted_S, rtol=1e-6, atol=1e-6)
+    assert bool((after_D[index_S][is_buffer_S] != before_D[index_S][is_buffer_S]).all())
+    others_D = torch.ones(world.layout.size, dtype=torch.bool)
+    others_D[index_S] = False
+    assert torch.equal(after_D[others_D], before_D[others_D])
+
+
 # -- snapshots -------------------------------------------------------------------------------------
 
 SNAPSHOT_OPTIONS: list[dict[str, Any]] = [
