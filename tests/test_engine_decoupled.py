@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from fedgmr_plugin.engine.decoupled import Budget, Downlink, Uplink
 from fedgmr_plugin.engine.events import Dispatch
-from fedgmr_plugin.engine.restricted import Restricted
+from fedgmr_plugin.engine.restricted import Restricted, rows_of
 from fedgmr_plugin.kernels import build_layout
 from fedgmr_plugin.kernels.aggregate import MaskedUpdate, merge
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
@@ -139,6 +141,54 @@ def test_the_server_merges_a_part_over_those_who_sent_it(form: Form) -> None:
         if form == "delta" and j < layout.parameters:
             mean += Fraction(float(w_D[j]))
         assert math.isclose(float(found_D[j]), float(mean), rel_tol=1e-5, abs_tol=1e-6), j
+
+
+@pytest.mark.parametrize("form", ["delta", "replacement"])
+def test_a_part_of_an_upload_counts_for_the_classes_of_its_client_alone(form: Form) -> None:
+    """Decoupled and with masks of classes: the mean over who sent a coordinate and may count for it."""
+    layout, w_D, ranking = setting()
+    rows = {0: torch.tensor([True, False, True]), 1: torch.tensor([True, True, False])}
+    shares = {n: rows_of(layout, "4", known) for n, known in rows.items()}
+    restricted, uplink = Restricted(shares.__getitem__), Uplink(Budget(layout, [0.1, 0.2]), form)
+    generator, index = torch.Generator().manual_seed(5), ranking.support(2).tolist()
+    updates, sent_of = [], []
+    for client, weight in ((0, 2.0), (1, 3.0)):
+        sent = dispatch(layout, w_D, ranking, 2, client)
+        part = uplink.thin(sent, torch.randn(len(sent.values_S), generator=generator))
+        assert part.sent_S is not None
+        updates.append(restricted(client, MaskedUpdate(ranking, 2, part.values_S, weight), part.sent_S))
+        named = [j for j, is_sent in zip(index, part.sent_S.tolist(), strict=True) if is_sent]
+        values = dict(zip(named, part.values_S.tolist(), strict=True))
+        sent_of.append({j: v for j, v in values.items() if bool(shares[client][j])})
+        assert 0 < len(sent_of[-1]) < len(values)
+    buffers = layout.size - layout.parameters
+    merged = merge(ranking.ranked(w_D), ranking, updates, form=form, buffers=buffers)
+    found_D = ranking.flat(merged.w_D)
+    for j in range(layout.size):
+        values = [(Fraction(c), Fraction(of[j])) for c, of in zip((2, 3), sent_of, strict=True) if j in of]
+        wanted = sum(c * v for c, v in values) / sum(c for c, _ in values) if values else Fraction(0)
+        if not values or (form == "delta" and j < layout.parameters):
+            wanted += Fraction(float(w_D[j]))
+        assert math.isclose(float(found_D[j]), float(wanted), rel_tol=1e-5, abs_tol=1e-6), j
+
+
+def test_what_a_buffered_upload_names_is_worked_out_once() -> None:
+    layout, w_D, ranking = setting()
+    uplink, restricted = Uplink(Budget(layout, [0.1]), "delta"), Restricted(None)
+    sent = dispatch(layout, w_D, ranking, 2)
+    values_S = torch.randn(len(sent.values_S), generator=torch.Generator().manual_seed(6))
+    parts = [uplink.thin(sent, values_S), uplink.thin(sent, values_S.flip(0))]
+    names = [part.sent_S for part in parts]
+    updates = [MaskedUpdate(ranking, 2, part.values_S, 1.0) for part in parts]
+    first, other, again = (restricted(0, updates[n], names[n]) for n in (0, 1, 0))
+    assert again.ranking is first.ranking and other.ranking.digest != first.ranking.digest
+    fresh = Restricted(None)(0, updates[0], names[0])
+    assert torch.equal(fresh.ranking.rung_D, first.ranking.rung_D)
+    assert torch.equal(fresh.index_S, first.index_S) and fresh.values_S is first.values_S
+    ranked = weakref.ref(first.ranking)
+    del first, again, parts, names
+    gc.collect()
+    assert ranked() is None  # it goes with the upload
 
 
 def test_options() -> None:

@@ -9,6 +9,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from fedgmr_plugin.protocol.runlog import RunLog
+from fedgmr_plugin.report import families
 from fedgmr_plugin.report.svg import DASHES
 from fedgmr_plugin.report.text import clean, written
 
@@ -34,7 +35,11 @@ class Named(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Runs of one configuration with different seeds, by seed; they share a colour and a dash pattern."""
+    """Runs of one configuration with different seeds, by seed; they share a colour and a dash pattern.
+
+    Up to `families.MOST` groups differ in both. Of more, those of one panel of `families.panels` share a
+    colour where panels are those of methods.
+    """
 
     label: str
     runs: tuple[Named, ...]
@@ -80,8 +85,23 @@ def grouped(runs: Sequence[RunLog]) -> list[Group]:
     labels = _labels(parts)
     return [
         Group(label, tuple(run._replace(colour=colour, dash=dash) for run in part), colour, dash)
-        for label, part, (colour, dash) in zip(labels, parts, map(pen, range(len(parts))), strict=True)
+        for label, part, (colour, dash) in zip(
+            labels, parts, _pens([part[0].run for part in parts]), strict=True
+        )
     ]
+
+
+def _pens(runs: Sequence[RunLog]) -> list[tuple[int, str]]:
+    """Pens of groups, one run of each: where there are many, a colour for each panel of methods' forms."""
+    shown = families.panels(runs) if len(runs) > families.MOST else []
+    if len(shown) < 2 or len(shown) > len(DASHES) or len({families.family(run) for run in runs}) < 2:
+        return [pen(place) for place in range(len(runs))]
+    found = {
+        place: (colour, DASHES[number % len(DASHES)])
+        for colour, panel in enumerate(shown)
+        for number, place in enumerate(panel.places)
+    }
+    return [found[place] for place in range(len(runs))]
 
 
 def fingerprint(run: RunLog) -> str:
