@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import machine
+from benchmarks.published import NON_IID
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.report import statistics
 from fedgmr_plugin.runtimes.experiment import DESCRIPTION, Experiment, is_finished, run_name
@@ -135,6 +136,28 @@ def pairs(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def beside_the_paper(results: dict[str, Any], experiment: str) -> str:
+    """Our accuracies and the paper's, each also against FedGMR's own, as Markdown.
+
+    Args:
+        experiment: of the paper, a key of `published.NON_IID`.
+    """
+    theirs, runs = NON_IID[experiment], _by_method(results)
+    ours = {m: 100 * float(np.mean([run["accuracy"] for run in of.values()])) for m, of in runs.items()}
+    lines = [
+        "| method | ours % | paper % | ours - FedGMR, points | paper - FedGMR, points |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for method, value in ours.items():
+        if method in theirs:
+            paper = theirs[method]
+            apart = "|  |  |"
+            if method != "fedgmr":
+                apart = f"| {value - ours['fedgmr']:+.1f} | {paper - theirs['fedgmr']:+.1f} |"
+            lines.append(f"| {method} | {value:.1f} | {paper:.1f} {apart}")
+    return "\n".join(lines)
+
+
 def horizons(results: dict[str, Any]) -> str:
     """Accuracy at shares of the budget, the mean over seeds of the last evaluation before, as Markdown."""
     experiment = Experiment.model_validate(results["experiment"])
@@ -196,9 +219,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="folder of `fedgmr bench`")
     parser.add_argument("--json", type=Path, help="file of figures to write")
     parser.add_argument("--table", type=Path, help="file of figures to print")
+    parser.add_argument("--paper", choices=sorted(NON_IID), help="experiment of the paper to print beside")
     options = parser.parse_args()
     if options.table is not None:
-        _print(json.loads(options.table.read_text(encoding="utf-8")))
+        _print(json.loads(options.table.read_text(encoding="utf-8")), options.paper)
         return
     if options.folder is None:
         parser.error("a folder, or --table FILE")
@@ -206,12 +230,14 @@ def main() -> None:
     results = collect(options.folder, json.loads(options.json.read_text(encoding="utf-8")) if kept else None)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    _print(results)
+    _print(results, options.paper)
 
 
-def _print(results: dict[str, Any]) -> None:
+def _print(results: dict[str, Any], paper: str | None) -> None:
     for part in (table, pairs, horizons):
         print(part(results), end="\n\n")
+    if paper is not None:
+        print(beside_the_paper(results, paper))
 
 
 if __name__ == "__main__":
