@@ -359,6 +359,11 @@ class FedGMRConfig(BaseModel):
         "for FedML's own devices, which know nothing of masks: smaller files of width sub-models (`width`, "
         "needs `score: width`), or whole files with zeros, which save nothing (`masked`).",
     )
+    lost_after: Positive | None = Field(
+        None,
+        description="Seconds after which a device of FedML's own that has not answered is taken to have lost "
+        "its sub-model, and gets another; three times `answer_deadline` when absent.",
+    )
     device_authentication: Literal["hmac", "off"] = Field(
         "hmac",
         description="`hmac`: every message is signed with its device's key; `off`: whoever reaches the "
@@ -478,6 +483,11 @@ class FedGMRConfig(BaseModel):
             problems.append(
                 f"GMR-106|device_authentication|FedML's own devices sign nothing, so device_submodel="
                 f"{self.device_submodel} needs device_authentication=off"
+            )
+        if self.lost_after is not None and self.lost_after < self.answer_deadline:
+            problems.append(
+                f"GMR-106|lost_after|lost_after={self.lost_after:g} is less than "
+                f"answer_deadline={self.answer_deadline:g}, when an answer is late and not lost"
             )
         if self.device_submodel != "wire" and self.payload_dtype != "model":
             problems.append(

@@ -305,6 +305,8 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
         section["upload"] = "full"
     if section.get("bandwidth_traces") is None:
         section["trace_family"] = None
+    if section.get("lost_after") is not None:
+        section["answer_deadline"] = min(section.get("answer_deadline", 600.0), section["lost_after"])
     if section.get("run_name") is not None:
         section["run_name"] = draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,5}", fullmatch=True))
     return section

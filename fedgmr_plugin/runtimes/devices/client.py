@@ -105,7 +105,7 @@ class DeviceProcess:
         clients = Clients(parts.samples, 0.0, keys.seed, keys.clients)
         training = Training(parts.trainer, plan, keys.learning_rate)
         self._bench = Workbench(config, layout, model, clients, training)
-        self._threads = config.cpu_threads
+        self._threads, self._clients = config.cpu_threads, keys.clients
         self._inbox = Inbox()
         self._trainer = ThreadPoolExecutor(1, thread_name_prefix="fedgmr-training")
         hears = to_device(here.run, here.server, device_id)
@@ -187,6 +187,7 @@ class DeviceProcess:
             self._inbox.put(lambda: over(done))
 
         training = self._bench.training
+        client %= self._clients
         self._trainer.submit(
             train_file,
             content,

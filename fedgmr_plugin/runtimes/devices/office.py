@@ -151,7 +151,7 @@ class Office:
             self._hands.put(piece, content)
         self._past = {}
         for dispatch in list(self.live.deadlines) if self.end is None else ():
-            self._tell(dispatch)
+            self._tell_again(dispatch)
 
     def abandon(self, keys: Iterable[str]) -> None:
         """Remove objects whose removal an earlier server had ordered and not lived to see."""
@@ -404,6 +404,10 @@ class Office:
             flight = self.server.flights[dispatch]
             if flight.client == client and dispatch != knows and dispatch not in self._fetching:
                 self._tell(dispatch)
+
+    def _tell_again(self, dispatch: int) -> None:
+        """Tell a dispatch that an earlier server may have told: a device trains each once."""
+        self._tell(dispatch)
 
     def _tell(self, dispatch: int) -> None:
         flight, task = self.server.flights[dispatch], self.tasks[dispatch]

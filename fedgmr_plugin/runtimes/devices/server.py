@@ -89,12 +89,15 @@ def assemble_live(
     server_aggregator: Any,
     transport: Callable[[Desk, queue.Queue[Any]], Transport],
     codec: Codec | None = None,
+    *,
+    numbered: bool = True,
 ) -> LiveRun:
     """A run with real clients.
 
     Args:
         transport: from the desk and the inbox; nothing is sent before the run begins.
         codec: how sub-models are written for clients that know nothing of masks; None for those that do.
+        numbered: of `PlainOffice`.
 
     Raises:
         ConfigError, HostError: what is wrong with the connection, the aggregator, or the directory.
@@ -126,7 +129,7 @@ def assemble_live(
     if codec is None:
         office = Office(*given, measured=measured_by(config))
     else:
-        office = PlainOffice(*given, codec=codec, steps=setup.steps or 0)
+        office = PlainOffice(*given, codec=codec, steps=setup.steps or 0, numbered=numbered)
     header = run_header(setup, directory.name, dense_megabytes(config, setup.layout), hooked=hooked)
     run = LiveRun(
         office.live,
