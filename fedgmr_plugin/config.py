@@ -348,6 +348,11 @@ class FedGMRConfig(BaseModel):
     heartbeat_seconds: Positive = Field(
         15.0, description="Seconds after which a device repeats what it said last."
     )
+    server_patience: Positive | None = Field(
+        86_400.0,
+        description="Seconds without a message of the server after which a device ends; null waits for ever. "
+        "To be longer than the longest pause between two sub-models of one device.",
+    )
     measured_densities: bool = Field(
         False,
         description="Give each device the largest rung of the ladder that its measured upload bandwidth "

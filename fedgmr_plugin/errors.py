@@ -289,6 +289,20 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "FedML's backend GRPC needs the package grpcio, which is missing or cannot be used.",
         'Run `pip install "fedgmr[grpc]"`.',
     ),
+    "GMR-517": CatalogueEntry(
+        "run served twice",
+        "Another process serves the run of this `run_id` and `server_id` at the same broker. Two would send "
+        "the same devices to and fro.",
+        "Stop the other process, or give this run a `run_id` of its own. A server that was killed is no "
+        "other: `fedgmr resume` goes on with its run at once.",
+    ),
+    "GMR-518": CatalogueEntry(
+        "server gone",
+        "A device has heard nothing of its server for `server_patience` seconds: the run is over, or nobody "
+        "went on with it.",
+        "Look at the server. Where it lives, start the device again, with a longer `server_patience` if it "
+        "may be idle for so long.",
+    ),
     "GMR-601": CatalogueEntry(
         "run log not found",
         "The path is neither a run directory with `run.jsonl` nor a log file.",

@@ -28,7 +28,9 @@ COMMAND = "command.json"
 _THREADS = "cpu_threads"
 #: Keys of the header that are compared elsewhere or not at all, and options that change no bit of the model.
 _FREE = frozenset({"type", "schema", "versions", "device", "run_name", "config"})
-FREE_OPTIONS = frozenset({"run_name", "output_dir", "progress", "workers", "checkpoint_seconds"})
+FREE_OPTIONS = frozenset(
+    {"run_name", "output_dir", "progress", "workers", "checkpoint_seconds", "server_patience"}
+)
 
 _resuming: list[Path] = []
 

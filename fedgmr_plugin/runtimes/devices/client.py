@@ -106,12 +106,14 @@ class DeviceProcess:
         training = Training(parts.trainer, plan, keys.learning_rate)
         self._bench = Workbench(config, layout, model, clients, training)
         self._threads, self._clients = config.cpu_threads, keys.clients
+        self._patience, self._run = config.server_patience, here.run
         self._inbox = Inbox()
         self._trainer = ThreadPoolExecutor(1, thread_name_prefix="fedgmr-training")
         hears = to_device(here.run, here.server, device_id)
         if transport is None:
             broker, bucket = services(args)
             self._link: Any = MqttLink(broker, [hears], self._inbox)
+            self._link.hear_kept(lambda topic, payload: self.device.kept(topic, payload))
             store: Store = S3Store(bucket)
         else:
             self._link, store = transport(hears, self._inbox)
@@ -142,7 +144,8 @@ class DeviceProcess:
         """Take part until the server says that the run is over.
 
         Raises:
-            HostError: GMR-515 if the broker or the store refuses this device.
+            HostError: GMR-515 if the broker or the store refuses this device; GMR-518 if the server says
+                nothing for `server_patience` seconds.
         """
         self._link.start()
         self._hands.start()
@@ -174,6 +177,12 @@ class DeviceProcess:
             if self._link.refused is not None:
                 raise self._link.refused from None
         self.device.tick()
+        since = self.device.waits_since()
+        if self._patience is not None and since is not None and not self.device.finished:
+            silence = time.monotonic() - since
+            if silence > self._patience:
+                run = f"run_id={self._run}"
+                raise HostError("GMR-518", f"no message of the server of {run} for {silence:.0f} seconds")
 
     def _train_file(self, content: bytearray, client: int, count: int, then: Callable[[bytes], None]) -> None:
         def over(done: Future[bytes]) -> None:

@@ -29,7 +29,7 @@ from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
 from fedgmr_plugin.protocol.history import entry_of, event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.messages import PayloadOrder, upload
-from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote
+from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote, to_device
 from fedgmr_plugin.protocol.pieces import Piece, Pieces
 from fedgmr_plugin.protocol.storekeys import answer_key
 from fedgmr_plugin.protocol.wire import Limits, decode
@@ -432,8 +432,24 @@ class Office:
         self._hands.publish(*self.desk.write(note, flight.client, fields))
 
     def _finish(self, client: int) -> None:
+        self._hands.publish(*self._farewell(client))
+
+    def _farewell(self, client: int) -> tuple[str, bytes]:
+        """Topic and bytes of the end of the run, for a client."""
         note = FinishNote(self.token, self.desk.devices[client], self.desk.next_sequence())
-        self._hands.publish(*self.desk.write(note, client, {"client_idx": str(client)}))
+        return self.desk.write(note, client, {"client_idx": str(client)})
+
+    def kept_topics(self) -> list[str]:
+        """Topics of devices that believe what the broker keeps for them."""
+        return [to_device(self.desk.run, self.desk.server, device) for device in self.desk.devices]
+
+    def farewells(self) -> list[tuple[str, bytes]]:
+        """Topic and bytes of the end, for the broker to keep for those who have not heard it."""
+        return [
+            self._farewell(client)
+            for client in range(len(self.desk.devices))
+            if client not in self._farewells
+        ]
 
     # -- what is seen from outside ---------------------------------------------------------------------
 

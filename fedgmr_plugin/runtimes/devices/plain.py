@@ -283,6 +283,12 @@ class PlainOffice(Office):
         message = plain_message(FINISH, self.desk.server, device, {"client_idx": str(client)})
         self._hands.publish(to_device(self.desk.run, self.desk.server, device), message)
 
+    def kept_topics(self) -> list[str]:
+        return []  # these devices take nothing that is retained
+
+    def farewells(self) -> list[tuple[str, bytes]]:
+        return []
+
     def _drop_unused(self) -> list[str]:
         used = {(f.version, f.ranking.digest, f.rung) for f in self.server.flights.values()}
         gone = [key for key in self._files if key not in used]

@@ -60,6 +60,7 @@ class PlainDevice:
         self.device, self.samples, self._repeats = device, samples, repeats
         self.hears, self.speaks = to_device(run, server, device), to_server(run, device)
         self.finished = False
+        self.heard_at = clock()
         self.trained = 0
         self.memory = Memory()
         self._run, self._server, self._train, self._hands, self._clock = run, server, train, hands, clock
@@ -92,6 +93,7 @@ class PlainDevice:
         except WireError as refusal:
             _log.warning("%s", refusal)
             return
+        self.heard_at = self._clock()
         if kind == CHECK:
             self._say_status("ONLINE")
         elif kind == FINISH:
@@ -101,6 +103,13 @@ class PlainDevice:
             self._begun = True
             self._waiting = str(message.get("model_params")), int(client)
             self._next()
+
+    def kept(self, topic: str, payload: bytes) -> None:
+        """FedML's devices take nothing that the broker kept."""
+
+    def waits_since(self) -> float | None:
+        """See `fedgmr_plugin.runtimes.devices.device.Device.waits_since`."""
+        return None if self._busy else self.heard_at
 
     def last_will(self) -> bytes:
         """The message that the broker sends when the connection breaks; its topic is `speaks`."""
@@ -138,7 +147,7 @@ class PlainDevice:
         if self._repeats:
             message["client_idx"] = str(client)
         self._hands.publish(self.speaks, json.dumps(message).encode())
-        self._busy = False
+        self._busy, self.heard_at = False, self._clock()
         self._next()
 
     def _say_status(self, state: str) -> None:

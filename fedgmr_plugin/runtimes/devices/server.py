@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import queue
+import socket
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from fedgmr_plugin.kernels.layout import build_layout, validate
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.desk import Desk
 from fedgmr_plugin.protocol.pieces import Pieces
+from fedgmr_plugin.protocol.presence import Presence
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.command import next_run
 from fedgmr_plugin.runtimes.data import ClientSamples, EvaluationBatches, FederatedData
@@ -114,6 +117,12 @@ def assemble_live(
     link, store = transport(desk, inbox)
     hands = ThreadedHands(store, link, inbox)
     clock = Clock()
+    presence = None
+    if isinstance(link, MqttLink):
+        keys = () if desk.keys is None else desk.keys.values()
+        place = f"process {os.getpid()} on {socket.gethostname()}"
+        presence = Presence(here.run, here.server, keys, place)
+        link.watch(presence)
     run: LiveRun
     given = (
         server,
@@ -144,6 +153,7 @@ def assemble_live(
         link=link,
         inbox=inbox,
         clock=clock,
+        presence=presence,
     )
     _log.info("run %s waits for %s", here.run, here.devices)
     return run
