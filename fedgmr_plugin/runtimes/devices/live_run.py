@@ -136,10 +136,8 @@ class LiveRun(RecordedRun):
             _write_whole(self.directory / TOKEN, office.token.encode())
             _write_whole(self.directory / INITIAL, save({"w": office.server.w_D.cpu().contiguous()}))
         self._journals = _Journals(self.directory / _JOURNALS)
-        for folder in (
-            self.directory,
-            self.directory.parent,
-        ):  # their names are to be there after a power cut
+        # Their names are to be there after a power cut.
+        for folder in (self.directory, self.directory.parent):
             sync_folder(folder)
         self._kept: list[frozenset[str]] = []  # what a server needs that goes on from a kept checkpoint
         first = 0
