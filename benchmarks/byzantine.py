@@ -22,7 +22,7 @@ import torch
 from benchmarks.measure import machine
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.datasets import DigitsCNN, digits
-from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, LocalUpdate
+from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, LocalUpdate, in_batches, split
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.seeds import isolated_rng, torch_generator
@@ -60,7 +60,7 @@ class Attacked:
         return [self._harmed(d, self._bench.train(d)) for d in sent]
 
     def _harmed(self, sent: Dispatch, update: LocalUpdate) -> LocalUpdate:
-        if self._attack == "none" or sent.client not in ATTACKERS:
+        if self._attack in ("none", "absent") or sent.client not in ATTACKERS:
             return update
         change_S = update.values_S
         if self._attack == "flip":
@@ -70,10 +70,25 @@ class Attacked:
         return update._replace(values_S=size * torch.randn(len(change_S), generator=generator))
 
 
-def accuracy(attack: str, options: dict[str, Any], heterogeneity: str, seed: int) -> tuple[float, float]:
-    """Accuracy at the end of one run, and the mean share of weights that could not be defended."""
+def accuracy(
+    attack: str,
+    options: dict[str, Any],
+    heterogeneity: str,
+    seed: int,
+    *,
+    windows: int = WINDOWS,
+    held: float = 0.0,
+) -> tuple[float, float]:
+    """Accuracy at the end of one run, and the mean share of weights that could not be defended.
+
+    Args:
+        held: share of every client's data that is kept from training and measures the model in the test
+            set's place, for choices.
+    """
+    clients = CLIENTS - len(ATTACKERS) if attack == "absent" else CLIENTS
+    densities = FedGMRConfig(heterogeneity=heterogeneity).initial_densities(CLIENTS)[:clients]
     config = FedGMRConfig(
-        heterogeneity=heterogeneity,
+        densities=densities,
         update_scope="buffer",
         staleness="constant",
         trigger="time",
@@ -82,14 +97,15 @@ def accuracy(attack: str, options: dict[str, Any], heterogeneity: str, seed: int
         **options,
     )
     data = read_dataset(digits(CLIENTS, alpha=None, seed=seed), CLIENTS)
+    parts = [split(data.clients[n], held, seed, n) for n in range(clients)]
+    tested = data.test if held == 0.0 else [b for _, part in parts if part for b in in_batches(part, 256)]
     with isolated_rng(seed):
         model = DigitsCNN()
     layout = build_layout(model)
-    densities = config.initial_densities(CLIENTS)
-    counts = tuple(len(data.clients[n]) for n in range(CLIENTS))
+    counts = tuple(len(own) for own, _ in parts)
     training = Training(BuiltinTrainer(), BatchPlan(20, 5, 1, True, seed), 0.1)
-    bench = Workbench(config, layout, model, Clients(data.clients.__getitem__, 0.0, seed, CLIENTS), training)
-    server = Server(config, Plan(seed, WINDOWS, CLIENTS, WINDOWS, counts), layout, layout.gather(model))
+    bench = Workbench(config, layout, model, Clients(lambda n: parts[n][0], 0.0, seed, clients), training)
+    server = Server(config, Plan(seed, windows, clients, windows, counts), layout, layout.gather(model))
     network = VirtualNetwork(config, densities, 26.0, LogNormalLinks(config, densities, seed))
     found: list[float] = []
     undefended: list[float] = []
@@ -100,9 +116,7 @@ def accuracy(attack: str, options: dict[str, Any], heterogeneity: str, seed: int
         elif fields["type"] == "defence":
             undefended.append(fields["undefended"])
 
-    Simulation(
-        server, network, bench, lambda: data.test, record, executor=Attacked(bench, attack, seed)
-    ).run()
+    Simulation(server, network, bench, lambda: tested, record, executor=Attacked(bench, attack, seed)).run()
     return found[-1], statistics.mean(undefended) if undefended and config.trim else 0.0
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from fedgmr_plugin.protocol.notes import (
     note_of,
     parse,
     sign,
+    to_device,
     to_server,
 )
 from fedgmr_plugin.protocol.pieces import Piece
@@ -102,6 +105,38 @@ def test_an_impostor_is_not_heard(field: Field) -> None:
     assert 2 in field.office.server.away and 2 not in field.office.seen
     field.run()
     assert {r["client"] for r in field.records("arrival")} == {0, 1}
+
+
+TOPICS = [
+    to_server("7", 1),
+    to_server("7", 2),
+    to_server("71", 1),
+    to_device("7", 0, 1),
+    to_device("7", 1, 1),
+]
+
+
+def test_a_signature_is_of_the_topic_and_the_note() -> None:
+    """As docs/device-protocol.md has it; under one key, what is said in one place is said nowhere else."""
+    for note in (status(1, 1), AnswerNote(TOKEN, 1, 2, 3, Piece("k", 1, "0" * 64)), FinishNote(TOKEN, 1, 4)):
+        for topic in TOPICS:
+            message = parse(sign(note, topic, KEYS[1], {"msg_type": 5}))
+            signed = f"{topic}\n{message['fedgmr']}".encode()
+            assert message["fedgmr_mac"] == hmac.new(KEYS[1], signed, hashlib.sha256).hexdigest()
+            assert note_of(message, topic, KEYS[1], type(note)) == note
+            for other in set(TOPICS) - {topic}:
+                with pytest.raises(WireError) as refused:
+                    note_of(message, other, KEYS[1], type(note))
+                assert refused.value.code == "GMR-743"
+
+
+def test_a_genuine_message_is_not_heard_on_another_topic(field: Field) -> None:
+    """Two devices that share a key by mistake are not mistaken for each other."""
+    field.office.desk._keys = {**KEYS, 3: KEYS[2]}
+    payload = sign(status(2, 2**43), to_server("7", 2), KEYS[2], {"msg_type": 5, "sender": 2})
+    before = dict(field.office.desk.refused[2])
+    field.office.message(to_server("7", 3), payload)
+    assert field.office.desk.refused[2] - Counter(before) == {"GMR-743": 1}
 
 
 def test_a_replayed_message_changes_nothing(field: Field) -> None:

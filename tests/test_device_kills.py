@@ -221,6 +221,28 @@ def lines_of(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def test_the_run_and_its_journal_are_found_after_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every folder on the way to the journal has its name on the disk before the first event."""
+    names: dict[Path, set[str]] = {}
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if place.is_dir():
+            names[place] = {path.name for path in place.iterdir()}
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run = stage.live_run(tmp_path / "runs" / "one", CONFIG, WINDOWS, LoopbackHands(Loopback()), lambda: 0.0)
+    with stage.opened(run), run.office.journal or nullcontext():
+        here = tmp_path / "runs" / "one"
+        assert "one" in names[tmp_path / "runs"]
+        assert {"journal", live_run.TOKEN, live_run.INITIAL} <= names[here]
+        assert names[here / "journal"] == {"00000000.journal"}
+
+
 # -- fail points -------------------------------------------------------------------------------------------
 
 

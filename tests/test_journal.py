@@ -106,3 +106,21 @@ def test_a_failed_fsync_is_a_failed_append(tmp_path: Path, monkeypatch: pytest.M
                 journal.append([Entry({"n": 2})])
         journal.append([Entry({"n": 3})])
     assert [entry.head["n"] for entry in read(tmp_path / "journal")] == [1, 3]
+
+
+def test_a_new_journals_name_is_on_the_disk_before_its_first_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a folder has the names that it had when it was synchronised last."""
+    names: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if place == tmp_path:
+            names[:] = [path.name for path in place.iterdir()]
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Journal(tmp_path / "journal"):
+        assert names == ["journal"]

@@ -46,7 +46,7 @@ class Journal:
         self._file.truncate(self._size)
         self._is_torn = False  # whether something lies behind `_size`
         if is_new:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def append(self, entries: Iterable[Entry]) -> None:
         """Write entries and bring them to the disk: all of them or, where that fails, none.
@@ -160,7 +160,7 @@ def _sound_bytes(path: Path) -> int:
     return max((end for end, _ in _entries(path)), default=0)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring a folder's list of names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.protocol.checkpoint import Checkpoint
-from fedgmr_plugin.protocol.journal import Entry, Journal, read
+from fedgmr_plugin.protocol.journal import Entry, Journal, read, sync_folder
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.presence import Presence
 from fedgmr_plugin.protocol.runlog import RunLogWriter
@@ -172,6 +172,9 @@ class LiveRun(RecordedRun):
             _write_whole(self.directory / TOKEN, office.token.encode())
             _write_whole(self.directory / INITIAL, save({"w": office.server.w_D.cpu().contiguous()}))
         self._journals = _Journals(self.directory / _JOURNALS)
+        # Their names are to be there after a power cut.
+        for folder in (self.directory, self.directory.parent):
+            sync_folder(folder)
         self._kept: list[frozenset[str]] = []  # what a server needs that goes on from a kept checkpoint
         first = 0
         unsent: list[tuple[Piece, Content]] = []
@@ -371,8 +374,4 @@ def _write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.rename(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
