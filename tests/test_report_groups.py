@@ -766,6 +766,19 @@ def test_the_papers_of_the_runs_methods_are_cited(many: list[RunLog], two: list[
     assert len(re.findall(r"@\w+\{(\w+),", render(two, "x"))) == 3
 
 
+def test_many_single_runs_are_no_means(many: list[RunLog]) -> None:
+    page = render(many[::3], "x", against="fedgmr-1")
+    assert (
+        "As tabled above. Dotted line: fedgmr-1." in page
+        and "ver seeds" not in page
+        and ".." not in text_of(page)
+    )
+
+
+def text_of(page: str) -> str:
+    return re.sub("<style>.*?</style>|<pre>.*?</pre>|<[^>]*>", " ", page, flags=re.DOTALL)
+
+
 def test_few_groups_are_drawn_as_before(two: list[RunLog]) -> None:
     page = render(two, "x")
     assert 'class="panels"' not in page and 'class="l context"' not in page

@@ -31,9 +31,12 @@ def figure(rows: Sequence[Result], reference: int | None, *, ident: str) -> str:
     places = order(rows)
     if not places:
         return ""
-    caption = "Marker: mean over seeds, as tabled above; line: its 95 % interval; ticks: seeds."
+    if all(row.group.alone for row in rows):
+        caption = "As tabled above."
+    else:
+        caption = "Marker: mean over seeds, as tabled above; line: its 95 % interval; ticks: seeds."
     if reference in places:
-        caption += f" Dotted line: the mean of {rows[reference].group.label}."
+        caption += f" Dotted line: {rows[reference].group.label}."
     title = "Accuracy of all configurations"
     against = None if reference is None else rows[reference]
     svg = draw([rows[place] for place in places], against, ident=ident, title=title)

@@ -413,10 +413,11 @@ class Figures:
         caption = f"Test set; the model that would be shipped. In colour: the best {len(shown)} by accuracy"
         if self._reference not in (None, *self._best[: len(shown)]):
             caption = caption.replace(f"best {len(shown)}", f"best {len(shown) - 1} and the reference")
+        seeds = " Mean over seeds." if self.seeds else ""
         firsts = [curves[0] for curves in series]
         drawn = [firsts[place]._replace(at_end=True, low=None, high=None) for place in shown]
         drawn += [_faded(first) for place, first in enumerate(firsts) if place not in shown]
-        return self._figure(title, f"{caption}.{_GREY}{self._thin()[1:]}.", drawn, self.seconds, self._y())
+        return self._figure(title, f"{caption}.{_GREY}{seeds}", drawn, self.seconds, self._y())
 
     def _drawn(
         self,
