@@ -136,6 +136,7 @@ def snapshot_simulation(simulation: Simulation) -> Snapshot:
     if simulation.downlink is not None:
         held = simulation.downlink.held
         tensors.update({f"held.{n}": held_D.clone() for n, held_D in held.items()})  # cut() writes there
+        tensors.update({f"whole.{d}": whole_S for d, whole_S in simulation.downlink.whole.items()})
     starts = simulation.probed_starts
     tensors.update({f"start.{version}": w_D for version, w_D in starts.items()})
     return Snapshot(
@@ -164,15 +165,16 @@ def restore_simulation(simulation: Simulation, state: Snapshot) -> None:
         pending.append(Dispatch(ranking=ranking, values_S=tensors[kept["payload"]], **fields))
     simulation.wait_for(pending)
     if simulation.uplink is not None:
-        simulation.uplink.residual = _by_client(tensors, "residual")
+        simulation.uplink.residual = _numbered(tensors, "residual")
     if simulation.downlink is not None:
-        simulation.downlink.held = _by_client(tensors, "held")
+        simulation.downlink.held = _numbered(tensors, "held")
+        simulation.downlink.whole = _numbered(tensors, "whole")
     simulation.probed_starts = {version: tensors[f"start.{version}"] for version in meta["starts"]}
     simulation.traffic = meta["traffic"]
 
 
-def _by_client(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
-    """The clients' own copies of the tensors ``name.N``."""
+def _numbered(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
+    """Copies of the tensors ``name.N``, by number."""
     start = f"{name}."
     return {int(k.removeprefix(start)): t.clone() for k, t in tensors.items() if k.startswith(start)}
 
