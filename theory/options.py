@@ -79,7 +79,10 @@ OPTIONS: dict[str, Rule] = {
     "probe_interval": or_null(POSITIVE),
     **dict.fromkeys(("density_min", "density_increment"), DENSITY),
     **dict.fromkeys(("layer_floor", "client_momentum"), SHARE),
-    **dict.fromkeys(("time_budget", "gradient_clip", "model_megabytes"), or_null(ABOVE_ZERO)),
+    **dict.fromkeys(
+        ("time_budget", "gradient_clip", "model_megabytes", "lost_after", "server_patience"),
+        or_null(ABOVE_ZERO),
+    ),
     **dict.fromkeys(
         ("server_step", "hinge_slope", "client_download", "client_upload", "server_upload",
          "server_download", "answer_deadline", "heartbeat_seconds"), ABOVE_ZERO,
@@ -121,6 +124,8 @@ LATER: dict[str, Any] = {
     "norm_bound": None,
     "trim": 0.0,
     "answer_deadline": 600.0,
+    "lost_after": None,
+    "server_patience": None,
     "window_limit": None,
     "retry_seconds": 30.0,
     "clients_at_start": 1,
