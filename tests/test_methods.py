@@ -13,6 +13,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -500,7 +502,7 @@ CASES = pytest.mark.parametrize(
     [
         *((m, {}) for m in METHODS),
         *((m, {"upload": "decoupled"}) for m in ("fedgmr", "fjord+gmr")),
-        ("fedgmr", {"download": "decoupled"}),
+        ("fedgmr", {"download": "decoupled", "densities": [1.0, 0.3, 0.3, 0.3]}),
         *((m, {"upload": "decoupled", "download": "decoupled"}) for m in ("fedgmr", "heterofl+gmr")),
     ],
 )
@@ -584,10 +586,11 @@ def test_a_method_goes_on_from_its_snapshot(tmp_path: Path, method: str, extra: 
     for _ in range(13):
         first.simulation.step()
     saved = snapshot_simulation(first.simulation)
-    meta = json.loads(json.dumps(saved.meta))
+    meta, tensors = json.loads(json.dumps(saved.meta)), load_tensors(save_tensors(saved.tensors))
     ended = finish(first)  # which leaves the snapshot as it is
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in saved.tensors.items())
     second = started(tmp_path, method, "second", **extra)
-    restore_simulation(second.simulation, Snapshot(meta, saved.tensors))
+    restore_simulation(second.simulation, Snapshot(meta, tensors))
     assert finish(second) == ended
 
 

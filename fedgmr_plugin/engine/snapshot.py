@@ -125,18 +125,24 @@ def snapshot_simulation(simulation: Simulation) -> Snapshot:
     meta, tensors = snapshot(simulation.server)
     pending = []
     names: dict[int, str] = {}
+
+    def payload(values_S: Tensor) -> str:
+        """Name of a payload, which clients of one rung share."""
+        name = names.setdefault(id(values_S), f"payload.{len(names)}")
+        tensors[name] = values_S
+        return name
+
     for d in simulation.pending.values():
-        payload = names.setdefault(id(d.values_S), f"payload.{len(names)}")  # clients of one rung share it
-        tensors[payload] = d.values_S
         kept = {k: v for k, v in vars(d).items() if k not in ("ranking", "values_S")}
-        pending.append({**kept, "payload": payload})
+        pending.append({**kept, "payload": payload(d.values_S)})
+    whole = {}
     if simulation.uplink is not None:
         owed = simulation.uplink.residual
         tensors.update({f"residual.{n}": owed_D.clone() for n, owed_D in owed.items()})  # thin() writes there
     if simulation.downlink is not None:
         held = simulation.downlink.held
         tensors.update({f"held.{n}": held_D.clone() for n, held_D in held.items()})  # cut() writes there
-        tensors.update({f"whole.{d}": whole_S for d, whole_S in simulation.downlink.whole.items()})
+        whole = {str(d): payload(whole_S) for d, whole_S in simulation.downlink.whole.items()}
     starts = simulation.probed_starts
     tensors.update({f"start.{version}": w_D for version, w_D in starts.items()})
     return Snapshot(
@@ -144,6 +150,7 @@ def snapshot_simulation(simulation: Simulation) -> Snapshot:
             "server": meta,
             "network": simulation.network.state(),
             "pending": pending,
+            "whole": whole,
             "starts": list(starts),
             "traffic": simulation.traffic,
         },
@@ -168,7 +175,7 @@ def restore_simulation(simulation: Simulation, state: Snapshot) -> None:
         simulation.uplink.residual = _numbered(tensors, "residual")
     if simulation.downlink is not None:
         simulation.downlink.held = _numbered(tensors, "held")
-        simulation.downlink.whole = _numbered(tensors, "whole")
+        simulation.downlink.whole = {int(d): tensors[name] for d, name in meta["whole"].items()}
     simulation.probed_starts = {version: tensors[f"start.{version}"] for version in meta["starts"]}
     simulation.traffic = meta["traffic"]
 
