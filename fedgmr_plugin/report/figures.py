@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedgmr_plugin.protocol.runlog import RunLog
 from fedgmr_plugin.report import raster
-from fedgmr_plugin.report.groups import Group, Named
+from fedgmr_plugin.report.groups import Group, Named, clock
 from fedgmr_plugin.report.scales import BINS, as_percent, bin_means, nice_ticks
 from fedgmr_plugin.report.statistics import FEWEST_PAIRS, align, band
 from fedgmr_plugin.report.summary import evaluations
@@ -41,7 +41,8 @@ class Figures:
         ends = np.concatenate([run.run.column(kind, key) for run in self.runs for kind, key in timed])
         ends = ends[np.isfinite(ends)]
         #: one time axis for all figures, so that they compare
-        self.seconds = Axis("virtual time (s)", 0.0, float(ends.max()) if len(ends) else None)
+        self._clock = clock([run.run for run in self.runs])
+        self.seconds = Axis(f"{self._clock} time (s)", 0.0, float(ends.max()) if len(ends) else None)
         known = [run for run in self.runs if np.isfinite(run.run.column("evaluation", "accuracy")).any()]
         #: the metric that is drawn: accuracy, or loss where no run has an accuracy
         measured = any(run.run.count("evaluation") for run in self.runs)
@@ -58,7 +59,7 @@ class Figures:
             times = sorted(set(self.runs[0].run.column("restoration", "time").tolist()))
             marks = times if len(times) <= 40 else []
             caption += " Vertical lines: restorations." if marks else ""
-        title = f"{self._metric_name()} against virtual time"
+        title = f"{self._metric_name()} against {self._clock} time"
         return self._figure(title, caption + self._spread(), series, self.seconds, self._y(), marks)
 
     def metric_by_bytes(self) -> str:
