@@ -86,8 +86,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-111": CatalogueEntry(
         "device keys missing",
-        "Devices are authenticated, and the file of their keys is not given, cannot be read, or lacks a "
-        "device.",
+        "Devices are authenticated, and the file of their keys is not given, cannot be read, lacks a device, "
+        "or gives two devices the same key.",
         "Make one with `fedgmr keys`, name it in `device_keys`, or say `device_authentication: off` where "
         "nobody but the devices can reach the broker.",
     ),

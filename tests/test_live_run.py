@@ -32,10 +32,12 @@ from fedgmr_plugin.protocol.notes import (
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import host, resume
+from fedgmr_plugin.runtimes import progress as progress_module
 from fedgmr_plugin.runtimes.devices.connection import Bucket
 from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
+from fedgmr_plugin.runtimes.progress import Progress
 from fedgmr_plugin.runtimes.silos.objects import Objects
 
 host.prepare()
@@ -394,6 +396,39 @@ def test_a_devices_folder_belongs_to_one_process(tmp_path: Path) -> None:
 def test_more_clients_at_the_start_than_there_are_would_be_waited_for_without_end(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="clients_at_start=3 are more than client_num_in_total=2"):
         World(tmp_path, clients_at_start=3).server()
+
+
+@pytest.mark.parametrize(("fedml", "unit"), [({"training_type": "cross_device"}, "wall"), ({}, "virtual")])
+def test_the_terminal_says_whose_seconds_they_are(
+    tmp_path: Path, fedml: dict[str, str], unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    bars: list[dict[str, Any]] = []
+    real = progress_module.tqdm
+    monkeypatch.setattr(progress_module, "tqdm", lambda **named: (bars.append(named), real(**named))[1])
+    monkeypatch.setattr(progress_module, "say", told.append)
+    header = {"run_name": "x", "fedml": fedml, "config": {"progress": True}, "windows": 3, "time_budget": 9.0}
+    with Progress(header) as progress:
+        progress.close_with({"windows": 3, "time": 8.0, "model_sha256": "ab"}, tmp_path)
+    assert f"(3 windows, 8 {unit} seconds)" in told[0] and bars[0]["unit"] == f"{unit} s"
+
+
+@pytest.mark.parametrize("submodel", ["width", "masked"])
+@pytest.mark.parametrize("options", [{"proximal": 0.1}, {"method": "fedprox"}])
+def test_fedmls_own_devices_know_no_proximal_term(
+    tmp_path: Path, submodel: str, options: dict[str, Any]
+) -> None:
+    width = {"score": "width"} if submodel == "width" else {}
+    world = World(tmp_path, device_submodel=submodel, **width, **options)
+    with pytest.raises(ConfigError, match=r"GMR-106 .*proximal=0.0?1: with device_submodel"):
+        world.server()
+
+
+def test_mask_aware_devices_train_with_the_proximal_term(tmp_path: Path) -> None:
+    """The longer the training, the more it holds back; 0 is FedAvg."""
+    trainers = [World(tmp_path, proximal=mu).process(1)._bench.training.trainer for mu in (0.0, 0.25)]
+    assert [trainer.proximal for trainer in trainers] == [0.0, 0.25]  # type: ignore[attr-defined]
+    World(tmp_path, proximal=0.25).server()
 
 
 # -- the end of the run, for who was away ------------------------------------------------------------------

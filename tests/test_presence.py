@@ -87,7 +87,7 @@ def test_a_server_that_was_killed_is_followed_at_once() -> None:
     assert follower.is_alone() and not follower.taken_by
 
 
-@pytest.mark.parametrize("serves", itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize("serves", list(itertools.product([False, True], repeat=2)))
 def test_two_that_were_apart_and_meet(serves: tuple[bool, bool]) -> None:
     """Both were asked while they could not hear each other; one asks again, as after each connection."""
     for asking in "ab":

@@ -201,6 +201,18 @@ def test_a_name_s_stem(name: str, seed: int, short: str) -> None:
 # -- numbers ---------------------------------------------------------------------------------------
 
 
+def test_seconds_of_a_live_run_are_not_called_virtual(log: Any, two: list[RunLog]) -> None:
+    kinds = ("cross_device", "cross_silo")
+    live = [log(kind, 1, [0.5, 0.6], fedml={"training_type": kind}, time_budget=40.0) for kind in kinds]
+    shown = render(live, "live") + export.to_latex(*tabulate(live)[:2])
+    assert "virtual" not in shown.lower()
+    for wanted in ("wall seconds since the run began", "40 wall seconds planned", "wall time (s)"):
+        assert wanted in shown
+    assert "Wall seconds and MB" in shown
+    assert "wall" not in render(two, "simulated") and "virtual seconds" in render(two, "simulated")
+    assert "wall seconds of runs with real devices" in render([*two, *live], "both")
+
+
 def test_the_table_is_what_numpy_and_scipy_say(two: list[RunLog]) -> None:
     table = tabulate(two, target=0.51)
     ours, base = table.rows

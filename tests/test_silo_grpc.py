@@ -260,3 +260,6 @@ def test_a_silo_without_a_row_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no row for silo 1") as found:
         client.build(SimpleNamespace(**given), None, [None] * 5 + [data], stack)
     assert found.value.code == "GMR-112"
+    given["fedgmr_args"] |= {"proximal": 0.1}  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=r"GMR-106 proximal=0.1 needs the built-in trainer"):
+        client.build(SimpleNamespace(**given), None, [None] * 5 + [data], stack, object())

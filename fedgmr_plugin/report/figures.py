@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedgmr_plugin.protocol.runlog import RunLog
 from fedgmr_plugin.report import layers, raster
 from fedgmr_plugin.report.families import MOST, panels
-from fedgmr_plugin.report.groups import Group, Named
+from fedgmr_plugin.report.groups import Group, Named, clock
 from fedgmr_plugin.report.scales import BINS, as_percent, bin_means, nice_ticks
 from fedgmr_plugin.report.statistics import FEWEST_PAIRS, align, band
 from fedgmr_plugin.report.summary import evaluations
@@ -56,7 +56,8 @@ class Figures:
         ends = np.concatenate([run.run.column(kind, key) for run in self.runs for kind, key in timed])
         ends = ends[np.isfinite(ends)]
         #: one time axis for all figures, so that they compare
-        self.seconds = Axis("virtual time (s)", 0.0, float(ends.max()) if len(ends) else None)
+        self._clock = clock([run.run for run in self.runs])
+        self.seconds = Axis(f"{self._clock} time (s)", 0.0, float(ends.max()) if len(ends) else None)
         known = [run for run in self.runs if np.isfinite(run.run.column("evaluation", "accuracy")).any()]
         #: the metric that is drawn: accuracy, or loss where no run has an accuracy
         measured = any(run.run.count("evaluation") for run in self.runs)
@@ -64,7 +65,7 @@ class Figures:
 
     def metric_by_time(self) -> str:
         """Accuracy of the shipped candidate, of w and of the scaled model against virtual time."""
-        title = f"{self._metric_name()} against virtual time"
+        title = f"{self._metric_name()} against {self._clock} time"
         series = self._metric_series(lambda run, key: evaluations(run, key)[0])
         if self.many:
             return self._overview(f"{title}, an overview", series)
@@ -83,7 +84,7 @@ class Figures:
         if not self.many:
             return ""
         series = self._metric_series(lambda run, key: evaluations(run, key)[0])
-        title = f"{self._metric_name()} against virtual time, panel by panel"
+        title = f"{self._metric_name()} against {self._clock} time, panel by panel"
         caption = "Test set; the model that would be shipped."
         return self._multiples(title, caption + self._spread(), series, self.seconds, self._y())
 

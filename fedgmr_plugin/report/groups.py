@@ -15,6 +15,8 @@ from fedgmr_plugin.report.text import clean, written
 
 #: Configuration keys that say where a run writes, and how it is carried out, not what it computes.
 IDLE = ("run_name", "output_dir", "progress", "checkpoint_seconds", "workers")
+#: FedML's runtimes whose clock is a real one.
+LIVE = ("cross_device", "cross_silo")
 #: FedML's keys that the seed sets.
 SEEDED = ("random_seed", "run_id")
 #: Header keys that are compared beside the configurations.
@@ -23,6 +25,13 @@ FACTS = ("seed", "clients", "densities", "model_megabytes", "eta", "local_steps"
 PER_SEED = ("seed", "densities")
 #: Longest label made from configuration keys.
 LONGEST = 48
+
+
+def clock(runs: Sequence[RunLog]) -> str:
+    """Whose seconds the runs' times are: ``virtual``, of a simulated network; ``wall``, with real devices."""
+    fedml = [run.header.get("fedml") for run in runs]
+    live = {isinstance(keys, Mapping) and keys.get("training_type") in LIVE for keys in fedml}
+    return {frozenset({True}): "wall", frozenset({False}): "virtual"}.get(frozenset(live), "virtual or wall")
 
 
 class Named(NamedTuple):

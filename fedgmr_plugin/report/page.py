@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fedgmr_plugin.protocol.runlog import RunLog
 from fedgmr_plugin.report import comparison, dots, tables
 from fedgmr_plugin.report.figures import Figures
-from fedgmr_plugin.report.groups import Group, Named, named
+from fedgmr_plugin.report.groups import Group, Named, clock, named
 from fedgmr_plugin.report.results import Comparisons, Result, tabulate
 from fedgmr_plugin.report.style import STYLE
 from fedgmr_plugin.report.summary import TARGET_SHARE, Summary, method_of
@@ -99,9 +99,16 @@ def render(
         f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head><body>"
         f"<header><h1>{name(title)}</h1><p>{_subtitle(shown)}</p>{about}</header><main>{body}</main>"
-        "<footer>Made by fedgmr from the run logs alone. Times are virtual seconds of the simulated network; "
+        f"<footer>Made by fedgmr from the run logs alone. Times are {_TIMES[clock(runs)]}; "
         "1 MB is 10<sup>6</sup> bytes.</footer></body></html>\n"
     )
+
+
+_TIMES = {
+    "virtual": "virtual seconds of the simulated network",
+    "wall": "wall seconds since the run began, without those in which there was no server",
+    "virtual or wall": "virtual seconds of the simulated network, and wall seconds of runs with real devices",
+}
 
 
 def _group_lede(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
@@ -148,7 +155,7 @@ def _subtitle(runs: Sequence[Named]) -> str:
     parts = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}"]
     for key, unit in (
         ("clients", "clients"),
-        ("time_budget", "virtual seconds planned"),
+        ("time_budget", f"{clock([run.run for run in runs])} seconds planned"),
         ("windows", "windows planned"),
         ("model_megabytes", "MB model"),
     ):

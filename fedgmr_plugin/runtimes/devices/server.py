@@ -228,6 +228,11 @@ def _refuse_simulated(config: FedGMRConfig) -> None:
         wrong.append("label_masks=true needs the clients' data")
     if config.local_objective != "plain":
         wrong.append(f"local_objective={config.local_objective} is known to simulated clients only")
+    if config.device_submodel != "wire" and config.proximal:
+        wrong.append(
+            f"proximal={config.proximal:g}: with device_submodel={config.device_submodel}, FedML's own "
+            "clients train, which know no proximal term"
+        )
     if config.workers > 1:
         wrong.append(f"workers={config.workers}: devices train")
     if wrong:
