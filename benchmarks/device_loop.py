@@ -49,8 +49,8 @@ from fedgmr_plugin.runtimes.devices.store import S3Store
 from fedgmr_plugin.runtimes.local.stack import Stack
 
 RUN = "1"
-#: Devices, and seconds of their pause on average: five and ten answers a second.
-SIZES = ((100, 20.0), (1000, 100.0))
+#: Devices, and the median of their pauses in seconds: four to five answers a second.
+SIZES = ((100, 20.0), (1000, 200.0))
 #: Outboxes of the devices' process: what one device stores does not wait for all others.
 OUTBOXES = 16
 OPTIONS = {
@@ -225,7 +225,7 @@ def latencies(
         noted: `said` and `told` of each device.
         arrived: dispatch to when its answer was read, and when its window had closed.
     """
-    whole, own = [], []
+    whole, own, reading, telling = [], [], [], []
     unanswered = 0
     for said, told in noted:
         for dispatch, second in said:
@@ -238,6 +238,8 @@ def latencies(
             read, closed = arrived[dispatch]
             whole.append(following[0] - second)
             own.append(whole[-1] - (closed - read))
+            reading.append(read - second)
+            telling.append(following[0] - closed)
 
     def milliseconds(found: list[float], percent: float) -> float:
         return 1e3 * float(np.percentile(found, percent))
@@ -249,6 +251,8 @@ def latencies(
         "next_task_p99_ms": milliseconds(whole, 99),
         "own_median_ms": milliseconds(own, 50),
         "own_p99_ms": milliseconds(own, 99),
+        "until_read_p99_ms": milliseconds(reading, 99),
+        "from_close_p99_ms": milliseconds(telling, 99),
     }
 
 
@@ -256,8 +260,8 @@ def main() -> None:
     """Measure and add to the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--seconds", type=float, default=180.0, help="that are measured")
-    parser.add_argument("--warm", type=float, default=150.0, help="that come before")
+    parser.add_argument("--seconds", type=float, default=120.0, help="that are measured")
+    parser.add_argument("--warm", type=float, default=230.0, help="that come before")
     parser.add_argument("--crowd", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--devices", type=int, help="instead of 100, and then 1,000")
     parser.add_argument("--pause", type=float, default=20.0)
