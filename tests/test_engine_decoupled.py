@@ -208,7 +208,7 @@ def test_a_client_is_sent_where_what_it_has_differs_most() -> None:
     generator = torch.Generator().manual_seed(5)
     k = int(0.1 * layout.prunable)
     prunable = {j for e in layout.of_kind("prunable") for j in range(e.offset, e.offset + e.size)}
-    downlink = Downlink(Budget(layout, [0.1]), "replacement")
+    downlink = Downlink(Budget(layout, [0.1]))
     has: dict[int, float] = {}
     for step, rung in enumerate((0, 2, 1, 2, 0, 2)):
         w_D = w_D + 0.1 * torch.randn(layout.size, generator=generator)
@@ -226,28 +226,9 @@ def test_a_client_is_sent_where_what_it_has_differs_most() -> None:
         assert (sent.ranking, sent.rung, sent.dispatch) == (ranking, rung, whole.dispatch)
 
 
-@pytest.mark.parametrize("form", ["delta", "replacement"])
-def test_older_values_of_a_client_move_nothing(form: Form) -> None:
-    """An answer is what the client changed, put on the whole sub-model of its dispatch."""
-    layout, w_D, ranking = setting()
-    downlink = Downlink(Budget(layout, [0.1]), form)
-    generator = torch.Generator().manual_seed(6)
-    small = dispatch(layout, w_D, ranking, 0)
-    assert downlink.answered(downlink.cut(small), small.values_S) == (small, small.values_S)
-    whole = dispatch(layout, w_D, ranking, 2)
-    sent = downlink.cut(whole)
-    change_S = torch.randn(len(whole.values_S), generator=generator)
-    trained_S = change_S if form == "delta" else sent.values_S + change_S
-    seen, values_S = downlink.answered(sent, trained_S)
-    assert torch.equal(seen.values_S, whole.values_S) and seen.dispatch == whole.dispatch
-    expected_S = change_S if form == "delta" else whole.values_S + change_S
-    assert torch.allclose(values_S, expected_S, atol=1e-6)
-    assert not downlink.whole and downlink.answered(sent, trained_S)[0] is sent
-
-
 def test_what_stands_still_arrives_whole_after_some_dispatches() -> None:
     layout, w_D, ranking = setting()
-    downlink = Downlink(Budget(layout, [0.1]), "replacement")
+    downlink = Downlink(Budget(layout, [0.1]))
     downlink.cut(dispatch(layout, w_D, ranking, 0))
     whole = dispatch(layout, w_D, ranking, 2)
     rounds = math.ceil(layout.prunable / int(0.1 * layout.prunable)) - 1
@@ -258,7 +239,7 @@ def test_what_stands_still_arrives_whole_after_some_dispatches() -> None:
 
 def test_the_first_dispatch_of_a_client_is_whole_and_a_full_link_needs_no_memory() -> None:
     layout, w_D, ranking = setting()
-    downlink = Downlink(Budget(layout, [0.1, 1.0]), "delta")
+    downlink = Downlink(Budget(layout, [0.1, 1.0]))
     first = dispatch(layout, w_D, ranking, 2)
     assert downlink.cut(first) is first
     wide = dispatch(layout, w_D, ranking, 2, client=1)

@@ -11,8 +11,7 @@ pruned, and ``k = int(d0 * D_p)`` prunable coordinates.
   server does not refuse is not lost, only late.
 - ``download: decoupled`` (`Downlink`): the k coordinates in which what the client has differs most from the
   sub-model. It keeps what it was sent before of the others, 0 of those that it was never sent. The server
-  remembers what every client has, so that what is late is sent once it matters, and takes what the client
-  changed as a change of the whole sub-model: older values move nothing.
+  remembers what every client has, so that what is late is sent once it matters.
 
 The names of the k coordinates travel too: log2 C(n, k) bits for n prunable coordinates of the sub-model.
 """
@@ -189,18 +188,15 @@ class Downlink:
 
     Args:
         budget: what the links carry.
-        form: whether updates are changes or weights.
 
     Attributes:
         held: by client, the last value that it was sent of every coordinate [D]; 0 where there is none. Of
             clients that have been dispatched to and whose link does not carry the whole model.
-        whole: by dispatch of which a part was sent, and which is not answered, the whole sub-model [S].
     """
 
-    def __init__(self, budget: Budget, form: Literal["delta", "replacement"]) -> None:
-        self._budget, self._form = budget, form
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self.held: dict[int, Tensor] = {}
-        self.whole: dict[int, Tensor] = {}
 
     def cut(self, whole: Dispatch) -> Dispatch:
         """The dispatch that the client receives: `whole` itself where all of it travels.
@@ -219,24 +215,9 @@ class Downlink:
         elif not self._budget.carries(client, ranking, rung):
             old_S = held_D[index_S]
             sent_S = self._budget.choose(client, ranking, rung, whole.values_S - old_S)
-            self.whole[whole.dispatch] = whole.values_S
             whole = replace(whole, values_S=torch.where(sent_S, whole.values_S, old_S))
         held_D[index_S] = whole.values_S
         return whole
-
-    def answered(self, sent: Dispatch, values_S: Tensor) -> tuple[Dispatch, Tensor]:
-        """A dispatch and its trained update as if the client had changed the whole sub-model.
-
-        Weights of prunable coordinates become those of the whole sub-model and what the client changed;
-        changes are what they were.
-        """
-        whole_S = self.whole.pop(sent.dispatch, None)
-        if whole_S is None:
-            return sent, values_S
-        if self._form == "replacement":
-            is_prunable_S = self._budget.is_prunable(sent.index_S)
-            values_S = torch.where(is_prunable_S, whole_S + (values_S - sent.values_S), values_S)
-        return replace(sent, values_S=whole_S), values_S
 
 
 def _log2_choices(n: int, k: int) -> float:

@@ -92,7 +92,7 @@ class Simulation(Course):
         config = self.config
         budget = Budget(self.layout, network.densities)
         self.uplink = Uplink(budget, config.update_form) if config.upload == "decoupled" else None
-        self.downlink = Downlink(budget, config.update_form) if config.download == "decoupled" else None
+        self.downlink = Downlink(budget) if config.download == "decoupled" else None
         self._budget = budget if self.uplink or self.downlink else None
         self.pending: dict[int, Dispatch] = {}
         self._probing = self._make_probing()
@@ -147,13 +147,10 @@ class Simulation(Course):
     def _thinned(self, sent: Sequence[Dispatch], updates: Sequence[LocalUpdate]) -> Iterator[Thinned]:
         """What of the updates travels."""
         for dispatch, update in zip(sent, updates, strict=True):
-            values_S = update.values_S
-            if self.downlink is not None:
-                dispatch, values_S = self.downlink.answered(dispatch, values_S)
             if self.uplink is None:
-                yield Thinned(values_S, None)
+                yield Thinned(update.values_S, None)
             else:
-                yield self.uplink.thin(dispatch, values_S)
+                yield self.uplink.thin(dispatch, update.values_S)
 
     # -- state ----------------------------------------------------------------------------------------
 

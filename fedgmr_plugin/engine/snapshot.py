@@ -125,24 +125,17 @@ def snapshot_simulation(simulation: Simulation) -> Snapshot:
     meta, tensors = snapshot(simulation.server)
     pending = []
     names: dict[int, str] = {}
-
-    def payload(values_S: Tensor) -> str:
-        """Name of a payload, which clients of one rung share."""
-        name = names.setdefault(id(values_S), f"payload.{len(names)}")
-        tensors[name] = values_S
-        return name
-
     for d in simulation.pending.values():
+        payload = names.setdefault(id(d.values_S), f"payload.{len(names)}")  # clients of one rung share it
+        tensors[payload] = d.values_S
         kept = {k: v for k, v in vars(d).items() if k not in ("ranking", "values_S")}
-        pending.append({**kept, "payload": payload(d.values_S)})
-    whole = {}
+        pending.append({**kept, "payload": payload})
     if simulation.uplink is not None:
         owed = simulation.uplink.residual
         tensors.update({f"residual.{n}": owed_D.clone() for n, owed_D in owed.items()})  # thin() writes there
     if simulation.downlink is not None:
         held = simulation.downlink.held
         tensors.update({f"held.{n}": held_D.clone() for n, held_D in held.items()})  # cut() writes there
-        whole = {str(d): payload(whole_S) for d, whole_S in simulation.downlink.whole.items()}
     starts = simulation.probed_starts
     tensors.update({f"start.{version}": w_D for version, w_D in starts.items()})
     return Snapshot(
@@ -150,7 +143,6 @@ def snapshot_simulation(simulation: Simulation) -> Snapshot:
             "server": meta,
             "network": simulation.network.state(),
             "pending": pending,
-            "whole": whole,
             "starts": list(starts),
             "traffic": simulation.traffic,
         },
@@ -172,16 +164,15 @@ def restore_simulation(simulation: Simulation, state: Snapshot) -> None:
         pending.append(Dispatch(ranking=ranking, values_S=tensors[kept["payload"]], **fields))
     simulation.wait_for(pending)
     if simulation.uplink is not None:
-        simulation.uplink.residual = _numbered(tensors, "residual")
+        simulation.uplink.residual = _by_client(tensors, "residual")
     if simulation.downlink is not None:
-        simulation.downlink.held = _numbered(tensors, "held")
-        simulation.downlink.whole = {int(d): tensors[name] for d, name in meta["whole"].items()}
+        simulation.downlink.held = _by_client(tensors, "held")
     simulation.probed_starts = {version: tensors[f"start.{version}"] for version in meta["starts"]}
     simulation.traffic = meta["traffic"]
 
 
-def _numbered(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
-    """Copies of the tensors ``name.N``, by number."""
+def _by_client(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
+    """The clients' own copies of the tensors ``name.N``."""
     start = f"{name}."
     return {int(k.removeprefix(start)): t.clone() for k, t in tensors.items() if k.startswith(start)}
 
