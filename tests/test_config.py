@@ -289,7 +289,7 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
     if section.get("payload_rule") == "encoded":
         section["model_megabytes"] = None
     if section.get("probe"):
-        section |= {"payload_dtype": "model", "upload": "full"}
+        section |= {"payload_dtype": "model", "upload": "full", "download": "full"}
         section |= {"local_objective": "plain", "proximal": 0.0, "label_masks": False}
     if section.get("device_submodel", "wire") != "wire":
         section |= {"device_authentication": "off", "payload_dtype": "model"}
@@ -302,7 +302,7 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
     if objective != "plain":
         section["dense_start"] = False
     if section.get("payload_rule") == "encoded":
-        section["upload"] = "full"
+        section |= {"upload": "full", "download": "full"}
     if section.get("bandwidth_traces") is None:
         section["trace_family"] = None
     if section.get("lost_after") is not None:
