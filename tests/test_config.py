@@ -301,7 +301,7 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
         section["score"] = "magnitude"
     if objective != "plain":
         section["dense_start"] = False
-    if section.get("payload_rule") == "encoded":
+    if section.get("payload_rule") == "encoded" or section.get("payload_dtype", "model") != "model":
         section |= {"upload": "full", "download": "full"}
     if section.get("bandwidth_traces") is None:
         section["trace_family"] = None
