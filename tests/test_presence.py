@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -123,6 +124,54 @@ def test_one_that_begins_is_not_moved_by_those_that_ask_later() -> None:
     second = broker.server("a")
     broker.wait()
     assert second.taken_by and not first.taken_by
+
+
+@given(st.lists(st.sampled_from("abcdef"), min_size=2, max_size=4, unique=True), st.data())
+def test_however_late_messages_are_one_stays(letters: list[str], data: st.DataObject) -> None:
+    """Even where several have begun meanwhile."""
+    broker = Broker()
+    for letter in letters:
+        broker.server(letter)
+        for _ in range(data.draw(st.integers(0, 6))):
+            if broker.waiting and data.draw(st.booleans()):
+                broker.step(data.draw(st.integers(0, len(broker.waiting) - 1)))
+            else:
+                broker.now += data.draw(st.sampled_from((0.5, PATIENCE)))
+            for name in data.draw(st.sets(st.sampled_from(sorted(broker.there)))):
+                broker.there[name].begin()
+    while broker.waiting:
+        broker.step(data.draw(st.integers(0, len(broker.waiting) - 1)))
+    assert not all(p.taken_by for p in broker.there.values())
+    for _ in broker.there:
+        for one in [p for p in broker.there.values() if not p.taken_by]:
+            broker.say(one.ask())
+        broker.wait()
+    stays = [p for p in broker.there.values() if not p.taken_by]
+    assert len(stays) == 1 and stays[0].begin()
+
+
+def test_while_it_looks_whether_it_may_begin_nothing_is_heard() -> None:
+    """Whoever asks just then is told by one that serves, or makes it wait: never both."""
+    now, heard = [0.0], [False]
+    other = Presence("7", 0, KEYS, "there", "a" * 32).ask()
+    answers: list[bytes | None] = []
+
+    def clock() -> float:
+        if heard[0]:  # the link's thread hears it while this one decides
+            heard[0] = False
+            thread.start()
+            thread.join(0.2)
+        return now[0]
+
+    own = Presence("7", 0, KEYS, "here", "c" * 32, clock)
+    thread = threading.Thread(target=lambda: answers.append(own.heard(other)))
+    own.heard(own.ask())
+    assert not own.begin() and not own.serves
+    now[0], heard[0] = PATIENCE, True
+    assert own.begin() and own.serves
+    thread.join()
+    assert answers[0] is not None and json.loads(json.loads(answers[0])["fedgmr"])["kind"] == "here"
+    assert own.begin() and not own.taken_by
 
 
 @pytest.mark.parametrize("keys", [[], [bytes([9]) * 32]])

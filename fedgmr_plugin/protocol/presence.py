@@ -3,11 +3,12 @@
 On the topic ``fedml_{run}_{server}_server``, which devices have no right to, servers exchange two notes,
 signed like those of devices with a key that is made from all of theirs:
 
-    ask   {nonce, serves}        who else is there?
-    here  {nonce, asked, place}  I am, and I go before `asked`
+    ask   {nonce, serves}                who else is there?
+    here  {nonce, serves, asked, place}  I am, and I go before `asked`
 
 Who serves goes before who does not yet, then the smaller nonce. Whoever hears an ask says ``here`` if it goes
-before; else it asks, too. Whoever hears ``here`` to its own nonce gives way. So of any two that hear each
+before; else it asks, too. Whoever hears ``here`` to its own nonce gives way, but for one that has begun to
+serve since it asked, and hears it of one that had not: it says ``here`` in turn. So of any two that hear each
 other exactly one goes on. A nonce is drawn by each process anew, so what the broker retained, what was
 recorded, and what the same run's server said before it was killed, moves nobody; and a process that is
 dead says nothing, so another may follow it at once.
@@ -19,6 +20,7 @@ import hashlib
 import logging
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -73,11 +75,13 @@ class Presence:
         self._returned: float | None = None
         self._answered: set[str] = set()
         self._warned = False
+        self._lock = threading.RLock()
 
     def ask(self) -> bytes:
         """The question; to be published after each connection."""
-        self._asked, self._returned = self._clock(), None
-        return self._sign({"kind": "ask", "nonce": self._nonce, "serves": self.serves})
+        with self._lock:
+            self._asked, self._returned = self._clock(), None
+            return self._sign({"kind": "ask", "nonce": self._nonce, "serves": self.serves})
 
     def heard(self, payload: bytes) -> bytes | None:
         """What is to be published in answer to a message on the topic; None for nothing."""
@@ -91,10 +95,16 @@ class Presence:
                 _log.warning("another server of this run, or somebody who pretends to be one: %s", refusal)
             self._warned = True
             return None
+        with self._lock:
+            return self._answer(str(kind), nonce, fields)
+
+    def _answer(self, kind: str, nonce: str, fields: dict[str, Any]) -> bytes | None:
         if kind == "here":
-            if fields.get("asked") == self._nonce and nonce != self._nonce:
+            if fields.get("asked") != self._nonce or nonce == self._nonce:
+                return None
+            if not self.serves or fields.get("serves") is True:
                 self.taken_by = str(fields.get("place"))[:128] or "another process"
-            return None
+            return None if self.taken_by else self._here(nonce)
         if self.taken_by:
             return None
         if nonce == self._nonce:
@@ -102,14 +112,31 @@ class Presence:
                 self._returned = self._clock()
             return None
         if (not self.serves, self._nonce) < (fields.get("serves") is not True, nonce):
-            return self._sign({"kind": "here", "nonce": self._nonce, "asked": nonce, "place": self._place})
+            return self._here(nonce)
         if nonce in self._answered or len(self._answered) >= 64:
             return None
         self._answered.add(nonce)
         return self.ask()
 
+    def _here(self, asked: str) -> bytes:
+        fields = {"kind": "here", "nonce": self._nonce, "serves": self.serves}
+        return self._sign({**fields, "asked": asked, "place": self._place})
+
     def is_alone(self) -> bool:
         """Whether everybody has had the time to say that they are there, and nobody has."""
+        with self._lock:
+            return self._is_alone()
+
+    def begin(self) -> bool:
+        """Serve from now on, if this is the only process; whether it does.
+
+        Nothing is heard in between: what is said to others before agrees with what is said after.
+        """
+        with self._lock:
+            self.serves = self.serves or self._is_alone()
+            return self.serves
+
+    def _is_alone(self) -> bool:
         if self.taken_by or self._asked is None:
             return False
         now = self._clock()

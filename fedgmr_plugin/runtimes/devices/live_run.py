@@ -106,10 +106,9 @@ class LiveRun(RecordedRun):
         self._claim()
         self.link.start()
         try:
-            while not self.presence.is_alone():
+            while not self.presence.begin():
                 self._give_way()
                 time.sleep(_POLL)
-            self.presence.serves = True
             super().train()
         finally:
             self.link.stop()
