@@ -235,6 +235,31 @@ def test_a_device_that_is_restarted_gets_another_sub_model(make: Callable[..., F
     assert len(sent(field, 1)) > before and all(credited(field))
 
 
+def test_a_device_that_answers_every_question_of_a_long_absence_was_not_restarted(
+    make: Callable[..., Field],
+) -> None:
+    """A broker that keeps a phone's session hands over all of them when the phone is back."""
+    field = make(lost_after=20.0)
+    field.seconds = lambda n: (0.5, 6.0)[n]
+    for n in range(2):
+        field.plain_device(n)
+    go(field, 20)
+    device = field.devices[1]
+    field.world.unsubscribe(device.hears, device.message)
+    known = len(field.world.published)
+    go(field, 60)
+    missed = [payload for topic, payload in field.world.published[known:] if topic == device.hears]
+    assert sum(json.loads(payload)["msg_type"] == CHECK for payload in missed) > 5
+    field.world.subscribe(device.hears, device.message)
+    for payload in missed:
+        device.message(device.hears, payload)
+    before = len(credited(field))
+    go(field, 18)
+    states = [r["state"] for r in field.records("client") if r["client"] == 1]
+    assert "restarted" not in states and field.office.desk.refused[1]["GMR-401"] == 1, "what was lost"
+    assert len(credited(field)) == before + 1 and all(credited(field))
+
+
 @pytest.mark.parametrize("repeats", [True, False])
 def test_an_answer_that_is_delivered_twice_is_one(make: Callable[..., Field], repeats: bool) -> None:
     field = make()

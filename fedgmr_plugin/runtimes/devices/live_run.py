@@ -223,8 +223,9 @@ class LiveRun(RecordedRun):
         if office.journal is None or (self.presence is not None and self.presence.taken_by):
             return  # nothing was stored, or the other one needs it
         run, token, ids = office.desk.run, office.token, frozenset(office.desk.devices)
+        server = office.desk.server
         if office.end is not None:
-            is_needless = lambda key: is_of_run(key, run, token, ids)  # noqa: E731
+            is_needless = lambda key: is_of_run(key, run, token, ids, server)  # noqa: E731
         else:
             kept = frozenset().union(*self._kept)
             is_needless = lambda key: is_sent(key, run, token) and key not in kept  # noqa: E731

@@ -16,7 +16,8 @@ Hence three rules.
 1.  *One at a time.* While an answer is owed nothing else is sent, however late it is: at `answer_deadline`
     the slot is free and the others go on, but the device gets its next sub-model with its answer (or its
     refusal). It owes no longer after `lost_after` seconds, or once it has said ``ONLINE`` unasked, if it
-    is known to number its answers (one that starts when it is asked says so twice).
+    is known to number its answers (one that starts when it is asked says so twice, and one whose broker
+    keeps its session replies to each question of a long absence).
 2.  *Numbered.* ``client_idx`` says, besides the client n of N, which of its dispatches this is:
     n + N (count + 1). An answer that repeats it is credited to that dispatch, or to none (GMR-401). By (a)
     this is right whatever was lost or late or came twice, unless a message comes while an older one's
@@ -34,6 +35,7 @@ needs longer than that are of no use, in the end. Nobody can sign here:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -100,7 +102,7 @@ class PlainOffice(Office):
         self._numbering: set[int] = set()  # clients that repeat ``client_idx``
         self._silent: set[int] = set()  # clients that do not
         self._restarted: set[int] = set()  # numbering ones that began anew since they were told theirs
-        self._unanswered: set[int] = set()  # clients that were asked whether they are there
+        self._unanswered: Counter[int] = Counter()  # client to how often it was asked, and has not replied
         self._heard: dict[int, list[str]] = {}  # client to the names of its last answers
         self._files: dict[tuple[int, str, int], Piece] = {}  # (version, ranking, rung) to its file
         self.values: dict[tuple[int, str, int], Tensor] = {}  # and to what it holds [S]
@@ -136,7 +138,7 @@ class PlainOffice(Office):
 
     def _ask(self, client: int) -> None:
         self._asked[client] = self._clock()
-        self._unanswered.add(client)
+        self._unanswered[client] += 1
         device = self.desk.devices[client]
         topic = to_device(self.desk.run, self.desk.server, device)
         message = plain_message(CHECK, self.desk.server, device, {"client_idx": str(client)})
@@ -151,8 +153,8 @@ class PlainOffice(Office):
             self._online(client, now)
 
     def _online(self, client: int, now: float) -> None:
-        if client in self._unanswered:
-            self._unanswered.discard(client)
+        if self._unanswered[client]:
+            self._unanswered[client] -= 1
         elif client in self._numbering and self._outstanding(client):
             self._restarted.add(client)
         if client in self.server.away and self._is_new(client) and client not in self._owing():
@@ -172,7 +174,7 @@ class PlainOffice(Office):
         if dispatch is None or dispatch in self._fetching or said.key in self._heard.get(client, ()):
             self.desk.count(client, "GMR-401")
             return
-        if not is_file_answer(said.key, self.desk.run, (self.desk.devices[client],)):
+        if not is_file_answer(said.key, self.desk.run, (self.desk.devices[client],), self.desk.server):
             self.desk.count(client, "GMR-747")  # what it names is not its own to have read, and deleted
             return
         flight = self.server.flights[dispatch]
@@ -219,6 +221,7 @@ class PlainOffice(Office):
             return
         if client not in self._numbering:
             self._silent.add(client)
+        self._unanswered[client] = 0  # it has replied to what it was asked before, or never will
         self.received[client] = self.received.get(client, 0) + len(content)
         arrived = self._upload(dispatch, flight, values_S, said.samples, len(content), now)
         events: list[LiveEvent] = [arrived]
