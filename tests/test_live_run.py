@@ -536,6 +536,27 @@ def test_a_device_ends_when_its_server_is_silent_for_too_long(tmp_path: Path, su
     assert 1.5 <= time.monotonic() - started < 20
 
 
+def test_a_device_ends_where_neither_server_nor_store_come_back(tmp_path: Path) -> None:
+    world = World(tmp_path, server_patience=1.5)
+    process = world.process(1)
+    assert isinstance(process.device, Device)
+    process.device.working = SimpleNamespace(dispatch=1)  # type: ignore[assignment]
+    process.device._wanted = {"x": Piece("x", 1, "")}  # whose fetching is tried for ever
+    with pytest.raises(HostError, match="GMR-518"):
+        process.run()
+
+
+def test_a_device_that_stood_still_listens_before_it_ends(tmp_path: Path) -> None:
+    process = World(tmp_path, server_patience=500.0).process(1)
+    now = time.monotonic()
+    process.device.heard_at, process._looked = now - 1000.0, now - 900.0
+    process._next()
+    assert 90.0 < time.monotonic() - process.device.heard_at < 200.0
+    process.device.heard_at, process._looked = now - 1000.0, time.monotonic()
+    with pytest.raises(HostError, match="GMR-518"):
+        process._next()
+
+
 def test_a_device_that_works_or_is_spoken_to_does_not_end(tmp_path: Path) -> None:
     world = World(tmp_path)
     process = world.process(1)
@@ -547,6 +568,9 @@ def test_a_device_that_works_or_is_spoken_to_does_not_end(tmp_path: Path) -> Non
     device.message(*end_of(world, "b" * 16))
     assert device.waits_since() == now + 7.0
     device.working = SimpleNamespace(dispatch=1)  # type: ignore[assignment]
+    device._wanted = {"x": Piece("x", 1, "")}
+    assert device.waits_since() == now + 7.0, "whoever waits for the store works not"
+    device._wanted = {}
     assert device.waits_since() is None
     plain = PlainDevice("7", 0, 1, 5, lambda *given: None, process._hands, lambda: now)
     plain._clock = lambda: now + 7.0
@@ -554,6 +578,11 @@ def test_a_device_that_works_or_is_spoken_to_does_not_end(tmp_path: Path) -> Non
     plain.message(plain.hears, b'{"msg_type": 6}')
     assert plain.waits_since() == now + 7.0
     plain._busy = True
+    assert plain.waits_since() == now + 7.0
+    plain._fetched(0, bytearray())
     assert plain.waits_since() is None
+    plain._clock = lambda: now + 9.0
+    plain.failed(WireError("GMR-741", "no model"))
+    assert plain.waits_since() == now + 9.0
     world.options["server_patience"] = None
     assert world.process(1)._patience is None

@@ -42,6 +42,8 @@ from fedgmr_plugin.runtimes.setup import builtin_trainer
 _log = logging.getLogger(__name__)
 #: Object by which a device measures its bandwidth at its start.
 PROBE_BYTES = 1_000_000
+#: Seconds between two turns of the loop beyond which the process has stood still, and heard nobody.
+_STOOD_STILL = 60.0
 
 
 class Parts(NamedTuple):
@@ -138,6 +140,7 @@ class DeviceProcess:
                 config.heartbeat_seconds,
                 PAYLOAD_TYPES[config.payload_dtype],
             )
+        self._looked = time.monotonic()
         self._link.say_when_gone(self.device.speaks, self.device.last_will)
 
     def run(self) -> None:
@@ -149,6 +152,7 @@ class DeviceProcess:
         """
         self._link.start()
         self._hands.start()
+        self._looked = time.monotonic()
         try:
             self._link.connected.wait(timeout=5)
             with threads(self._threads):
@@ -177,9 +181,13 @@ class DeviceProcess:
             if self._link.refused is not None:
                 raise self._link.refused from None
         self.device.tick()
+        now = time.monotonic()
+        still, self._looked = now - self._looked, now
+        if still > _STOOD_STILL:  # what the server said meanwhile may be still to be read
+            self.device.heard_at = min(now, self.device.heard_at + still)
         since = self.device.waits_since()
         if self._patience is not None and since is not None and not self.device.finished:
-            silence = time.monotonic() - since
+            silence = now - since
             if silence > self._patience:
                 run = f"run_id={self._run}"
                 raise HostError("GMR-518", f"no message of the server of {run} for {silence:.0f} seconds")

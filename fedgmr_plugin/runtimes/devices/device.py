@@ -161,8 +161,8 @@ class Device:
         self._say_status("FINISHED")
 
     def waits_since(self) -> float | None:
-        """Second since which nothing was heard of the server; None while this device works."""
-        return None if self.working is not None else self.heard_at
+        """Second since which nothing was heard of the server, or got from its store; None in training."""
+        return None if self.working is not None and not self._wanted else self.heard_at
 
     def _refuse(self, refusal: WireError, what: str) -> None:
         self.refused[refusal.code] += 1
@@ -206,6 +206,7 @@ class Device:
     def _task(self, note: TaskNote) -> None:
         if note.run != self.memory.token:
             self.memory.token, self.memory.answered, self.memory.update = note.run, -1, None
+            self._save()  # what the broker keeps of this run's end is to be believed after a restart
             self.working = self.next = None
         if note.dispatch == self.memory.answered:
             self._beat()  # the server has not heard the answer
@@ -236,7 +237,7 @@ class Device:
             self._give_up()  # the server tells again what it wants
             return
         self.down = _smoothed(self.down, len(content), self._clock() - started)
-        self._parts[piece.key] = content
+        self._parts[piece.key], self.heard_at = content, self._clock()
         del self._wanted[piece.key]
         if self._wanted:
             return

@@ -66,7 +66,7 @@ class PlainDevice:
         self._run, self._server, self._train, self._hands, self._clock = run, server, train, hands, clock
         self._heartbeat, self._next_beat = heartbeat, clock() + heartbeat
         self._waiting: tuple[str, int] | None = None  # the newest model that came while one was trained
-        self._busy = self._begun = False
+        self._busy = self._trains = self._begun = False
 
     def begin(self) -> None:
         """Say hello."""
@@ -109,7 +109,7 @@ class PlainDevice:
 
     def waits_since(self) -> float | None:
         """See `fedgmr_plugin.runtimes.devices.device.Device.waits_since`."""
-        return None if self._busy else self.heard_at
+        return None if self._trains else self.heard_at
 
     def last_will(self) -> bytes:
         """The message that the broker sends when the connection breaks; its topic is `speaks`."""
@@ -125,12 +125,14 @@ class PlainDevice:
         if isinstance(content, WireError):
             self.failed(content)
         else:
+            self._trains = True
             self._train(content, client, self.trained, lambda trained: self._done(trained, client))
 
     def failed(self, error: FedGMRError) -> None:
         """A model could not be had, or is none; the next one may be."""
         _log.warning("%s", error)
-        self._busy = False
+        self._busy = self._trains = False
+        self.heard_at = self._clock()
         self._next()
 
     def _done(self, content: bytes, client: int) -> None:
@@ -147,7 +149,8 @@ class PlainDevice:
         if self._repeats:
             message["client_idx"] = str(client)
         self._hands.publish(self.speaks, json.dumps(message).encode())
-        self._busy, self.heard_at = False, self._clock()
+        self._busy = self._trains = False
+        self.heard_at = self._clock()
         self._next()
 
     def _say_status(self, state: str) -> None:
