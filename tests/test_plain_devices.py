@@ -260,6 +260,31 @@ def test_a_device_that_answers_every_question_of_a_long_absence_was_not_restarte
     assert len(credited(field)) == before + 1 and all(credited(field))
 
 
+def test_an_answer_that_comes_while_the_disk_is_full_waits(
+    make: Callable[..., Field], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These devices say nothing twice."""
+    field = make(lost_after=600.0)
+    field.seconds = lambda n: (0.5, 3.0)[n]
+    device = field.plain_device(1)
+    go(field, 1)
+    office = field.office
+    with monkeypatch.context() as full:
+        full.setattr(office.journal, "append", mock.Mock(side_effect=OSError("no space")))
+        office.message(device.speaks, device._status("OFFLINE"))
+        go(field, 5)
+        assert office.paused and office.credited == [(1, True)]  # type: ignore[attr-defined]
+        message = next(p for t, p in field.world.published if t == device.speaks and b"model_params" in p)
+        kept = len(office.waiting)
+        for name in ("0a", "0b"):
+            other = {**json.loads(message), "model_params": f"{device.speaks}_{name}"}
+            office.message(device.speaks, json.dumps(other).encode())
+        go(field, 3)
+        assert len(office.waiting) == kept, "one answer of each dispatch"
+    go(field, 3)
+    assert not office.paused and len(field.records("arrival")) == 1
+
+
 @pytest.mark.parametrize("repeats", [True, False])
 def test_an_answer_that_is_delivered_twice_is_one(make: Callable[..., Field], repeats: bool) -> None:
     field = make()

@@ -179,7 +179,9 @@ class Office:
                 self._farewells.add(client)
             else:
                 self._finish(client)
-        elif any(client == getattr(event, "client", None) for event in self.waiting):
+        elif not isinstance(said, PlainAnswer) and any(
+            client == getattr(event, "client", None) for event in self.waiting
+        ):
             return  # paused: what it said before comes first, and it will say this again
         elif isinstance(said, StatusNote):
             self._status(client, said, now)

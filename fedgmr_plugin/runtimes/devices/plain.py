@@ -42,7 +42,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedgmr_plugin.engine.admission import InFlight
-from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadArrived
+from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadArrived, UploadRefused
 from fedgmr_plugin.engine.live import LiveEvent
 from fedgmr_plugin.errors import ModelError, WireError
 from fedgmr_plugin.kernels.blocks import sum_sq
@@ -195,9 +195,10 @@ class PlainOffice(Office):
         return next((d for d in own if self._index(d) == said.index), None)
 
     def _outstanding(self, client: int) -> list[int]:
-        """A client's dispatches that are not answered."""
+        """A client's dispatches that are not answered, be the answer merged or yet to be written down."""
         flights, staged = self.server.flights, self.server.staged
-        return [d for d, f in flights.items() if f.client == client and d not in staged]
+        answered = {e.dispatch for e in self.waiting if isinstance(e, (UploadArrived, UploadRefused))}
+        return [d for d, f in flights.items() if f.client == client and d not in staged and d not in answered]
 
     def _index(self, dispatch: int) -> int:
         """``client_idx`` of a dispatch: its client modulo their number, FedML's index, and which it is."""
