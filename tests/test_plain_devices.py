@@ -202,6 +202,14 @@ def test_nothing_is_sent_to_a_device_that_owes_an_answer(make: Callable[..., Fie
     assert states[:3] == ["joined", "overdue", "joined"]
 
 
+def test_who_is_away_is_asked_once_a_second_at_most(make: Callable[..., Field]) -> None:
+    field = make(retry_seconds=0.0)
+    field.plain_device(0)
+    go(field, 20)
+    assert len(credited(field, 0)) > 15
+    assert 10 <= len(sent(field, 1, (CHECK,))) <= 21
+
+
 def test_what_is_lost_is_given_up_in_the_end(make: Callable[..., Field]) -> None:
     field = make(lost_after=20.0)
     field.seconds = lambda n: 1.0

@@ -60,6 +60,8 @@ _MOST_INDEX = 2**31
 _LOST = 3
 #: Names of each device's last answers that are remembered.
 _REMEMBERED = 8
+#: Seconds between two questions to one device whether it is there, at least.
+_ASK_SECONDS = 1.0
 
 
 class Codec(Protocol):
@@ -125,7 +127,7 @@ class PlainOffice(Office):
     def tick(self) -> None:
         super().tick()
         now = self._clock()
-        wait = self.server.config.retry_seconds
+        wait = max(self.server.config.retry_seconds, _ASK_SECONDS)
         away = self.server.away if self.end is None else ()
         due = [client for client in away if now - self._asked.get(client, now) >= wait]
         for client in sorted(set(due) - self._owing()) if due else ():
