@@ -317,10 +317,13 @@ def test_an_answer_that_is_delivered_twice_is_one(make: Callable[..., Field], re
     assert [r["state"] for r in field.records("client") if r["client"] == 1] == ["joined"]
 
 
-@pytest.mark.parametrize("numbered", [True, False])
-def test_a_server_that_goes_on_credits_what_was_trained(make: Callable[..., Field], numbered: bool) -> None:
-    """Numbered devices train what the server told again; what others lose is waited for."""
-    with mock.patch.object(Watched, "chosen", numbered):
+@pytest.mark.parametrize(("numbered", "chosen"), [(True, True), (False, True), (False, False)])
+def test_a_server_that_goes_on_credits_what_was_trained(
+    make: Callable[..., Field], numbered: bool, chosen: bool
+) -> None:
+    """Numbered devices train what the server told again; what others lose is waited for. Who numbers its
+    answers is known without a checkpoint."""
+    with mock.patch.object(Watched, "chosen", chosen):
         field = make(lost_after=8.0)
         field.seconds = lambda n: (0.5, 3.0)[n]
         for n in range(2):

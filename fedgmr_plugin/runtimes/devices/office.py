@@ -321,7 +321,7 @@ class Office:
         self.waiting += [_finite(event) for event in events]
         self._needless += needless
         try:
-            self.journal.append([entry_of(event) for event in self.waiting])
+            self.journal.append([self._entry(event) for event in self.waiting])
         except OSError as error:
             if not self.paused:
                 _log.warning("paused: %s; events wait until they can be written", error)
@@ -335,6 +335,10 @@ class Office:
         for event in ready:
             self._take(event)
         self._hands.delete(needless)
+
+    def _entry(self, event: LiveEvent) -> Entry:
+        """An event as it is written down."""
+        return entry_of(event)
 
     def _recorded(self, fields: dict[str, Any]) -> None:
         """A record of the run log; refusals are counted for their device, wherever they were found."""

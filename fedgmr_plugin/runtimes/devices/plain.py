@@ -26,7 +26,7 @@ Hence three rules.
 3.  *Without number* (silos, and apps that repeat nothing) an answer is credited to the dispatch that was sent
     last. By rule 1 the others were answered, or are lost, so this is right for whoever answers within
     `lost_after` or never, and trains a message once. So a server that goes on does not tell a dispatch
-    again to a client that is known to answer without number, unless it is the first (c).
+    again to a client that is not known to number its answers, unless it is the first (c).
 
 A device that loses its sub-model is therefore idle for `lost_after`, at the most, and the answers of one that
 needs longer than that are of no use, in the end. Nobody can sign here:
@@ -36,7 +36,7 @@ needs longer than that are of no use, in the end. Nobody can sign here:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -48,6 +48,7 @@ from fedgmr_plugin.errors import ModelError, WireError
 from fedgmr_plugin.kernels.blocks import sum_sq
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.protocol.desk import PlainAnswer, PlainStatus
+from fedgmr_plugin.protocol.history import NUMBERED
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.notes import CHECK, FINISH, INIT, SYNC, StatusNote, plain_message, to_device
 from fedgmr_plugin.protocol.pieces import Piece
@@ -115,9 +116,27 @@ class PlainOffice(Office):
     def resume(
         self, entries: Iterable[Entry], journal: Journal, unsent: Sequence[tuple[Piece, Content]]
     ) -> None:
-        super().resume(entries, journal, unsent)
+        super().resume(self._learning(entries), journal, unsent)
         now = self._clock()  # when they were told is not known: not after this
         self._told = dict.fromkeys(self.server.flights, now)
+
+    def _learning(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """The same entries; who numbers its answers is learnt from them."""
+        for entry in entries:
+            if NUMBERED in entry.head:
+                self._learn(int(entry.head["client"]), bool(entry.head[NUMBERED]))
+            yield entry
+
+    def _learn(self, client: int, numbers: bool) -> None:
+        is_it, is_not = (self._numbering, self._silent) if numbers else (self._silent, self._numbering)
+        is_it.add(client)
+        is_not.discard(client)
+
+    def _entry(self, event: LiveEvent) -> Entry:
+        entry = super()._entry(event)
+        if not isinstance(event, UploadArrived):
+            return entry
+        return Entry({**entry.head, NUMBERED: event.client in self._numbering}, entry.payload)
 
     def hello(self) -> None:
         """Ask everybody whether they are there: who came first was not heard."""
@@ -192,8 +211,7 @@ class PlainOffice(Office):
         own = self._outstanding(client)
         if not self._numbered or said.index is None or said.index < len(self.desk.devices):
             return max(own, default=None)
-        self._numbering.add(client)
-        self._silent.discard(client)
+        self._learn(client, True)
         return next((d for d in own if self._index(d) == said.index), None)
 
     def _outstanding(self, client: int) -> list[int]:
@@ -268,8 +286,7 @@ class PlainOffice(Office):
         return size, size if new else 0.0
 
     def _tell_again(self, dispatch: int) -> None:
-        is_silent = not self._numbered or self.server.flights[dispatch].client in self._silent
-        if self.tasks[dispatch].count == 0 or not is_silent:
+        if self.tasks[dispatch].count == 0 or self.server.flights[dispatch].client in self._numbering:
             self._tell(dispatch)
 
     def _tell(self, dispatch: int) -> None:
