@@ -301,6 +301,8 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
         section["dense_start"] = False
     if section.get("payload_rule") == "encoded":
         section["upload"] = "full"
+    if section.get("upload") == "decoupled":
+        section["payload_dtype"] = "model"
     if section.get("bandwidth_traces") is None:
         section["trace_family"] = None
     if section.get("lost_after") is not None:
