@@ -39,7 +39,7 @@ def collect(folder: Path, earlier: Mapping[str, Any] | None = None) -> dict[str,
     """The figures of all finished runs of an experiment's folder.
 
     Args:
-        earlier: figures of the same experiment, whose runs are kept where the folder has none.
+        earlier: figures of the same problem and options, whose runs are kept where the folder has none.
 
     Raises:
         ValueError: `earlier` are the figures of another experiment.
@@ -54,13 +54,22 @@ def collect(folder: Path, earlier: Mapping[str, Any] | None = None) -> dict[str,
     ]
     description = json.loads(text)
     if earlier is not None:
-        if earlier["experiment"] != description:
+        if not _agree(earlier["experiment"], description):
             raise ValueError(f"{folder} has runs of another experiment than the file of figures")
         have = {(run["method"], run["seed"]) for run in runs}
         runs += [run for run in earlier["runs"] if (run["method"], run["seed"]) not in have]
-        order = list(experiment.methods)
+        description["methods"] = earlier["experiment"]["methods"] | description["methods"]
+        order = list(description["methods"])
         runs.sort(key=lambda run: (order.index(run["method"]), run["seed"]))
     return {"experiment": description, "machine": machine(), "runs": runs}
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether runs of two experiments can stand in one table: methods of one name are the same."""
+    shared = one["methods"].keys() & other["methods"].keys()
+    return all(one[k] == other[k] for k in ("problem", "with", "train_args", "fedgmr_args", "last")) and all(
+        one["methods"][method] == other["methods"][method] for method in shared
+    )
 
 
 def seeds_of(folder: Path, method: str) -> list[int]:

@@ -144,7 +144,7 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
         run["accuracy"] for run in figures["runs"]
     ]
     with pytest.raises(ValueError, match="another experiment"):
-        collect(out, {**figures, "experiment": {}})
+        collect(out, {**figures, "experiment": {**figures["experiment"], "last": 3}})
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

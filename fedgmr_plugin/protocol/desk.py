@@ -131,7 +131,7 @@ class Desk:
         burst: float = 50.0,
         wall_clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        self.run, self.server, self.devices, self.keys = run, server, tuple(devices), keys
+        self.run, self.server, self.devices, self._keys = run, server, tuple(devices), keys
         self.clients = {device: client for client, device in enumerate(self.devices)}
         self.refused: list[Counter[str]] = [Counter() for _ in self.devices]
         self.strangers: Counter[str] = Counter()
@@ -150,9 +150,14 @@ class Desk:
         return list(self.keys_by_topic)
 
     @property
+    def keys(self) -> Mapping[int, bytes]:
+        """Each device's key; none where devices are not authenticated."""
+        return self._keys or {}
+
+    @property
     def keys_by_topic(self) -> dict[str, bytes | None]:
         """Key with which the notes on each topic are signed; None where devices are not authenticated."""
-        keys = self.keys or {}
+        keys = self._keys or {}
         return {to_server(self.run, device): keys.get(device) for device in self.devices}
 
     def read(self, topic: str, payload: bytes, now: float) -> tuple[int, Said]:
@@ -185,14 +190,14 @@ class Desk:
         kind = message.get("msg_type")
         if kind not in (MODEL, STATUS) or isinstance(kind, bool):
             raise WireError("GMR-741", f"msg_type={shown(kind)} is not for a server")
-        key = None if self.keys is None else self.keys[device]
+        key = None if self._keys is None else self._keys[device]
         note: StatusNote | AnswerNote | None
         if kind == STATUS:
             note = note_of(message, topic, key, StatusNote)
         else:
             note = note_of(message, topic, key, AnswerNote)
         if note is None:
-            if self.keys is not None:
+            if self._keys is not None:
                 raise WireError("GMR-743", "the message has no note")
             return self._plain(device, kind, message)
         if note.device != device or (isinstance(note, StatusNote) and note.run != self.run):
@@ -244,7 +249,7 @@ class Desk:
         topic = to_device(self.run, self.server, device)
         kind = FINISH if isinstance(note, FinishNote) else SYNC if note.count else INIT
         message = {"msg_type": kind, "sender": self.server, "receiver": device, **fields}
-        return topic, sign(note, topic, None if self.keys is None else self.keys[device], message)
+        return topic, sign(note, topic, None if self._keys is None else self._keys[device], message)
 
     # -- state ----------------------------------------------------------------------------------------
 

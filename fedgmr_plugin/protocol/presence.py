@@ -70,7 +70,7 @@ class Presence:
         self.taken_by = ""
         self._nonce, self._place, self._clock = nonce or secrets.token_hex(16), place[:128], clock
         secrets_of_all = b"".join(sorted(keys))
-        self._key = hashlib.sha256(b"fedgmr server\n" + secrets_of_all).digest() if secrets_of_all else None
+        self._key = hashlib.sha256(b"fedgmr-server\n" + secrets_of_all).digest() if secrets_of_all else None
         self._asked: float | None = None  # seconds
         self._returned: float | None = None
         self._answered: set[str] = set()

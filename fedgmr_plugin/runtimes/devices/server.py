@@ -119,9 +119,8 @@ def assemble_live(
     clock = Clock()
     presence = None
     if isinstance(link, MqttLink):
-        keys = () if desk.keys is None else desk.keys.values()
         place = f"process {os.getpid()} on {socket.gethostname()}"
-        presence = Presence(here.run, here.server, keys, place)
+        presence = Presence(here.run, here.server, desk.keys.values(), place)
         link.watch(presence)
     run: LiveRun
     given = (
