@@ -60,7 +60,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "trim more, no bound": {"trim": 0.4},
     "longer step": {"norm_bound": 1.5, "trim": 0.25, "server_step": 1.5},
     "smaller bound, trim more, longer step": {"norm_bound": 1.0, "trim": 0.4, "server_step": 1.5},
-    "recipe": {"norm_bound": 1.5, "trim": 0.4, "server_step": 2.0},
+    "longest step": {"norm_bound": 1.5, "trim": 0.4, "server_step": 2.0},
 }
 OPTIONS = {**DEFENCES, **CANDIDATES, "step": {"server_step": 2.0}}
 #: Share of every client's data that `--choose` keeps from training.
@@ -71,9 +71,9 @@ COSTS = (
     ("none", "step", "nobody attacks, `server_step: 2`"),
     ("absent", "none", "the two attackers are not there, nor their data"),
     ("flip", "both", "flip, `norm_bound: 1.5`, `trim: 0.25`"),
-    ("flip", "recipe", "flip, `norm_bound: 1.5`, `trim: 0.4`, `server_step: 2`"),
-    ("noise", "recipe", "noise, the same"),
-    ("none", "recipe", "nobody attacks, the same"),
+    ("flip", "longest step", "flip, `norm_bound: 1.5`, `trim: 0.4`, `server_step: 2`"),
+    ("noise", "longest step", "noise, the same"),
+    ("none", "longest step", "nobody attacks, the same"),
 )
 
 
