@@ -24,7 +24,7 @@ from fedgmr_plugin.engine.network import (
     Window,
     train_seconds,
 )
-from fedgmr_plugin.kernels.cost import flight_seconds, window_seconds
+from fedgmr_plugin.kernels.cost import fair_shares, flight_seconds, window_seconds
 from fedgmr_plugin.runtimes.traces import load_traces
 
 few = settings(max_examples=max(10, settings().max_examples // 5))
@@ -321,12 +321,39 @@ def test_with_splitting_each_increment_leaves_once_and_without_it_every_sub_mode
 
 
 def test_without_splitting_receivers_share_the_servers_uplink() -> None:
-    """10 MB/s out: the client that can take 1 MB/s has 1, the two others 4.5 each."""
+    """10 MB/s out: the client that can take 1 MB/s has 1, the two others 4.5 each, and 5 once it is done."""
     net = network((1.0, 1.0, 0.05), 9.0, incremental_splitting=False, **STILL)
     loop = Loop(net).run(1)
     times = {a.client: a.time for a in loop.arrived}
-    assert times[0] == times[1] == pytest.approx(9 / 4.5 + 0.5 + 9 / 5)
+    assert times[0] == times[1] == pytest.approx(0.45 + (9 - 4.5 * 0.45) / 5 + 0.5 + 9 / 5)
     assert times[2] == pytest.approx(0.45 / 1.0 + 0.5 + 0.45 / 0.25)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("splitting", [True, False])
+def test_the_servers_uplink_is_shared_at_every_moment(seed: int, splitting: bool) -> None:
+    """Against small steps of time: whoever is done leaves its share to the others."""
+    generator = np.random.default_rng(seed)
+    densities = tuple(float(d) for d in generator.choice([0.05, 0.1, 0.2, 0.5, 1.0], 6))
+    options = {"server_download": 1e9, "incremental_splitting": splitting, "schedule": "sync"}
+    net = network(densities, 10.0, **STILL, **options)
+    sizes = generator.uniform(0.1, 10.0, len(densities))
+    shared = generator.random(len(densities)) < 0.5
+    for n, d in enumerate(densities):
+        net.dispatch(n, n, d, 1.0, Transfer(float(sizes[n]), 1.0, shared=bool(shared[n])))
+    arrived = {a.client: a.time for a in net.close_window().arrivals}
+
+    step, left, done = 1e-4, sizes.copy(), np.zeros(len(densities))
+    while (left > 0).any():
+        streams = [[n] for n in range(len(left)) if not (splitting and shared[n]) and left[n] > 0]
+        together = [n for n in range(len(left)) if splitting and shared[n] and left[n] > 0]
+        streams += [together] if together else []
+        links = [max(20 * densities[n] for n in own) for own in streams]
+        for own, share in zip(streams, fair_shares(10.0, links), strict=True):
+            left[own] -= step * np.minimum(share, 20 * np.array(densities)[own])
+        done[left > 0] += step
+    for n, d in enumerate(densities):
+        assert arrived[n] - 0.5 - 1.0 / (5 * d) == pytest.approx(done[n], abs=0.01)
 
 
 def test_a_busy_channel_delays_the_next_dispatches() -> None:

@@ -126,6 +126,19 @@ def _capped(rate: RateFunction, cap: float) -> RateFunction:
     return capped
 
 
+def _limited(rate: RateFunction, steps: Sequence[tuple[float, float]]) -> RateFunction:
+    """The rate, but no more than `steps` (until when, limit) allow; after the last one as it is."""
+
+    def limited(time: float) -> tuple[float, float]:
+        value, until = rate(time)
+        for end, limit in steps:
+            if time < end:
+                return min(value, limit), min(until, end)
+        return value, until
+
+    return limited
+
+
 class Transfer(NamedTuple):
     """MB that one flight moves.
 
@@ -296,18 +309,14 @@ class VirtualNetwork:
     def _rates(self) -> tuple[float, dict[int, tuple[RateFunction, RateFunction]]]:
         """The server's upload rate and each flight's two rates, capped by the server's share.
 
-        The server's downlink is shared by the flights that can begin their upload before the window would
-        close without sharing; its uplink by what is downloaded, increments sent once for all being one.
+        The server's uplink is shared by what is downloaded, increments sent once for all being one; its
+        downlink by the flights that can begin their upload before the window would close without sharing.
         """
         server_up, server_down = self.links.server(self.window)
         rates = {d: self.links.client(self.window, f.client) for d, f in self.flights.items()}
-        caps = dict.fromkeys(rates, server_up)
-        streams = self._streams()
-        if len(streams) > 1:
-            demands = [max(rates[d][0](self.now)[0] for d in stream) for stream in streams]
-            for stream, share in zip(streams, fair_shares(server_up, demands), strict=True):
-                caps.update(dict.fromkeys(stream, share))
-        rates = {d: (_capped(down, caps[d]), up) for d, (down, up) in rates.items()}
+        rates = {d: (_capped(down, server_up), up) for d, (down, up) in rates.items()}
+        for d, steps in self._downloads(server_up, {d: down for d, (down, _) in rates.items()}).items():
+            rates[d] = (_limited(rates[d][0], steps), rates[d][1])
 
         unshared = {d: self._finish(f, rates[d]) for d, f in self.flights.items()}
         close = self._closing_time(unshared) + self.config.window_slack
@@ -321,6 +330,39 @@ class VirtualNetwork:
             if share < demand:
                 rates[d] = (rates[d][0], _capped(rates[d][1], share))
         return server_up, rates
+
+    def _downloads(
+        self, server_up: float, rates: dict[int, RateFunction]
+    ) -> dict[int, list[tuple[float, float]]]:
+        """What the server sends to each flight that downloads, at most: (until when, MB/s).
+
+        Max-min fair at every moment: whoever is done leaves its share to the others. Nothing where all that
+        is sent is one stream.
+        """
+        streams = self._streams()
+        if len(streams) < 2:
+            return {}
+        left = {d: self.flights[d].down_left for stream in streams for d in stream}
+        begin = {d: max(self.now, self.flights[d].not_before) for d in left}
+        steps: dict[int, list[tuple[float, float]]] = {d: [] for d in left}
+        time = min(begin.values())
+        while left and time < math.inf:
+            running = [own for s in streams if (own := [d for d in s if d in left and begin[d] <= time])]
+            found = {d: rates[d](time) for own in running for d in own}
+            shares = fair_shares(server_up, [max(found[d][0] for d in own) for own in running])
+            share = {d: s for own, s in zip(running, shares, strict=True) for d in own}
+            speed = {d: min(found[d][0], share[d]) for d in share}
+            ends = {d: time + left[d] / speed[d] if speed[d] > 0 else math.inf for d in share}
+            changes = [begin[d] for d in left if begin[d] > time]
+            until = min([*ends.values(), *(found[d][1] for d in share), *changes])
+            for d in share:
+                steps[d].append((until, share[d]))
+                if ends[d] <= until:
+                    del left[d]
+                else:
+                    left[d] -= speed[d] * (until - time)
+            time = until
+        return steps
 
     def _streams(self) -> list[list[int]]:
         """Flights that download, those together whose increments leave the server once."""
