@@ -5,7 +5,9 @@
     python -m benchmarks.collect --table benchmarks/results/omniglot_reduced.json
 
 A run's figure is the mean test accuracy of the shipped model over its last evaluations. Methods are compared
-with the experiment's `against` seed by seed (Student's t, p corrected for all comparisons after Holm).
+with the experiment's `against` seed by seed (Student's t, p corrected for all comparisons of a table after
+Holm); `+gmr` forms with `+aux` forms and with those that their authors describe. A file of figures of the
+same experiment is added to: runs that the folder lacks stay.
 """
 
 from __future__ import annotations
@@ -13,23 +15,35 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.measure import machine
+from benchmarks.published import NON_IID
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.report import statistics
 from fedgmr_plugin.runtimes.experiment import DESCRIPTION, Experiment, is_finished, run_name
 
 #: Points of a curve that are kept, at most.
 POINTS = 60
+#: Shares of the budget at which curves are tabled.
+HORIZONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+Runs = dict[str, dict[int, dict[str, Any]]]
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """The figures of all finished runs of an experiment's folder."""
+def collect(folder: Path, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The figures of all finished runs of an experiment's folder.
+
+    Args:
+        earlier: figures of the same problem and options, whose runs are kept where the folder has none.
+
+    Raises:
+        ValueError: `earlier` are the figures of another experiment.
+    """
     text = (folder / DESCRIPTION).read_text(encoding="utf-8")
     experiment = Experiment.model_validate_json(text)
     runs = [
@@ -38,7 +52,24 @@ def collect(folder: Path) -> dict[str, Any]:
         for seed in seeds_of(folder, method)
         if is_finished(experiment, method, seed, folder)
     ]
-    return {"experiment": json.loads(text), "machine": machine(), "runs": runs}
+    description = json.loads(text)
+    if earlier is not None:
+        if not _agree(earlier["experiment"], description):
+            raise ValueError(f"{folder} has runs of another experiment than the file of figures")
+        have = {(run["method"], run["seed"]) for run in runs}
+        runs += [run for run in earlier["runs"] if (run["method"], run["seed"]) not in have]
+        description["methods"] = earlier["experiment"]["methods"] | description["methods"]
+        order = list(description["methods"])
+        runs.sort(key=lambda run: (order.index(run["method"]), run["seed"]))
+    return {"experiment": description, "machine": machine(), "runs": runs}
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether runs of two experiments can stand in one table: methods of one name are the same."""
+    shared = one["methods"].keys() & other["methods"].keys()
+    return all(one[k] == other[k] for k in ("problem", "with", "train_args", "fedgmr_args", "last")) and all(
+        one["methods"][method] == other["methods"][method] for method in shared
+    )
 
 
 def seeds_of(folder: Path, method: str) -> list[int]:
@@ -73,9 +104,7 @@ def figures(folder: Path, method: str, seed: int, last: int) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The figures as Markdown."""
     experiment = Experiment.model_validate(results["experiment"])
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
-    for run in results["runs"]:
-        runs.setdefault(run["method"], {})[run["seed"]] = run
+    runs = _by_method(results)
     against = runs.get(experiment.against or "", {})
     compared = {m: _difference(of, against) for m, of in runs.items() if m != experiment.against}
     corrected = dict(zip(compared, statistics.holm([d.p for d in compared.values()]), strict=True))
@@ -89,16 +118,88 @@ def table(results: dict[str, Any]) -> str:
         half = "" if math.isnan(mean.half) else f" ± {100 * mean.half:.2f}"
         difference, verdict = "", ""
         if method in compared:
-            d = compared[method]
-            span = "" if math.isnan(d.low) else f" [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
-            difference = f"{100 * d.value:+.2f}{span}"
-            verdict = statistics.verdict(d, float(corrected[method]))
+            difference = _shown(compared[method])
+            verdict = statistics.verdict(compared[method], float(corrected[method]))
         lines.append(
             f"| {method} | {mean.n} | {100 * mean.value:.2f}{half} | {difference} | {verdict} | "
             + " | ".join(_means(of))
             + " |"
         )
     return "\n".join(lines)
+
+
+def pairs(results: dict[str, Any]) -> str:
+    """What the parts of FedGMR do to each sub-model method, as Markdown."""
+    runs = _by_method(results)
+    compared = {
+        (better, base): _difference(runs[better], runs[base])
+        for better in runs
+        if better.endswith("+gmr")
+        for base in (better.removesuffix("+gmr"), better.replace("+gmr", "+aux"))
+        if base in runs
+    }
+    corrected = statistics.holm([d.p for d in compared.values()])
+    lines = ["| method | against | difference, points [95 %] | verdict |", "| --- | --- | --- | --- |"]
+    for ((better, base), d), p in zip(compared.items(), corrected, strict=True):
+        lines.append(f"| {better} | {base} | {_shown(d)} | {statistics.verdict(d, float(p))} |")
+    return "\n".join(lines)
+
+
+def beside_the_paper(results: dict[str, Any], experiment: str) -> str:
+    """Our accuracies and the paper's, each also against FedGMR's own, as Markdown.
+
+    Args:
+        experiment: of the paper, a key of `published.NON_IID`.
+    """
+    theirs, runs = NON_IID[experiment], _by_method(results)
+    ours = {m: 100 * float(np.mean([run["accuracy"] for run in of.values()])) for m, of in runs.items()}
+    lines = [
+        "| method | ours % | paper % | ours - FedGMR, points | paper - FedGMR, points |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for method, value in ours.items():
+        if method in theirs:
+            paper = theirs[method]
+            apart = "|  |  |"
+            if method != "fedgmr":
+                apart = f"| {value - ours['fedgmr']:+.1f} | {paper - theirs['fedgmr']:+.1f} |"
+            lines.append(f"| {method} | {value:.1f} | {paper:.1f} {apart}")
+    return "\n".join(lines)
+
+
+def horizons(results: dict[str, Any]) -> str:
+    """Accuracy at shares of the budget, the mean over seeds of the last evaluation before, as Markdown."""
+    experiment = Experiment.model_validate(results["experiment"])
+    budget = float(experiment.fedgmr_args["time_budget"])
+    times = [share * budget for share in HORIZONS]
+    lines = [
+        "| accuracy % at virtual second | " + " | ".join(f"{time:,.0f}" for time in times) + " |",
+        "| --- |" + " --- |" * len(times),
+    ]
+    for method, of in _by_method(results).items():
+        cells = []
+        for time in times:
+            found = [_before(run["curve"], time) for run in of.values()]
+            cells.append("" if None in found else f"{100 * float(np.mean(found)):.1f}")  # type: ignore[arg-type]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _before(curve: list[list[float]], time: float) -> float | None:
+    """The last value of a curve at or before a time; None where there is none."""
+    return next((value for at, value in reversed(curve) if at <= time), None)
+
+
+def _by_method(results: dict[str, Any]) -> Runs:
+    runs: Runs = {}
+    for run in results["runs"]:
+        runs.setdefault(run["method"], {})[run["seed"]] = run
+    return runs
+
+
+def _shown(d: statistics.Difference) -> str:
+    span = "" if math.isnan(d.low) else f" [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
+    return f"{100 * d.value:+.2f}{span}"
 
 
 def _difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> statistics.Difference:
@@ -127,16 +228,25 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="folder of `fedgmr bench`")
     parser.add_argument("--json", type=Path, help="file of figures to write")
     parser.add_argument("--table", type=Path, help="file of figures to print")
+    parser.add_argument("--paper", choices=sorted(NON_IID), help="experiment of the paper to print beside")
     options = parser.parse_args()
     if options.table is not None:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        _print(json.loads(options.table.read_text(encoding="utf-8")), options.paper)
         return
     if options.folder is None:
         parser.error("a folder, or --table FILE")
-    results = collect(options.folder)
+    kept = options.json is not None and options.json.exists()
+    results = collect(options.folder, json.loads(options.json.read_text(encoding="utf-8")) if kept else None)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(table(results))
+    _print(results, options.paper)
+
+
+def _print(results: dict[str, Any], paper: str | None) -> None:
+    for part in (table, pairs, horizons):
+        print(part(results), end="\n\n")
+    if paper is not None:
+        print(beside_the_paper(results, paper))
 
 
 if __name__ == "__main__":

@@ -119,6 +119,9 @@ class StageLink:
     def publish(self, topic: str, payload: bytes) -> None:
         raise NotImplementedError
 
+    def keep(self, topic: str, payload: bytes) -> None:
+        """Nothing is retained here."""
+
     def start(self) -> None:
         """Nothing to connect to."""
 

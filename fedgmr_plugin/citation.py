@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
+from pathlib import Path
+
 from fedgmr_plugin import __version__
 
 _METHOD = """\
@@ -40,6 +44,24 @@ _HOST = """\
 }"""
 
 
-def cite() -> str:
-    """Three BibTeX entries: the method (FedGMR), this software, and its host (FedML)."""
-    return "\n\n".join((_METHOD, _SOFTWARE % __version__, _HOST)) + "\n"
+#: The papers of the methods that FedGMR is compared with; each entry's key ends in its method's name.
+PEERS = Path(__file__).parent / "methods" / "peers.bib"
+
+
+def cite(*methods: str) -> str:
+    """BibTeX of the method (FedGMR), this software and its host (FedML), and of other methods.
+
+    Args:
+        methods: what ``method`` in ``fedgmr_args`` takes, such as ``fedavg`` or ``heterofl+gmr``; each paper
+            is cited once, and names that are none have no paper.
+    """
+    wanted = {method.partition("+")[0] for method in methods}
+    others = [entry for method, entry in _peers().items() if method in wanted]
+    return "\n\n".join((_METHOD, _SOFTWARE % __version__, _HOST, *others)) + "\n"
+
+
+@cache
+def _peers() -> dict[str, str]:
+    """Entries by method, in the order of the file."""
+    entries = PEERS.read_text(encoding="utf-8").strip().split("\n\n")
+    return {re.match(r"@\w+\{[a-z]+\d{4}(\w+),", entry)[1]: entry for entry in entries}  # type: ignore[index]

@@ -7,11 +7,9 @@ raises one `ConfigError` that lists every problem at once, each with its code, p
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -20,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.methods import METHODS, options_of
+from fedgmr_plugin.refusals import closest, innermost, items_of, kind_of, refusal, shown
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -180,6 +179,11 @@ class FedGMRConfig(BaseModel):
         "full",
         description="What a restored client sends back: its whole update; or the largest part that its link "
         "carries as fast as its first sub-model, the rest being added to its next one (error feedback).",
+    )
+    download: Literal["full", "decoupled"] = Field(
+        "full",
+        description="What a restored client is sent: its whole sub-model; or the part that its link carries "
+        "as fast as its first sub-model, where what the client has differs most.",
     )
     server_step: Positive = Field(1.0, description="Server step size, a factor on the merged change.")
     norm_bound: Positive | None = Field(
@@ -344,6 +348,11 @@ class FedGMRConfig(BaseModel):
     heartbeat_seconds: Positive = Field(
         15.0, description="Seconds after which a device repeats what it said last."
     )
+    server_patience: Positive | None = Field(
+        86_400.0,
+        description="Seconds without a message of the server after which a device ends; null waits for ever. "
+        "To be longer than the longest pause between two sub-models of one device.",
+    )
     measured_densities: bool = Field(
         False,
         description="Give each device the largest rung of the ladder that its measured upload bandwidth "
@@ -354,6 +363,11 @@ class FedGMRConfig(BaseModel):
         description="What devices are sent: compact messages for mask-aware devices (`wire`); or model files "
         "for FedML's own devices, which know nothing of masks: smaller files of width sub-models (`width`, "
         "needs `score: width`), or whole files with zeros, which save nothing (`masked`).",
+    )
+    lost_after: Positive | None = Field(
+        None,
+        description="Seconds after which a device of FedML's own that has not answered is taken to have lost "
+        "its sub-model, and gets another; three times `answer_deadline` when absent.",
     )
     device_authentication: Literal["hmac", "off"] = Field(
         "hmac",
@@ -448,14 +462,16 @@ class FedGMRConfig(BaseModel):
                 f"GMR-106|local_objective|local_objective={self.local_objective} is about sub-models, but "
                 "dense_start=true gives everybody the whole model"
             )
-        if self.upload == "decoupled":
+        for key in ("upload", "download"):
+            if getattr(self, key) == "full":
+                continue
             others = {
                 "probe=true": self.probe,
                 "payload_rule=encoded": self.payload_rule == "encoded",
                 f"payload_dtype={self.payload_dtype}": self.payload_dtype != "model",
             }
             problems += [
-                f"GMR-106|upload|upload=decoupled cannot be combined with {other}"
+                f"GMR-106|{key}|{key}=decoupled cannot be combined with {other}"
                 for other, is_asked in others.items()
                 if is_asked
             ]
@@ -472,6 +488,11 @@ class FedGMRConfig(BaseModel):
             problems.append(
                 f"GMR-106|device_authentication|FedML's own devices sign nothing, so device_submodel="
                 f"{self.device_submodel} needs device_authentication=off"
+            )
+        if self.lost_after is not None and self.lost_after < self.answer_deadline:
+            problems.append(
+                f"GMR-106|lost_after|lost_after={self.lost_after:g} is less than "
+                f"answer_deadline={self.answer_deadline:g}, when an answer is late and not lost"
             )
         if self.device_submodel != "wire" and self.payload_dtype != "model":
             problems.append(
@@ -562,7 +583,7 @@ def parse(section: object, *, where: str) -> FedGMRConfig:
     if section is None:
         return FedGMRConfig()
     if not isinstance(section, Mapping):
-        message = f"the section is {_kind(section)}, not lines of `key: value`"
+        message = f"the section is {kind_of(section)}, not lines of `key: value`"
         raise ConfigRefused([ConfigError("GMR-102", message, where=where)], where=where)
     known = {
         key: tuple(value) if isinstance(value, list) else value
@@ -575,7 +596,7 @@ def parse(section: object, *, where: str) -> FedGMRConfig:
     if wrong:  # they keep pydantic from looking at the others together: look again without them
         usable = {key: value for key, value in known.items() if key not in wrong}
         _, _, contradictions = _validate(usable, where)
-    doubtful = wrong | {_closest(key, FedGMRConfig.model_fields) for key, _ in problems}
+    doubtful = wrong | {closest(key, FedGMRConfig.model_fields) for key, _ in problems}
     problems += refused
     problems += [item for item in contradictions if not doubtful & set(re.findall(r"\w+", item[1].message))]
     if config is None or problems:
@@ -613,7 +634,8 @@ def _validate(values: dict[Any, Any], where: str) -> tuple[FedGMRConfig | None, 
         return FedGMRConfig.model_validate(values, strict=True), [], []
     except ValidationError as error:
         details = error.errors()
-    places = dict.fromkeys(_place(detail["loc"]) for detail in details if detail["type"] != "value_error")
+    wrong = innermost([detail["loc"] for detail in details if detail["type"] != "value_error"])
+    places = dict.fromkeys(map(_place, wrong))
     refused = [(key, _refusal(key, item, values[key], where)) for key, item in places]
     contradictions: list[_Keyed] = []
     for detail in details:
@@ -644,10 +666,10 @@ _FEDMLS = frozenset(
 
 
 def _unknown(key: object, where: str) -> ConfigError:
-    guess = "" if key in _FEDMLS else _closest(str(key), FedGMRConfig.model_fields)
+    guess = "" if key in _FEDMLS else closest(str(key), FedGMRConfig.model_fields)
     return ConfigError(
         "GMR-101",
-        f"{_shown(key) if not isinstance(key, str) else key} is not a key of fedgmr_args",
+        f"{shown(key) if not isinstance(key, str) else key} is not a key of fedgmr_args",
         where=f"{where}.{key}",
         hint=f"Did you mean `{guess}`?" if guess else "",
     )
@@ -656,31 +678,10 @@ def _unknown(key: object, where: str) -> ConfigError:
 def _refusal(key: str, item: int | None, value: Any, where: str) -> ConfigError:
     """Why one value (or one element of a list) is refused, in terms of what the key allows."""
     schema = _properties()[key]
-    if item is not None:
-        schema = next(form["items"] for form in _forms(schema) if form.get("type") == "array")
-        value, key = value[item], f"{key}[{item}]"
-    forms = list(_forms(schema))
-    types = {form.get("type") for form in forms}
-    choices = [choice for form in forms for choice in _choices(form)]
-    allowed = ", or ".join(map(_allowed, forms))
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    hint = ""
-    if isinstance(value, float) and not math.isfinite(value) and types & {"number", "integer"}:
-        code, text = "GMR-104", f"is not finite; it must be {allowed}"
-    elif number and ("number" in types or ("integer" in types and isinstance(value, int))):
-        code, text = "GMR-104", f"is outside {_interval(next(f for f in forms if f.get('type') != 'null'))}"
-        if 2 <= value <= 100 and forms[0].get("maximum", forms[0].get("exclusiveMaximum")) == 1:
-            hint = f"It is a share, not per cent: {value / 100:g}?"
-    elif isinstance(value, tuple) and "array" in types:
-        code, text = "GMR-104", f"has too few elements; it must be {allowed}"
-    elif isinstance(value, str) and choices:
-        code, text = "GMR-103", f"is unknown; it must be {allowed}"
-        guess = _closest(value, choices)
-        hint = f"Did you mean `{guess}`?" if guess else ""
-    else:
-        code, text = "GMR-102", f"is {_kind(value)}; it must be {allowed}"
-        hint = _rewrite(value, types, choices)
-    return ConfigError(code, f"{key}={_shown(value)} {text}", where=f"{where}.{key}", hint=hint)
+    if item is None:
+        return refusal(key, value, schema, where=f"{where}.{key}")
+    element = f"{key}[{item}]"
+    return refusal(element, value[item], items_of(schema), where=f"{where}.{element}")
 
 
 @cache
@@ -688,84 +689,3 @@ def _properties() -> dict[str, dict[str, Any]]:
     """JSON schema of each key; not to be changed."""
     properties: dict[str, dict[str, Any]] = FedGMRConfig.model_json_schema()["properties"]
     return properties
-
-
-def _forms(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The alternatives of a JSON schema."""
-    yield from schema.get("anyOf", [schema])
-
-
-def _choices(form: Mapping[str, Any]) -> list[str]:
-    """The words that one alternative allows; empty if it is not a choice."""
-    return [form["const"]] if "const" in form else list(form.get("enum", []))
-
-
-def _allowed(form: Mapping[str, Any]) -> str:
-    """One alternative of a JSON schema in words."""
-    kind = form.get("type")
-    words = [f"`{choice}`" for choice in _choices(form)]
-    if words:
-        return words[0] if len(words) == 1 else "one of " + ", ".join(words)
-    if kind == "array":
-        least = f" with at least {form['minItems']} element" if form.get("minItems") else ""
-        return f"a list{least}, each element {_allowed(form['items'])}"
-    if kind in ("number", "integer"):
-        return f"a {'whole ' if kind == 'integer' else ''}number in {_interval(form)}"
-    return {"boolean": "`true` or `false`", "string": "text", "null": "null"}[str(kind)]
-
-
-def _interval(form: Mapping[str, Any]) -> str:
-    """Range of a number in interval notation."""
-    low = f"({form['exclusiveMinimum']:g}" if "exclusiveMinimum" in form else f"[{form.get('minimum', 0):g}"
-    if "exclusiveMaximum" in form:
-        return f"{low}, {form['exclusiveMaximum']:g})"
-    return f"{low}, {form['maximum']:g}]" if "maximum" in form else f"{low}, inf)"
-
-
-def _kind(value: object) -> str:
-    """What a YAML value is, in words."""
-    if value is None:
-        return "empty (null)"
-    names = {bool: "a boolean", int: "a whole number", float: "a fraction", str: "text"}
-    for kind, name in names.items():
-        if isinstance(value, kind):
-            return name
-    if isinstance(value, (list, tuple)):
-        return "a list"
-    return "a section" if isinstance(value, Mapping) else f"of type {type(value).__name__}"
-
-
-def _shown(value: object) -> str:
-    """A value as it could stand in YAML, cut to 60 characters."""
-    text = repr(value) if isinstance(value, float) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _rewrite(value: object, types: set[Any], choices: Sequence[str]) -> str:
-    """How to write a value of the wrong type; empty where there is nothing to suggest."""
-    numeric = types & {"number", "integer"}
-    if isinstance(value, str) and numeric:
-        text = value.strip().replace("_", "")
-        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", text):
-            mantissa, exponent = re.split("[eE]", text)
-            power = int(exponent)
-            if "number" not in types and float(text).is_integer():
-                return f"YAML reads {value} as text: write {int(float(text))}."
-            dotted = mantissa if "." in mantissa else f"{mantissa}.0"
-            return f"YAML reads {value} as text: write {dotted}e{power:+d}."
-        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text):
-            return f"Write {text} without quotes."
-    if value is False and "none" in choices:
-        return "YAML reads off and no as false: write none."
-    if isinstance(value, float) and "integer" in types and value.is_integer():
-        return f"Write {int(value)}."
-    if "array" in types and not isinstance(value, (bool, Mapping)) and value is not None:
-        return f"Write a list: [{_shown(value)}]."
-    if types <= {"string", "null"} and not isinstance(value, (Mapping, tuple)) and value is not None:
-        return f'Write it in quotes: "{value}".'
-    return ""
-
-
-def _closest(word: str, words: Iterable[str]) -> str:
-    """The word that was probably meant, or an empty string."""
-    return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)), "")

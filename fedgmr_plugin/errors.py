@@ -34,7 +34,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-101": CatalogueEntry(
         "unknown key",
-        "`fedgmr_args` has a key that fedgmr does not know. It is refused rather than ignored.",
+        "`fedgmr_args`, or the file of an experiment, has a key that fedgmr does not know. It is refused "
+        "rather than ignored.",
         "Use the suggested spelling, or delete the key.",
     ),
     "GMR-102": CatalogueEntry(
@@ -64,7 +65,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-107": CatalogueEntry(
         "missing key",
-        "FedML needs a key that the YAML does not have.",
+        "FedML, or an experiment, needs a key that the YAML does not have.",
         "Add the key to the section that the message names.",
     ),
     "GMR-108": CatalogueEntry(
@@ -85,8 +86,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-111": CatalogueEntry(
         "device keys missing",
-        "Devices are authenticated, and the file of their keys is not given, cannot be read, or lacks a "
-        "device.",
+        "Devices are authenticated, and the file of their keys is not given, cannot be read, lacks a device, "
+        "or gives two devices the same key.",
         "Make one with `fedgmr keys`, name it in `device_keys`, or say `device_authentication: off` where "
         "nobody but the devices can reach the broker.",
     ),
@@ -287,6 +288,20 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "gRPC missing",
         "FedML's backend GRPC needs the package grpcio, which is missing or cannot be used.",
         'Run `pip install "fedgmr[grpc]"`.',
+    ),
+    "GMR-517": CatalogueEntry(
+        "run served twice",
+        "Another process serves the run of this `run_id` and `server_id` at the same broker. Two would send "
+        "the same devices to and fro.",
+        "Stop the other process, or give this run a `run_id` of its own. A server that was killed is no "
+        "other: `fedgmr resume` goes on with its run at once.",
+    ),
+    "GMR-518": CatalogueEntry(
+        "server gone",
+        "A device has heard nothing of its server for `server_patience` seconds: the run is over, or nobody "
+        "went on with it.",
+        "Look at the server. Where it lives, start the device again, with a longer `server_patience` if it "
+        "may be idle for so long.",
     ),
     "GMR-601": CatalogueEntry(
         "run log not found",

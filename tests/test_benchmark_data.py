@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from benchmarks.data import (
     DATASETS,
@@ -35,7 +36,7 @@ from benchmarks.data import (
 from benchmarks.data.shakespeare import sequences
 from benchmarks.data.standins import decode_jpegs
 from benchmarks.models import MODELS
-from fedgmr_plugin.engine.client import BatchPlan, LocalStats, train_dispatch
+from fedgmr_plugin.engine.client import BatchPlan, LocalStats, split, train_dispatch
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import ConfigError, DataError
@@ -221,6 +222,34 @@ def test_other_dispatches_and_seeds_draw_other_images() -> None:
     # Unshuffled, the dispatch number 5 reads samples 0 to 11 of 30 again (60 were read before it).
     assert not torch.equal(batches_of_dispatch(5), first)
     assert not torch.equal(batches_of_dispatch(0, seed=1), first)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_validation_images_are_not_augmented(normalise: bool) -> None:
+    """They are the held-out images of the same split, as they are; the others stay augmented."""
+    data, parts = made_up(40, 3), [np.arange(10, 40), np.arange(10)]
+    augmented, plain = (
+        split(
+            read_dataset(federated(data.labelled(augment=a, normalise=normalise), parts, 4)).clients[0],
+            0.5,
+            seed=0,
+            client=0,
+        )
+        for a in (True, False)
+    )
+    assert augmented[1] is not None and plain[1] is not None
+    (x, y), (wanted_x, wanted_y) = (part.take(np.arange(15)) for part in (augmented[1], plain[1]))
+    assert torch.equal(x, wanted_x) and torch.equal(y, wanted_y)
+    with isolated_rng(0):
+        (x, y), (wanted_x, wanted_y) = (part.take(np.arange(15)) for part in (augmented[0], plain[0]))
+    assert torch.equal(y, wanted_y) and not torch.equal(x, wanted_x)
+
+
+def test_the_images_without_augmentation_are_as_many() -> None:
+    data = federated(made_up(40, 3).labelled(augment=True), [np.arange(40)], 4)
+    data[5][0].dataset.dataset.unaugmented = TensorDataset(torch.zeros(39, 1), torch.zeros(39))
+    with pytest.raises(DataError, match="GMR-302 `unaugmented` of the dataset of client 0 has 39 samples"):
+        read_dataset(data).clients[0]
 
 
 # -- text by role ----------------------------------------------------------------------------------------

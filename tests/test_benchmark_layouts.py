@@ -208,6 +208,9 @@ def test_cuts_of_imagenet100_are_torchvisions_and_follow_the_seed(images: Path) 
         again = data.train[4][0]
     assert torch.equal(first, again) and not torch.equal(first, second)
     assert torch.equal(data.test[0][0], data.test[0][0])
+    plain = load("imagenet100", folder=str(images), size=16, normalise=True)
+    held_out = data.train.unaugmented  # type: ignore[attr-defined]
+    assert torch.equal(held_out[4][0], plain.train[4][0]) and len(held_out) == len(data.train)
 
     from torchvision.transforms import RandomResizedCrop
     from torchvision.transforms import functional as F

@@ -97,6 +97,8 @@ BAD = [
     ("run_name: 7", "GMR-102", "run_name", 'Write it in quotes: "7".'),
     ("heterogeneity:", "GMR-102", "heterogeneity", "one of `high`, `medium`, `low`, `none`"),
     ("score: 3", "GMR-102", "score", "score=3 is a whole number"),
+    ("density_ladder: [true]", "GMR-102", "density_ladder[0]", "is a boolean"),
+    ("density_ladder: []", "GMR-104", "density_ladder", "at least 1 element"),
     # choices
     ("score: magnitud", "GMR-103", "score", "Did you mean `magnitude`?"),
     ("score: wg", "GMR-103", "score", "one of `magnitude`, `weight_change`, `per_cost`, `random`"),
@@ -287,7 +289,7 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
     if section.get("payload_rule") == "encoded":
         section["model_megabytes"] = None
     if section.get("probe"):
-        section |= {"payload_dtype": "model", "upload": "full"}
+        section |= {"payload_dtype": "model", "upload": "full", "download": "full"}
         section |= {"local_objective": "plain", "proximal": 0.0, "label_masks": False}
     if section.get("device_submodel", "wire") != "wire":
         section |= {"device_authentication": "off", "payload_dtype": "model"}
@@ -299,10 +301,12 @@ def sections(draw: st.DrawFn) -> dict[str, Any]:
         section["score"] = "magnitude"
     if objective != "plain":
         section["dense_start"] = False
-    if section.get("payload_rule") == "encoded":
-        section["upload"] = "full"
+    if section.get("payload_rule") == "encoded" or section.get("payload_dtype", "model") != "model":
+        section |= {"upload": "full", "download": "full"}
     if section.get("bandwidth_traces") is None:
         section["trace_family"] = None
+    if section.get("lost_after") is not None:
+        section["answer_deadline"] = min(section.get("answer_deadline", 600.0), section["lost_after"])
     if section.get("run_name") is not None:
         section["run_name"] = draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,5}", fullmatch=True))
     return section

@@ -245,7 +245,9 @@ def test_an_answer_that_was_read_or_refused_is_deleted(field: Field, refusal: bo
 def test_a_device_that_signs_nothing_names_only_its_own_files(tmp_path: Path) -> None:
     pytest.importorskip("MNN")
     options = {"device_submodel": "masked", "device_authentication": "off"}
-    config = FedGMRConfig(densities=(1.0, 0.5), window_slack=0.1, answer_deadline=50.0, **options)
+    config = FedGMRConfig(
+        densities=(1.0, 0.5), window_slack=0.1, answer_deadline=50.0, lost_after=50.0, **options
+    )
     field = Field(PROBLEM, config, tmp_path, 2, 6, Loopback(0)).begin()
     field.plain_device(1)
     own = to_server("7", 1)

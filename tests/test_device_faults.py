@@ -320,6 +320,14 @@ def test_a_damaged_memory_is_never_believed(tmp_path: Path, damage: str) -> None
     assert replayed(field).differences == []
 
 
+def test_a_device_remembers_its_run_from_its_first_task_on(tmp_path: Path) -> None:
+    field = start(make(tmp_path / "s"), tmp_path)
+    device = field.devices[0]
+    field.until(lambda: device.memory.token != "")
+    assert device.memory.answered == -1
+    assert Memory.load(tmp_path / "0").token == device.memory.token == field.office.token
+
+
 @pytest.mark.parametrize(
     "text",
     [

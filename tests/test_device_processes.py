@@ -190,3 +190,33 @@ def test_fedmls_own_devices_over_a_real_broker(local: Local, kind: str) -> None:
     assert (len(set(sizes.values())) > 1) == (kind == "width")
     first, *_, last = log.records("evaluation")
     assert last["loss"] < first["loss"] and last["accuracy"] > max(first["accuracy"], 0.3)
+
+
+def test_one_server_for_each_run_and_an_end_for_who_was_away(local: Local) -> None:
+    """A second server is refused; one that goes on with a killed one's run is not. A device that was killed
+    before the end learns of it when it is started again."""
+    local.prepare(2, 50, answer_deadline=3.0, retry_seconds=1.0, checkpoint_seconds=1.0)
+    local.server()
+    local.device(1, SLOW)
+    local.device(2, SLOW)
+    local.wait(lambda: local.window() >= 2)
+    config = (local.folder / "fedml_config.yaml").read_text()
+    other = local.folder / "other.yaml"
+    other.write_text(config.replace('run_name: "local"', 'run_name: "other"'))
+    command = [*PYTHON, "main.py", "--cf", other.name]
+    local.stack.run("other", command, cwd=local.folder, env=local.env)
+    local.wait(lambda: local.stack.processes.poll("other") is not None)
+    told = local.stack.processes.log("other").read_text()
+    assert local.stack.processes.poll("other") != 0 and "GMR-517 run_id=" in told, told
+    assert not (local.folder / "fedgmr_runs" / "other" / "run.jsonl").exists()
+    local.stack.processes.kill("server")
+    local.wait(local.ended)
+    local.server("resume", str(local.run))
+    before = local.window()
+    local.wait(lambda: local.window() > before + 1)
+    local.stack.processes.kill("device-2")
+    local.wait(local.ended)
+    assert local.stack.processes.poll("server") == 0, local.logs()
+    local.device(2)
+    for n in (1, 2):
+        local.wait(lambda n=n: local.stack.processes.poll(f"device-{n}") == 0, 30)  # type: ignore[misc]

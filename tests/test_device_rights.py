@@ -114,9 +114,18 @@ def test_a_device_may_measure_and_no_other_run_or_device_is_open_to_it() -> None
     probe = probe_key("42", 7)
     assert all(allowed(for_seven, action, probe) for action in ("PutObject", "GetObject", "DeleteObject"))
     others = [probe_key("42", 8), probe_key("4", 7), "fedml_42/answers/8/0-1", "fedml_42/answers/77/0-1"]
-    others += ["fedml_42/sent/0/x", "fedml_42_sent_0_x", "fedml_421/answers/7/0-1", "fedml_42_8_x", "other"]
+    others += [
+        "fedml_42_0_8-x",
+        "fedml_42_0_77-x",
+        "fedml_42_0_7_x",
+        "fedml_42/sent/0/x",
+        "fedml_42_sent_0_x",
+        "fedml_421/answers/7/0-1",
+        "fedml_42_8_x",
+        "other",
+    ]
     assert not any(allowed(for_seven, a, key) for key in others for a in ("PutObject", "DeleteObject"))
-    answers = ["fedml_42/answers/7/0-1", "fedml_42_7_x"]
+    answers = ["fedml_42/answers/7/0-1", "fedml_42_7_x", "fedml_42_0_7-x"]
     assert all(allowed(for_seven, "PutObject", key) for key in answers)
     assert not any(allowed(for_seven, a, key) for key in answers for a in ("GetObject", "DeleteObject"))
 
@@ -130,6 +139,11 @@ def test_a_device_may_measure_and_no_other_run_or_device_is_open_to_it() -> None
         ("fedml_42_7_0f0e_1", False),
         ("fedml_42_7_0f/0e", False),
         ("fedml_42_0_7_0f0e", False),
+        ("fedml_42_0_7-" + "0f" * 16, True),
+        ("fedml_42_0_9-" + "0f" * 16, False),
+        ("fedml_42_3_7-" + "0f" * 16, False),
+        ("fedml_42_0_7-0f0e", False),
+        ("fedml_421_0_7-" + "0f" * 16, False),
         ("fedml_42_sent_7_0f0e", False),
         ("fedml_42/answers/7/0-1", False),
         ("fedml_421_7_0f0e", False),
@@ -137,3 +151,8 @@ def test_a_device_may_measure_and_no_other_run_or_device_is_open_to_it() -> None
 )
 def test_names_of_fedmls_own_devices(key: str, own: bool) -> None:
     assert is_file_answer(key, "42", (7, 8)) == own
+
+
+def test_a_device_with_the_servers_id_owns_no_file_of_another_one() -> None:
+    key = "fedml_42_0_7-" + "0f" * 16
+    assert not is_file_answer(key, "42", (0,)) and not is_file_answer(key, "42", (7,), server=1)

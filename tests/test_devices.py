@@ -108,6 +108,10 @@ def test_the_log_replayed_gives_the_same_model(tmp_path: Path, options: dict[str
     assert (found.where, found.differences) == ("", [])
     assert found.end is not None and found.end["model_sha256"] == end["model_sha256"]
     assert found.records > 60
+    assert field.records("layers")
+    field.log[:] = [record for record in field.log if record["type"] != "layers"]  # an older release's log
+    found = replayed(field)
+    assert (found.where, found.differences) == ("", []) and found.end is not None
 
 
 def test_nothing_is_fetched_twice_where_every_message_comes_twice(

@@ -19,6 +19,7 @@ from fedgmr_plugin.engine.network import (
     Arrival,
     LogNormalLinks,
     TraceLinks,
+    Transfer,
     VirtualNetwork,
     Window,
     train_seconds,
@@ -229,6 +230,26 @@ def test_an_upload_that_misses_the_close_waits_for_the_next_window() -> None:
     assert [a.client for a in loop.windows[0].arrivals] == [0]
     late = next(a for a in loop.windows[1].arrivals if a.client == 1)
     assert late.time == pytest.approx(4.25) and late.dispatch == 1
+
+
+def test_what_is_for_one_client_alone_leaves_the_server_beside_what_is_shared() -> None:
+    """By hand: 10 MB for two, shared, and 2 MB for one client; 10 MB/s divided into 9 and 1."""
+    net = network((1.0, 1.0, 0.05), 10.0, **STILL)
+    net.dispatch(0, 0, 1.0, 1.0)
+    net.dispatch(1, 1, 1.0, 1.0)
+    net.dispatch(2, 2, 1.0, 1.0, Transfer(2.0, 0.25, shared=False))
+    assert net.channel_megabytes() == pytest.approx(12.0)
+    restored = network((1.0, 1.0, 0.05), 10.0, **STILL)
+    restored.load_state(json.loads(json.dumps(net.state())))
+    for each in (net, restored):
+        window = each.close_window()
+        assert [(a.dispatch, a.time) for a in window.arrivals] == [
+            (d, pytest.approx(t)) for d, t in enumerate((10 / 9 + 2.5, 10 / 9 + 2.5, 2.0 + 0.5 + 1.0))
+        ]
+    apart = network((1.0, 1.0, 0.05), 10.0, incremental_splitting=False, **STILL)
+    apart.dispatch(0, 0, 1.0, 1.0)
+    apart.dispatch(1, 2, 1.0, 1.0, Transfer(2.0, 0.25, shared=False))
+    assert apart.channel_megabytes() == pytest.approx(12.0)
 
 
 # -- when a window closes --------------------------------------------------------------------------

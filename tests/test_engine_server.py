@@ -27,6 +27,7 @@ from fedgmr_plugin.engine.events import (
     Validated,
     WindowClosed,
 )
+from fedgmr_plugin.engine.measures import LayerCounts
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.snapshot import Snapshot, restore, snapshot
@@ -34,6 +35,7 @@ from fedgmr_plugin.errors import UpdateRejected
 from fedgmr_plugin.kernels import (
     MaskedUpdate,
     ModelLayout,
+    Ranking,
     build_layout,
     merge,
     rank,
@@ -825,7 +827,41 @@ def test_records_are_complete_typed_and_json() -> None:
         present = [k for k in RECORDS[fields["type"]] if k in fields]
         assert [k for k in fields if k != "type"] == present  # in the documented order
         kinds.add(fields["type"])
-    assert kinds == {"dispatch", "arrival", "rejected", "window", "restoration"}
+    assert kinds == {"dispatch", "arrival", "rejected", "layers", "window", "restoration"}
+
+
+@pytest.mark.parametrize("scope", ["arrivals", "buffer"])
+def test_what_is_held_of_each_layer_is_recorded_with_every_merge(scope: str) -> None:
+    """By counting in masks, and against the mean coverage that the window's record has."""
+    world = World((1.0, 0.5, 0.05), windows=12, interval=2, patience=1, update_scope=scope).start()
+    server, layout = world.server, world.server.layout
+    latest: dict[int, Tensor] = {}
+    for _ in range(12):
+        flights = {f.client: f.ranking.mask(f.rung) for f in server.flights.values()}
+        effects = world.window()
+        arrived = {r["client"] for r in records(effects, "arrival")}
+        latest = {**(latest if scope == "buffer" else {}), **{n: flights[n] for n in arrived}}
+        (window,), found = records(effects, "window"), records(effects, "layers")
+        assert bool(found) == bool(arrived)
+        for record in found:
+            entries = [e for e in layout.entries if e.kind != "buffer"]
+            assert record["window"] == window["window"]
+            assert record["held"] == [sum(int(m[e.slice].sum()) for m in latest.values()) for e in entries]
+            total = window["coverage"] * layout.parameters * len(latest)
+            assert sum(record["held"]) == pytest.approx(total)
+
+
+def test_counts_of_layers_are_right_after_many_rankings() -> None:
+    layout = build_layout(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 6), nn.Linear(6, 2)))
+    counts, generator = LayerCounts(layout), torch.Generator().manual_seed(0)
+    for _ in range(150):
+        rung_D = torch.randint(0, 4, (layout.size,), generator=generator).to(torch.int16)
+        rung_D[layout.parameters :] = 0
+        ranking = Ranking((0.1, 0.5, 1.0), rung_D)
+        updates = [MaskedUpdate(ranking, rung, torch.empty(0), 1.0) for rung in (2, 0, 1, 0)]
+        entries = [e for e in layout.entries if e.kind != "buffer"]
+        wanted = [sum(int((rung_D[e.slice] <= u.rung).sum()) for u in updates) for e in entries]
+        assert counts.held(updates) == wanted
 
 
 def test_densities_of_a_run_only_rise_and_every_rise_is_recorded() -> None:
@@ -838,6 +874,35 @@ def test_densities_of_a_run_only_rise_and_every_rise_is_recorded() -> None:
                 held[r["client"]] = r["after"]
         assert tuple(held.values()) == world.server.gmr.densities
     assert world.server.gmr.densities == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("form", ["delta", "replacement"])
+def test_staleness_that_scales_changes_and_running_statistics(form: str) -> None:
+    """Client 1's upload is two windows old: its change counts s = 3^-1/2 of itself, alone and unweighed.
+
+    In the delta form running statistics are no changes: they are averaged as they came.
+    """
+    options = {"staleness_normalised": False, "staleness_exponent": 0.5, "trigger": "none"}
+    world = World((1.0, 0.5), update_form=form, **options).start()
+    world.window([0])
+    world.window([0])
+    (late,) = (d for d, f in world.server.flights.items() if f.client == 1)
+    upload, sent, before_D = world.upload(late), world.sent[late], world.server.w_D.clone()
+    world.handle(upload)
+    effects = world.close()
+    assert [r["staleness"] for r in records(effects, "arrival")] == [2] and world.buffers > 0
+    index_S, factor = sent.index_S, 3**-0.5
+    is_buffer_S = index_S >= world.layout.parameters
+    change_S = upload.values_S - (before_D[index_S] if form == "replacement" else 0.0)
+    wanted_S = before_D[index_S] + factor * change_S
+    if form == "delta":
+        wanted_S = torch.where(is_buffer_S, upload.values_S, wanted_S)
+    after_D = world.server.w_D
+    torch.testing.assert_close(after_D[index_S], wanted_S, rtol=1e-6, atol=1e-6)
+    assert bool((after_D[index_S][is_buffer_S] != before_D[index_S][is_buffer_S]).all())
+    others_D = torch.ones(world.layout.size, dtype=torch.bool)
+    others_D[index_S] = False
+    assert torch.equal(after_D[others_D], before_D[others_D])
 
 
 # -- snapshots -------------------------------------------------------------------------------------

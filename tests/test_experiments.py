@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ import yaml
 from click.testing import CliRunner
 
 from benchmarks.collect import collect, table
+from benchmarks.data import DataSpec
 from fedgmr_plugin.cli import main
+from fedgmr_plugin.config import ConfigRefused
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes.campaign import Campaign, Status
@@ -135,6 +138,13 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
     assert again.output.count("finished") == 4
     again = CliRunner().invoke(main, ["bench", str(file), "-o", "out"])
     assert again.exit_code == 0 and {p: p.stat().st_mtime_ns for p in before} == before
+
+    shutil.rmtree(out / "fedgmr-2")
+    assert [run["accuracy"] for run in collect(out, figures)["runs"]] == [
+        run["accuracy"] for run in figures["runs"]
+    ]
+    with pytest.raises(ValueError, match="another experiment"):
+        collect(out, {**figures, "experiment": {**figures["experiment"], "last": 3}})
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -252,7 +262,7 @@ def test_progress_is_read_from_the_logs(place: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": {"a": {"method": "fedavgg"}}}, r"GMR-103.*methods.a"),
+        ({"methods": {"a": {"method": "fedavgg"}}}, r"GMR-103.*digits.yaml: methods.a.method"),
         ({"methods": {"a": {"patience": "x"}, "b": {"interval": 0}}}, r"GMR-100 2 problems"),
         ({"train_args": {"batchsize": 3}}, "GMR-101 batchsize is not a key of train_args"),
         ({"train_args": {"learning_rate": "fast"}}, "GMR-102 learning_rate='fast' is not a number"),
@@ -260,9 +270,27 @@ def test_progress_is_read_from_the_logs(place: Path) -> None:
         ({"fedgmr_args": {}}, "GMR-107 neither time_budget nor comm_round"),
         ({"against": "fedprox", "methods": {"fedavg": {"method": "fedavg"}}}, "GMR-103 against=fedprox"),
         ({"problem": "nowhere:build"}, "GMR-113 problem=nowhere:build cannot be imported"),
-        ({"problem": "nowhere"}, "GMR-102 problem"),
-        ({"tittle": "x"}, "GMR-101 tittle"),
-        ({"reduced": {"last": 3}}, "GMR-101 last cannot be reduced"),
+        ({"tittle": "x"}, "GMR-101 tittle is not a key.*digits.yaml: tittle.*Did you mean `title`"),
+        ({"arguments": {}}, "GMR-101 arguments is not a key.*Its keys are title, problem, with,"),
+        ({"title": 2024}, 'GMR-102 title=2024 is a whole number; it must be text.*"2024"'),
+        ({"problem": 3}, "GMR-102 problem=3 .* text such as `benchmarks.problems:build`"),
+        ({"problem": "nowhere"}, 'GMR-102 problem="nowhere" has another form.*digits.yaml: problem'),
+        ({"with": 3}, "GMR-102 with=3 is a whole number; it must be a section"),
+        ({"with": {1: 2}}, "GMR-102 a key of with=1 is a whole number; it must be text"),
+        ({"methods": {}}, "GMR-104 methods={} has too few elements.*at least 1 key"),
+        ({"methods": {"a": 3}}, "GMR-102 methods.a=3 .*must be a section.*digits.yaml: methods.a"),
+        ({"seeds": 3}, r"GMR-102 seeds=3 .*Write a list: \[3\]"),
+        ({"seeds": []}, r"GMR-104 seeds=\[\] has too few elements"),
+        ({"seeds": [1, "2"]}, r"^GMR-102 seeds\[1\]=\"2\" is text.*Write 2 without quotes"),
+        ({"seeds": [True]}, r"^GMR-102 seeds\[0\]=true is a boolean"),
+        ({"seeds": [-1]}, r"GMR-104 seeds\[0\]=-1 is outside \[0, inf\)"),
+        ({"last": 0}, r"GMR-104 last=0 is outside \[1, inf\)"),
+        ({"last": 2.0}, "GMR-102 last=2.0 is a fraction.*Write 2"),
+        ({"notes": None}, "GMR-102 notes=null is empty"),
+        ({"train_args": {"batchsize": 3}}, "digits.yaml: train_args.batchsize.*Did you mean `batch_size`"),
+        ({"train_args": {"learning_rate": "fast"}}, "digits.yaml: train_args.learning_rate"),
+        ({"against": "fedav"}, "GMR-103 against=fedav .*digits.yaml: against.*Did you mean `fedavg`"),
+        ({"reduced": {"last": 3}}, "GMR-101 last cannot be changed there.*What can be is with, train_args"),
     ],
 )
 def test_what_is_wrong_with_a_file(place: Path, changes: dict[str, Any], message: str) -> None:
@@ -274,9 +302,33 @@ def test_what_is_wrong_with_a_file(place: Path, changes: dict[str, Any], message
     options = ["--reduced"] if "reduced" in changes else []
     result = CliRunner().invoke(main, ["bench", str(written(place, **changes)), "-o", "out", *options])
     assert result.exit_code == 2, result.output
-
     assert re.search(message, result.output, re.DOTALL), result.output
+    assert "docs/errors.md#gmr-1" in result.output
+    assert not re.search("Input should|Field required|not permitted|validation", result.output)
     assert not (place / "out").exists()
+
+
+def test_what_a_file_lacks_is_told_at_once(place: Path) -> None:
+    (place / "empty.yaml").write_text("seeds: [1]\n3: x")
+    result = CliRunner().invoke(main, ["bench", "empty.yaml"])
+    assert result.exit_code == 2 and "GMR-100 4 problems" in result.output
+    assert "GMR-101 3 is not a key of an experiment" in result.output
+    for key, value in {"title": "text", "problem": "text such as", "methods": "a section with"}.items():
+        assert f"GMR-107 {key} is missing\n        in empty.yaml\n        Add `{key}:`" in result.output
+        assert f"and behind it {value}" in result.output
+
+
+def test_what_is_wrong_in_all_methods_is_said_once_and_where_it_stands(place: Path) -> None:
+    wrong = {**CONTENT["fedgmr_args"], "patience": 0, "densities": [1.0, 2.0], "probe": True}
+    methods = {"a": {}, "b": {"proximal": 0.1}, "c": {"patience": -1}}
+    with pytest.raises(ConfigRefused) as caught:
+        load(written(place, fedgmr_args=wrong, methods=methods, against="a")).check("my.yaml")
+    assert [(problem.code, problem.where) for problem in caught.value.problems] == [
+        ("GMR-104", "my.yaml: fedgmr_args.densities[1]"),
+        ("GMR-104", "my.yaml: fedgmr_args.patience"),
+        ("GMR-106", "my.yaml: methods.b.probe"),
+        ("GMR-104", "my.yaml: methods.c.patience"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -299,10 +351,12 @@ EXPERIMENTS = sorted((Path(__file__).parent.parent / "benchmarks" / "experiments
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: str(file.stem))
 def test_the_experiments_of_the_project(file: Path) -> None:
-    """Every one is whole, in both forms; the paper's four have the paper's budgets."""
+    """Every one is whole, in all forms; the paper's four have the paper's budgets."""
     experiment = load(file)
-    for form in (experiment, experiment.as_reduced()):
+    variants = [experiment.as_varied(name) for name in experiment.variants]
+    for form in (experiment, experiment.as_reduced(), *variants, *(v.as_reduced() for v in variants)):
         form.check()
+        DataSpec.of(form.arguments["data"])
         assert Experiment.model_validate_json(form.model_dump_json(by_alias=True)) == form
         assert form.against in form.methods
         spent = form.config("fedgmr")
@@ -321,3 +375,44 @@ def test_a_reduced_form_needs_no_file_of_its_own(place: Path) -> None:
     with pytest.raises(ConfigError, match="GMR-102"):
         reduced.changed("seeds", "many")
     assert json.loads(reduced.model_dump_json(by_alias=True))["with"] == {"clients": 4}
+
+
+def test_sections_of_the_reduced_form_are_merged_at_any_depth(place: Path) -> None:
+    data = {"name": "digits", "split": {"by": "class", "alpha": 0.6}, "sizes": [1, 2, 3]}
+    reduced = {
+        "with": {"data": {"split": {"alpha": 0.1}, "sizes": [4]}},
+        "methods": {"fedgmr": {"patience": 3}, "none": {"trigger": "none"}},
+    }
+    experiment = load(written(place, **{"with": {"data": data, "clients": 4}}, reduced=reduced))
+    found = experiment.as_reduced()
+    split = {"by": "class", "alpha": 0.1}
+    assert found.arguments == {"data": {"name": "digits", "split": split, "sizes": [4]}, "clients": 4}
+    assert found.methods == {
+        "fedgmr": {"method": "fedgmr", "patience": 3},
+        "fedavg": {"method": "fedavg"},
+        "none": {"trigger": "none"},
+    }
+    assert experiment.arguments["data"] == data  # the whole form stays as it was
+
+
+def test_a_variant_is_the_experiment_with_its_changes(place: Path) -> None:
+    variants = {"even": {"fedgmr_args": {"densities": [0.5] * 4}}, "few": {"with": {"clients": 3}}}
+    file = written(place, variants=variants)
+    experiment = load(file)
+    even = experiment.as_varied("even")
+    assert even.title == "Digits, perceptron: even" and even.arguments == {"clients": 4}
+    assert even.fedgmr_args == {**CONTENT["fedgmr_args"], "densities": [0.5] * 4}
+    assert even.as_reduced().fedgmr_args["densities"] == [0.5] * 4
+    command = ["bench", str(file), "--variant", "even", "--reduced", "--list"]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0 and shown.output.split() == ["to", "run", "fedgmr-1", "to", "run", "fedavg-1"]
+    with pytest.raises(ConfigError, match=r"GMR-103 variant=odd is unknown; there is even, few"):
+        experiment.as_varied("odd")
+    with pytest.raises(ConfigError, match=r"GMR-101 last cannot be changed there"):
+        load(written(place, variants={"odd": {"last": 3}})).as_varied("odd")
+
+
+@pytest.mark.parametrize("reduced", [{"seeds": {"a": 1}}, {"with": 3}, {"methods": {"fedgmr": 3}}])
+def test_a_reduced_form_of_other_types_is_refused(place: Path, reduced: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="GMR-102"):
+        load(written(place, reduced=reduced)).as_reduced()

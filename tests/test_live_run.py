@@ -32,10 +32,12 @@ from fedgmr_plugin.protocol.notes import (
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import host, resume
+from fedgmr_plugin.runtimes import progress as progress_module
 from fedgmr_plugin.runtimes.devices.connection import Bucket
 from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
+from fedgmr_plugin.runtimes.progress import Progress
 from fedgmr_plugin.runtimes.silos.objects import Objects
 
 host.prepare()
@@ -44,7 +46,10 @@ from fedgmr_plugin.runtimes.devices import client as client_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices import live_run as live_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices import server as server_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices.client import DeviceProcess  # noqa: E402
+from fedgmr_plugin.runtimes.devices.device import Device  # noqa: E402
 from fedgmr_plugin.runtimes.devices.live_run import LiveRun  # noqa: E402
+from fedgmr_plugin.runtimes.devices.plain import PlainOffice  # noqa: E402
+from fedgmr_plugin.runtimes.devices.plain_device import PlainDevice  # noqa: E402
 from fedgmr_plugin.runtimes.devices.server import Transport, assemble_live, prepare_server  # noqa: E402
 
 
@@ -64,6 +69,9 @@ class Line:
         if inbox is not None:
             inbox.put((topic, payload))
 
+    def keep(self, topic: str, payload: bytes) -> None:
+        self._world.kept[topic] = payload
+
     def say_when_gone(self, topic: str, payload: Any) -> None: ...
     def start(self) -> None: ...
     def stop(self, patience: float = 5.0) -> None: ...
@@ -74,6 +82,7 @@ class World:
 
     def __init__(self, folder: Path, windows: int = 4, **options: Any) -> None:
         self.store, self.inboxes = Objects(), dict[str, Inbox]()
+        self.kept: dict[str, bytes] = {}
         self.options = {
             "densities": [1.0, 0.5],
             "window_slack": 0.05,
@@ -387,3 +396,193 @@ def test_a_devices_folder_belongs_to_one_process(tmp_path: Path) -> None:
 def test_more_clients_at_the_start_than_there_are_would_be_waited_for_without_end(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="clients_at_start=3 are more than client_num_in_total=2"):
         World(tmp_path, clients_at_start=3).server()
+
+
+@pytest.mark.parametrize(("fedml", "unit"), [({"training_type": "cross_device"}, "wall"), ({}, "virtual")])
+def test_the_terminal_says_whose_seconds_they_are(
+    tmp_path: Path, fedml: dict[str, str], unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    bars: list[dict[str, Any]] = []
+    real = progress_module.tqdm
+    monkeypatch.setattr(progress_module, "tqdm", lambda **named: (bars.append(named), real(**named))[1])
+    monkeypatch.setattr(progress_module, "say", told.append)
+    header = {"run_name": "x", "fedml": fedml, "config": {"progress": True}, "windows": 3, "time_budget": 9.0}
+    with Progress(header) as progress:
+        progress.close_with({"windows": 3, "time": 8.0, "model_sha256": "ab"}, tmp_path)
+    assert f"(3 windows, 8 {unit} seconds)" in told[0] and bars[0]["unit"] == f"{unit} s"
+
+
+@pytest.mark.parametrize("submodel", ["width", "masked"])
+@pytest.mark.parametrize("options", [{"proximal": 0.1}, {"method": "fedprox"}])
+def test_fedmls_own_devices_know_no_proximal_term(
+    tmp_path: Path, submodel: str, options: dict[str, Any]
+) -> None:
+    width = {"score": "width"} if submodel == "width" else {}
+    world = World(tmp_path, device_submodel=submodel, **width, **options)
+    with pytest.raises(ConfigError, match=r"GMR-106 .*proximal=0.0?1: with device_submodel"):
+        world.server()
+
+
+def test_mask_aware_devices_train_with_the_proximal_term(tmp_path: Path) -> None:
+    """The longer the training, the more it holds back; 0 is FedAvg."""
+    trainers = [World(tmp_path, proximal=mu).process(1)._bench.training.trainer for mu in (0.0, 0.25)]
+    assert [trainer.proximal for trainer in trainers] == [0.0, 0.25]  # type: ignore[attr-defined]
+    World(tmp_path, proximal=0.25).server()
+
+
+# -- the end of the run, for who was away ------------------------------------------------------------------
+
+
+def end_of(world: World, token: str, n: int = 1, **changed: Any) -> tuple[str, bytes]:
+    topic = to_device("7", 0, n)
+    note = FinishNote(**{"run": token, "device": n, "sequence": 5, **changed})
+    return topic, sign(note, topic, None, {"msg_type": FINISH, "sender": 0, "receiver": n})
+
+
+def test_the_end_is_kept_for_whoever_was_away(tmp_path: Path) -> None:
+    """Device 2 dies during the run; when it is back it ends. Device 1 heard it: nothing is kept for it."""
+    world = World(tmp_path, answer_deadline=2.0, retry_seconds=0.5, windows=12)
+    run = world.server()
+    server = threading.Thread(target=run.train, daemon=True)
+    away = world.process(2, tmp_path / "two")
+    stopped = threading.Event()
+    real = away._next
+
+    def next_() -> None:
+        if away.device.trained >= 1:
+            world.inboxes.pop(away.device.hears, None)
+            stopped.set()
+            raise Enough
+        real()
+
+    away._next = next_  # type: ignore[method-assign]
+
+    def leave() -> None:
+        with pytest.raises(Enough):
+            away.run()
+
+    threading.Thread(target=leave, daemon=True).start()
+    other = world.device(1)
+    server.start()
+    assert stopped.wait(60)
+    server.join(60)
+    other.join(60)
+    assert run.end is not None and not other.is_alive()
+    assert set(world.kept) == {to_device("7", 0, 1), to_device("7", 0, 2)}
+    assert world.kept[to_device("7", 0, 1)] == b"", "the end of an earlier run is removed at the beginning"
+    back = world.process(2, tmp_path / "two")
+    back._inbox.put(lambda: back.device.kept(to_device("7", 0, 2), world.kept[to_device("7", 0, 2)]))
+    thread = threading.Thread(target=back.run, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and back.device.finished
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "another run",
+        "no run",
+        "another device",
+        "another topic",
+        "another key",
+        "a task",
+        "rubbish",
+        "nothing",
+    ],
+)
+def test_only_the_end_of_its_own_run_is_believed_of_what_is_kept(tmp_path: Path, wrong: str) -> None:
+    world = World(tmp_path)
+    device = world.process(1).device
+    assert isinstance(device, Device)
+    device.memory.token = "" if wrong == "no run" else "a" * 16
+    topic, payload = end_of(world, {"another run": "b" * 16, "no run": "b" * 16}.get(wrong, "a" * 16))
+    if wrong == "another device":
+        topic, payload = end_of(world, "a" * 16, device=2)
+    elif wrong == "another topic":
+        topic = to_device("7", 0, 2)
+    elif wrong == "another key":
+        device._key = bytes(32)
+    elif wrong == "a task":
+        payload = payload.replace(b'"msg_type": 7', b'"msg_type": 2')
+    elif wrong == "rubbish":
+        payload = payload[:-4]
+    elif wrong == "nothing":
+        payload = b"{}"
+    device.kept(topic, payload)
+    assert not device.finished
+    device._key, device.memory.token = None, "a" * 16
+    device.kept(*end_of(world, "a" * 16))
+    assert device.finished
+
+
+def test_a_run_with_fedmls_own_devices_keeps_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    office = world.server().office
+    assert len(office.farewells()) == len(office.kept_topics()) == 2
+    assert PlainOffice.farewells(office) == PlainOffice.kept_topics(office) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("submodel", ["wire", "masked"])
+def test_a_device_ends_when_its_server_is_silent_for_too_long(tmp_path: Path, submodel: str) -> None:
+    world = World(tmp_path, server_patience=1.5, device_submodel=submodel)
+    process = world.process(1)
+    started = time.monotonic()
+    with pytest.raises(
+        HostError, match=r"GMR-518 no message of the server of run_id=7 for 1 seconds|for 2 s"
+    ):
+        process.run()
+    assert 1.5 <= time.monotonic() - started < 20
+
+
+def test_a_device_ends_where_neither_server_nor_store_come_back(tmp_path: Path) -> None:
+    world = World(tmp_path, server_patience=1.5)
+    process = world.process(1)
+    assert isinstance(process.device, Device)
+    process.device.working = SimpleNamespace(dispatch=1)  # type: ignore[assignment]
+    process.device._wanted = {"x": Piece("x", 1, "")}  # whose fetching is tried for ever
+    with pytest.raises(HostError, match="GMR-518"):
+        process.run()
+
+
+def test_a_device_that_stood_still_listens_before_it_ends(tmp_path: Path) -> None:
+    process = World(tmp_path, server_patience=500.0).process(1)
+    now = time.monotonic()
+    process.device.heard_at, process._looked = now - 1000.0, now - 900.0
+    process._next()
+    assert 90.0 < time.monotonic() - process.device.heard_at < 200.0
+    process.device.heard_at, process._looked = now - 1000.0, time.monotonic()
+    with pytest.raises(HostError, match="GMR-518"):
+        process._next()
+
+
+def test_a_device_that_works_or_is_spoken_to_does_not_end(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    process = world.process(1)
+    device = process.device
+    assert isinstance(device, Device)
+    now = device.heard_at
+    device._clock = lambda: now + 7.0
+    assert device.waits_since() == now
+    device.message(*end_of(world, "b" * 16))
+    assert device.waits_since() == now + 7.0
+    device.working = SimpleNamespace(dispatch=1)  # type: ignore[assignment]
+    device._wanted = {"x": Piece("x", 1, "")}
+    assert device.waits_since() == now + 7.0, "whoever waits for the store works not"
+    device._wanted = {}
+    assert device.waits_since() is None
+    plain = PlainDevice("7", 0, 1, 5, lambda *given: None, process._hands, lambda: now)
+    plain._clock = lambda: now + 7.0
+    assert plain.waits_since() == now
+    plain.message(plain.hears, b'{"msg_type": 6}')
+    assert plain.waits_since() == now + 7.0
+    plain._busy = True
+    assert plain.waits_since() == now + 7.0
+    plain._fetched(0, bytearray())
+    assert plain.waits_since() is None
+    plain._clock = lambda: now + 9.0
+    plain.failed(WireError("GMR-741", "no model"))
+    assert plain.waits_since() == now + 9.0
+    world.options["server_patience"] = None
+    assert world.process(1)._patience is None

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from fedgmr_plugin.cli import main
 from fedgmr_plugin.cli.local import refuse_foreign, table, write_project
-from fedgmr_plugin.config import parse
+from fedgmr_plugin.config import FedGMRConfig, parse
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.runtimes.devices.connection import MQTT, S3, connection, device_keys, services
 from fedgmr_plugin.runtimes.devices.project import arguments, load_project
@@ -175,6 +175,27 @@ def test_a_script_that_was_changed_is_not_replaced(tmp_path: Path) -> None:
     script.write_text(script.read_text() + "# mine\n")
     with pytest.raises(click.ClickException, match="changed"):
         refuse_foreign(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{}, {"version": 1}])
+def test_nothing_is_left_that_knows_a_password(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Also where the stack died by itself; a file of somebody else's stays."""
+    path = tmp_path / "connection.json"
+    path.write_text(json.dumps({**CONNECTION, **change}))
+    for content in (None, "{", "3", "[]"):
+        path.write_text(content) if content is not None else None
+        found = CliRunner().invoke(main, ["local", "down", "--folder", str(tmp_path)])
+        assert found.exit_code == 0 and path.exists() == bool(change or content)
+
+
+@pytest.mark.parametrize("second", ["ab" * 32, "AB" * 32, "ab " * 32])
+def test_a_key_of_two_devices_is_refused(tmp_path: Path, second: str) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({"1": "ab" * 32, "2": "cd" * 32, "3": second}))
+    config = FedGMRConfig(device_keys=str(path))
+    for devices in ((1, 2, 3), (1, 2)):
+        with pytest.raises(ConfigError, match="GMR-111 .*devices 1 and 3 have the same key"):
+            device_keys(config, devices, "here")
 
 
 def test_nothing_to_stop_is_said(tmp_path: Path) -> None:

@@ -404,7 +404,7 @@ def test_another_process_finds_and_stops_a_detached_stack(tmp_path: Path) -> Non
     assert connection(tmp_path) == shown
     assert (tmp_path / "connection.json").stat().st_mode & 0o777 == 0o600
     assert stop_recorded(tmp_path) == ["broker", "storage", "device"]
-    assert gone(device)
+    assert gone(device) and not (tmp_path / "connection.json").exists()
     assert mqtt.handshake(stack.broker.port) is None
 
 

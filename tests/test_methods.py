@@ -13,6 +13,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,8 +32,10 @@ from fedgmr_plugin.kernels.width import rank_widths, widths
 from fedgmr_plugin.methods import METHODS
 from fedgmr_plugin.protocol.runlog import RunLog, read_run
 from fedgmr_plugin.runtimes.launch import KEYS, simulate
+from fedgmr_plugin.runtimes.planning import plan_run
 from fedgmr_plugin.runtimes.registration import register
 from fedgmr_plugin.runtimes.run import Run, assemble
+from fedgmr_plugin.runtimes.settings import fedml_keys
 from fedgmr_plugin.runtimes.setup import _classes_of, prepare
 from theory.cli import main as theory
 
@@ -431,15 +435,33 @@ def test_fiarse_by_whole_rounds(tmp_path: Path, skewed: Data) -> None:
     assert distance(weights_of(model), weights) < 5e-6
 
 
-@pytest.mark.parametrize("rule", ["density", "support"])
-def test_decoupled_uploads_cost_what_they_send(tmp_path: Path, rule: str) -> None:
-    """Bytes of every upload: its values, priced as downloads are, and the names of those that were chosen."""
-    initial, model = [1.0, 0.5, 0.2, 0.1], perceptron()
-    options = {"method": "fedgmr", "upload": "decoupled", "trigger": "time", "interval": 5}
-    options["payload_rule"] = rule
+#: Densities of 63.99 and 64.0001 of the perceptron's 117 weights: one more weight, whose name would cost more
+#: than the densities differ by.
+NEAR = (63.99 / 117, 64.0001 / 117)
+NEAR_LADDER: dict[str, Any] = {
+    "density_ladder": [0.05, 0.1, 0.2, NEAR[1], 1.0],
+    "time_floors": [0.1, 0.2, NEAR[1], 1.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "second", "ladder"),
+    [("density", 0.5, {}), ("support", 0.5, {}), ("density", NEAR[0], NEAR_LADDER)],
+)
+@pytest.mark.parametrize("download", ["full", "decoupled"])
+def test_decoupled_traffic_costs_what_it_sends(
+    tmp_path: Path, rule: str, second: float, ladder: dict[str, Any], download: str
+) -> None:
+    """Bytes of every flight: its values, priced as whole ones are, and the names of what was chosen.
+
+    Never more than all of it would cost.
+    """
+    initial, model = [1.0, second, 0.2, 0.1], perceptron()
+    options = {"method": "fedgmr", "upload": "decoupled", "trigger": "time", "interval": 5, **ladder}
+    options |= {"payload_rule": rule, "download": download}
     _, log = trained(tmp_path, iid(), 60, densities=initial, **options)
     layout, dispatches = build_layout(model), {d["dispatch"]: d for d in log.records("dispatch")}
-    thinned = 0
+    thinned = dearer = 0
     for arrival in log.records("arrival"):
         sent = dispatches[arrival["dispatch"]]
         held = int(sent["density"] * layout.prunable)
@@ -449,10 +471,26 @@ def test_decoupled_uploads_cost_what_they_send(tmp_path: Path, rule: str) -> Non
         if rule == "density":
             values = min(sent["density"], initial[arrival["client"]])
         names = math.log2(math.comb(held, chosen)) / 32 / layout.size
-        assert math.isclose(arrival["bytes_up"], 26e6 * min(whole, values + names), rel_tol=1e-9)
-        assert math.isclose(sent["bytes_down"], 26e6 * whole, rel_tol=1e-9)
+        part = min(whole, values + names)
+        assert math.isclose(arrival["bytes_up"], 26e6 * part, rel_tol=1e-9)
+        assert math.isclose(sent["bytes_down"], 26e6 * (whole if download == "full" else part), rel_tol=1e-9)
         thinned += chosen < held
-    assert thinned > 3
+        dearer += whole < values + names and chosen < held
+    assert thinned > 3 and (dearer > 0) == bool(ladder)
+
+
+def test_the_plan_prices_no_part_above_the_whole() -> None:
+    keys = {**KEYS, "client_num_in_total": 4, "client_num_per_round": 4, "comm_round": 40}
+    given: dict[str, Any] = {
+        "method": "fedgmr", "densities": [1.0, NEAR[0], 0.2, 0.1], "client_jitter": 0, "server_jitter": 0,
+        "model_megabytes": 26.0, "interval": 5, **NEAR_LADDER,
+    }  # fmt: skip
+    seconds = []
+    for upload in ("full", "decoupled"):
+        config = parse({**given, "upload": upload}, where="here")
+        seconds.append(plan_run(config, fedml_keys(SimpleNamespace(**keys)), perceptron()).classes[1].seconds)
+    assert seconds[0][NEAR[1]] == seconds[1][NEAR[1]] is not None
+    assert seconds[0][1.0] > seconds[1][1.0]
 
 
 # -- what all of them must do --------------------------------------------------------------------------------
@@ -461,7 +499,12 @@ ALL = pytest.mark.parametrize("method", list(METHODS))
 #: Every method, and options that a method may be combined with.
 CASES = pytest.mark.parametrize(
     ("method", "extra"),
-    [*((m, {}) for m in METHODS), *((m, {"upload": "decoupled"}) for m in ("fedgmr", "fjord+gmr"))],
+    [
+        *((m, {}) for m in METHODS),
+        *((m, {"upload": "decoupled"}) for m in ("fedgmr", "fjord+gmr")),
+        ("fedgmr", {"download": "decoupled", "densities": [1.0, 0.3, 0.3, 0.3]}),
+        *((m, {"upload": "decoupled", "download": "decoupled"}) for m in ("fedgmr", "heterofl+gmr")),
+    ],
 )
 
 
@@ -543,10 +586,11 @@ def test_a_method_goes_on_from_its_snapshot(tmp_path: Path, method: str, extra: 
     for _ in range(13):
         first.simulation.step()
     saved = snapshot_simulation(first.simulation)
-    meta = json.loads(json.dumps(saved.meta))
+    meta, tensors = json.loads(json.dumps(saved.meta)), load_tensors(save_tensors(saved.tensors))
     ended = finish(first)  # which leaves the snapshot as it is
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in saved.tensors.items())
     second = started(tmp_path, method, "second", **extra)
-    restore_simulation(second.simulation, Snapshot(meta, saved.tensors))
+    restore_simulation(second.simulation, Snapshot(meta, tensors))
     assert finish(second) == ended
 
 

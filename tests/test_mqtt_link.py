@@ -18,6 +18,7 @@ import pytest
 from fedgmr_plugin.errors import ConfigError, HostError
 from fedgmr_plugin.protocol.desk import Desk
 from fedgmr_plugin.protocol.notes import STATUS, StatusNote, sign, to_server
+from fedgmr_plugin.protocol.presence import Presence
 from fedgmr_plugin.runtimes.devices.connection import Broker as Where
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
@@ -300,3 +301,64 @@ def test_tls_files_that_cannot_be_used_are_told(tmp_path: Path, wrong: str) -> N
         path.write_text("hello")
     with pytest.raises(ConfigError, match=r"GMR-112 MQTT_TLS_CA=.*ca\.crt"):
         MqttLink(Where("localhost", 1, ca=str(path)), [], Inbox())
+
+
+# -- one server, and what the broker keeps -----------------------------------------------------------------
+
+
+def alone(where: Where, nonce: str) -> tuple[MqttLink, Presence]:
+    link, presence = MqttLink(where, [], Inbox()), Presence("7", 0, KEYS.values(), nonce, nonce * 32)
+    link.watch(presence)
+    link.start()
+    return link, presence
+
+
+def test_a_second_server_hears_of_the_first_and_a_dead_one_is_followed(where: Where) -> None:
+    first, serving = alone(where, "c")
+    until(serving.is_alone)
+    serving.serves = True
+    second, refused = alone(where, "a")
+    until(lambda: refused.taken_by)
+    assert refused.taken_by == "c" and not serving.taken_by
+    second.stop()
+    first._client.on_message = lambda *given: None  # a process that is dead, whose connection is not
+    third, follower = alone(where, "b")
+    until(follower.is_alone)
+    third.stop()
+    first.stop()
+
+
+def test_of_two_servers_that_meet_again_one_gives_way(where: Where) -> None:
+    first, a = alone(where, "a")
+    second, b = alone(where, "b")
+    a.serves = b.serves = True
+    first._client.reconnect_delay_set(1, 1)
+    until(second.connected.is_set)
+    until(first.connected.is_set)
+    b.taken_by = ""
+    first._client.socket().shutdown(socket.SHUT_RDWR)
+    until(lambda: b.taken_by)
+    assert not a.taken_by
+    first.stop()
+    second.stop()
+
+
+def test_what_is_kept_comes_to_whoever_connects_later(where: Where) -> None:
+    sender = MqttLink(where, [], Inbox())
+    sender.start()
+    until(sender.connected.is_set)
+    sender.keep("t", b"the end")
+    sender.keep("u", b"gone")
+    sender.keep("u", b"")
+    inbox, kept = Inbox(), list[tuple[str, bytes]]()
+    link = MqttLink(where, ["t", "u"], inbox)
+    link.hear_kept(lambda topic, payload: kept.append((topic, payload)))
+    time.sleep(0.5)
+    link.start()
+    inbox.get(timeout=10)()
+    sender.keep("u", b"")  # the removal itself is no message
+    sender.publish("u", b"live")
+    assert inbox.get(timeout=10) == ("u", b"live")
+    assert kept == [("t", b"the end")]
+    link.stop()
+    sender.stop()

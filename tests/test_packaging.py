@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import fedgmr_plugin
+from fedgmr_plugin.methods import PLAIN, SUBMODEL
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -120,6 +121,34 @@ def test_citation_is_balanced_bibtex_of_method_software_and_host() -> None:
     ]
     assert text.count("{") == text.count("}")
     assert "2512.05372" in text and "2007.13518" in text and max(map(len, text.splitlines())) <= 110
+
+
+def test_every_method_has_its_paper_and_no_other() -> None:
+    """Each entry is whole, and says what the method's source says."""
+    for method in (*PLAIN, *SUBMODEL):
+        own = fedgmr_plugin.cite(f"{method.name}+gmr", method.name, "nothing").removeprefix(
+            fedgmr_plugin.cite()
+        )
+        keys = re.findall(r"^@inproceedings\{([a-z]+)(\d{4})(\w+),$", own, re.M)
+        if method.name == "fedgmr":
+            assert keys == []
+            continue
+        ((author, year, name),) = keys
+        assert name == method.name and own.count("{") == own.count("}")
+        fields = dict(re.findall(r"^  (\w+) += \{(.+?)\}(?:,?\n(?=  \w+ +=)|\n\})", own, re.M | re.DOTALL))
+        assert {"title", "author", "booktitle", "year", "eprint", "archivePrefix"} == set(fields)
+        assert fields["year"] == year and f"arXiv {fields['eprint']}" in method.source
+        first = method.source.split()[0].lower()
+        assert author == first and unaccented(fields["author"]).lower().startswith(f"{first},")
+        assert f"{year} (" in method.source
+        venue = re.search(r"\{(\w+)\}", fields["booktitle"])
+        assert venue is not None and venue[1] in method.source
+    text = fedgmr_plugin.cite("fiarse", "fedavg")
+    assert re.findall(r"^@\w+\{(\w+),$", text, re.M)[3:] == ["mcmahan2017fedavg", "wu2024fiarse"]
+
+
+def unaccented(text: str) -> str:
+    return re.sub(r"\{\\.(\w)\}", r"\1", text)
 
 
 COST = """

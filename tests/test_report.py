@@ -496,7 +496,7 @@ def test_many_runs_and_long_names(log: Any) -> None:
         log(example(run_name=f"{'very long name ' * 12}{i % 3}", config={"interval": i})) for i in range(12)
     ]
     parsed = check(render(runs, "t" * 400))
-    assert parsed.counts["figure"] == 2 + 1 + 12 + 12 + 2 + 2 + 2
+    assert parsed.counts["figure"] == 4 + 1 + 12 + 12 + 2 + 2 + 2
     labels = [run.label for run in named(runs)]
     assert len(set(labels)) == 12
     assert len({(run.colour, run.dash) for run in named(runs)}) == 12

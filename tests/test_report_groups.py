@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from scipy import stats
 
 from fedgmr_plugin.cli import main
 from fedgmr_plugin.protocol import RunLog, RunLogWriter, read_run
-from fedgmr_plugin.report import export, raster, render, tabulate, text, verdicts
+from fedgmr_plugin.report import export, layers, raster, render, tabulate, text, verdicts
+from fedgmr_plugin.report.families import panels
 from fedgmr_plugin.report.figures import Figures
 from fedgmr_plugin.report.groups import between, grouped, stem
 from fedgmr_plugin.report.results import compare
@@ -149,7 +151,9 @@ def test_where_a_run_writes_and_how_it_is_carried_out_part_nobody(log: Any) -> N
     other = log("a-2", 2, [0.5], config=config, versions={"fedgmr": "0.2.0"}, densities=[0.5, 0.5, 1.0])
     (group,) = grouped([log("a-1", 1, [0.5]), other])
     assert not group.alone
-    assert "are one group although their versions differ" in render([run.run for run in group.runs], "x")
+    assert "are one group although their versions or devices differ" in render(
+        [run.run for run in group.runs], "x"
+    )
 
 
 def test_a_seed_that_comes_twice_starts_a_group_of_its_own(log: Any) -> None:
@@ -195,6 +199,18 @@ def test_a_name_s_stem(name: str, seed: int, short: str) -> None:
 
 
 # -- numbers ---------------------------------------------------------------------------------------
+
+
+def test_seconds_of_a_live_run_are_not_called_virtual(log: Any, two: list[RunLog]) -> None:
+    kinds = ("cross_device", "cross_silo")
+    live = [log(kind, 1, [0.5, 0.6], fedml={"training_type": kind}, time_budget=40.0) for kind in kinds]
+    shown = render(live, "live") + export.to_latex(*tabulate(live)[:2])
+    assert "virtual" not in shown.lower()
+    for wanted in ("wall seconds since the run began", "40 wall seconds planned", "wall time (s)"):
+        assert wanted in shown
+    assert "Wall seconds and MB" in shown
+    assert "wall" not in render(two, "simulated") and "virtual seconds" in render(two, "simulated")
+    assert "wall seconds of runs with real devices" in render([*two, *live], "both")
 
 
 def test_the_table_is_what_numpy_and_scipy_say(two: list[RunLog]) -> None:
@@ -553,3 +569,228 @@ def test_the_command_refuses(
     result = CliRunner().invoke(main, ["report", *paths, option, value])
     assert result.exit_code == status and said in result.output
     assert not (two[0].path.parent / "report.html").exists()
+
+
+# -- devices and layers ----------------------------------------------------------------------------
+
+
+def test_the_device_is_among_the_versions(log: Any) -> None:
+    cpu, gpu = "cpu: Some <Processor>", "cuda: NVIDIA H200"
+    page = render([log("a-1", 1, [0.5], device=cpu)], "x")
+    assert re.search(r"device</th><td>cpu: Some &lt;Processor&gt;</td>", page)
+    both = render([log("a-1", 1, [0.5], device=cpu), log("a-2", 2, [0.5], device=gpu)], "x")
+    assert "their versions or devices differ" in both
+    assert "device</th><td>cpu: Some &lt;Processor&gt;</td><td>cuda: NVIDIA H200</td>" in both
+    assert "device</th>" not in render([log("a-1", 1, [0.5])], "x")  # an older log says nothing
+
+
+LAYERS = [
+    {"name": "1.weight", "kind": "prunable", "size": 4},
+    {"name": "1.bias", "kind": "bias", "size": 2},
+    {"name": "2.weight", "kind": "prunable", "size": 8},
+    {"name": "3.running_mean", "kind": "buffer", "size": 2},
+]
+
+
+def with_layers(log: Any, held: list[list[int]], updates: int) -> RunLog:
+    """A run of windows of so many updates, with what they hold of the layers."""
+    run = log("a-1", 1, [0.5] * len(held), layout={"size": 16, "prunable": 12, "layers": LAYERS})
+    text = run.path.read_text().splitlines()
+    out = []
+    for line in text:
+        record = json.loads(line)
+        if record["type"] == "window":
+            own = held[record["window"]]
+            record["coverage"] = sum(own) / (14 * updates)
+            out.append({"type": "layers", "window": record["window"], "held": own})
+        out.append(record)
+    run.path.write_text("".join(json.dumps(record) + "\n" for record in out))
+    return read_run(run.path)
+
+
+def test_coverage_by_layer_is_the_share_of_updates_that_hold_it(log: Any) -> None:
+    run = with_layers(log, [[8, 4, 4], [8, 4, 16], [3, 2, 0]], 2)
+    found = layers.layers(run)
+    assert found is not None and found.names == ("1", "2")
+    assert found.end.tolist() == [10.0, 20.0, 30.0]
+    assert found.shares.tolist() == [[1.0, 0.25], [1.0, 1.0], [0.375, 0.0]]
+    values = layers.binned(found, 60.0)
+    per_window = layers.TIMES // 6
+    assert values[0].tolist() == [1.0, 0.25] and values[per_window + 1].tolist() == [1.0, 1.0]
+    assert values[2 * per_window + 2].tolist() == [0.375, 0.0] and np.isnan(values[-1]).all()
+    (chart,) = charts(render([run], "x"), "Coverage by layer")
+    assert "1: 37.5\u202f%; 2: 0.0\u202f%" in chart
+    assert {float(shade) for shade in re.findall('opacity="([^"]*)"', chart)} == {0.25, 0.4, 1.0}
+
+
+@pytest.mark.parametrize("held", [[[8, 4]], [[8, 4, 4, 1]], [[0, 0, 0]]])
+def test_records_of_layers_that_do_not_fit_are_left_out(log: Any, held: list[list[int]]) -> None:
+    run = with_layers(log, held, 2)
+    assert layers.layers(run) is None and "Coverage by layer" not in render([run], "x")
+    assert layers.layers(log("a-1", 1, [0.5])) is None
+
+
+def test_many_layers_share_rows(log: Any) -> None:
+    many = [{"name": f"{n}.weight", "kind": "prunable", "size": n + 1} for n in range(100)]
+    run = log("a-1", 1, [0.5], layout={"size": 5050, "prunable": 5050, "layers": many})
+    record = {"type": "layers", "window": 0, "held": [n + 1 for n in range(50)] + [0] * 50}
+    text = run.path.read_text().replace('"coverage": 0.5', f'"coverage": {50 * 51 / 2 / 5050}')
+    run.path.write_text(text.replace('{"type": "window"', json.dumps(record) + '\n{"type": "window"', 1))
+    found = layers.layers(read_run(run.path))
+    assert found is not None and len(found.names) <= layers.ROWS and found.names[0] == "0 …"
+    assert found.shares[0][0] == 1.0 and found.shares[0][-1] == 0.0
+    sizes = [sum(range(start + 1, min(start + 4, 101))) for start in range(0, 100, 3)]
+    assert float(found.shares[0] @ np.array(sizes)) == pytest.approx(50 * 51 / 2)
+
+
+# -- many groups -----------------------------------------------------------------------------------
+
+FORMS = ("", "+aux", "+gmr")
+METHODS = [
+    *("fedgmr", "fedavg", "fedprox", "fedasync"),
+    *(f"{name}{form}" for name in ("heterofl", "fjord", "fiarse") for form in FORMS),
+]
+DENSE = {"fedavg", "fedprox", "fedasync"}
+
+
+def of_method(method: str) -> dict[str, Any]:
+    return {"config": {"method": method, "dense_start": method in DENSE}}
+
+
+@pytest.fixture
+def many(log: Any) -> list[RunLog]:
+    """Thirteen methods of three seeds each; each method is better by 0.02 than the one before it."""
+    return [
+        log(
+            f"{method}-{seed}",
+            seed,
+            [0.1, 0.2 + seed / 100, 0.4 + 0.02 * n + seed / 100],
+            **of_method(method),
+        )
+        for n, method in enumerate(METHODS)
+        for seed in (1, 2, 3)
+    ]
+
+
+def charts(page: str, about: str) -> list[str]:
+    """The charts of a page whose title begins so."""
+    return re.findall(rf'<svg class="chart[^>]*><title[^>]*>{re.escape(about)}.*?</svg>', page, re.DOTALL)
+
+
+def test_forms_of_a_method_are_one_panel(many: list[RunLog]) -> None:
+    found = panels(many[::3])
+    assert [(panel.title, [METHODS[place] for place in panel.places]) for panel in found] == [
+        ("Other methods", ["fedgmr", "fedavg", "fedprox", "fedasync"]),
+        ("HeteroFL", [f"heterofl{form}" for form in FORMS]),
+        ("FjORD", [f"fjord{form}" for form in FORMS]),
+        ("FIARSE", [f"fiarse{form}" for form in FORMS]),
+    ]
+    (dense, _, _, _) = panels(many[3::3])
+    assert dense.title == "Methods of the whole model"
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        (["fedgmr"] * 4, [("Configurations", [0, 1, 2, 3])]),
+        ([None] * 7, [("Configurations, 1 of 2", [0, 1, 2]), ("Configurations, 2 of 2", [3, 4, 5, 6])]),
+        (["a", "b", "c"], [("Configurations", [0, 1, 2])]),
+        (["x", "x", "fedavg"], [("x", [0, 1]), ("FedAvg", [2])]),
+        (["fedavg", "x", "x", "b"], [("Other methods", [0, 3]), ("x", [1, 2])]),
+        ([["a"], "x", "x+gmr"], [("Without a method", [0]), ("x", [1, 2])]),
+    ],
+)
+def test_panels_of_any_groups(log: Any, methods: list[Any], expected: list[tuple[str, list[int]]]) -> None:
+    runs = [log("run", 1, [0.5], config={"method": m} if m else {}) for m in methods]
+    assert [(panel.title, list(panel.places)) for panel in panels(runs)] == expected
+
+
+@given(
+    st.lists(st.sampled_from(["a", "a+b", "b", "c", "fedavg", "", "heterofl+aux"]), min_size=1, max_size=60)
+)
+def test_every_group_is_in_one_panel_that_can_show_it(methods: list[str]) -> None:
+    found = panels([SimpleNamespace(header={"config": {"method": m}}) for m in methods])  # type: ignore[misc]
+    assert sorted(place for panel in found for place in panel.places) == list(range(len(methods)))
+    assert all(0 < len(panel.places) < 7 for panel in found)
+
+
+def test_pens_of_many_groups_say_the_panel_and_tell_all_apart(many: list[RunLog]) -> None:
+    groups = grouped(many)
+    pens = [(group.colour, group.dash) for group in groups]
+    assert len(set(pens)) == len(groups)
+    for panel in panels(many[::3]):
+        assert len({groups[place].colour for place in panel.places}) == 1
+
+
+def test_many_groups_are_drawn_in_panels_with_the_others_in_grey(many: list[RunLog]) -> None:
+    page = render(many, "x", against="fedgmr", last=1)
+    drawn = charts(page, "Accuracy against virtual time, panel by panel")
+    assert len(drawn) == len(panels(many[::3]))
+    for chart, panel in zip(drawn, panels(many[::3]), strict=True):
+        inside = {METHODS[place] for place in panel.places}
+        grey = set(re.findall(r'class="l context"[^>]*><title>([^<]*)</title>', chart))
+        assert grey == set(METHODS) - inside - {"fedgmr"}
+        assert len(re.findall(r'<path class="b s\d"', chart)) == len(inside)  # intervals of its own alone
+        limits = re.findall(r'y="[\d.]+" text-anchor="end">(\d+)<', chart)
+        assert limits == re.findall(r'y="[\d.]+" text-anchor="end">(\d+)<', drawn[0])  # one axis for all
+    for about in ("Mean density", "Coverage", "Staleness over time", "Upload per window"):
+        assert len(charts(page, f"{about}: ")) == len(drawn)
+    assert "fedgmr" in re.search(r"<h4><bdi>FjORD.*?</ul>", page, re.DOTALL)[0]  # type: ignore[index]
+    assert "<script" not in page and len(re.findall('id="figure-', page)) == len(
+        set(re.findall(r'id="(figure-[^"]*)"', page))
+    )
+
+
+def test_the_overview_names_the_best_and_the_reference(many: list[RunLog]) -> None:
+    (best,) = charts(render(many, "x"), "Accuracy against virtual time, an overview")
+    assert len(re.findall('class="l context"', best)) == len(METHODS) - 7
+    named = re.findall(r'class="end t\d"[^>]*>([^<]*)<', best)
+    assert sorted(named) == sorted(METHODS[-7:])
+    page = render(many, "x", against="fedgmr")
+    (other,) = charts(page, "Accuracy against virtual time, an overview")
+    assert sorted(re.findall(r'class="end t\d"[^>]*>([^<]*)<', other)) == sorted([*METHODS[-6:], "fedgmr"])
+    assert "the best 6 and the reference by accuracy" in page
+
+
+def test_all_accuracies_are_ranked_in_one_figure(many: list[RunLog]) -> None:
+    page = render(many, "x", against="fedgmr", last=1)
+    (chart,) = charts(page, "Accuracy of all configurations")
+    rows = re.findall(r'<text class="t\d"[^>]*y="([\d.]+)"[^>]*>([^<]*)<', chart)
+    assert [label for _, label in rows] == METHODS[::-1]
+    assert [float(y) for y, _ in rows] == sorted(float(y) for y, _ in rows)
+    assert f"{100 * (0.4 + 0.02 * 12 + 0.02):.1f} ± 2.5</text>" in chart  # t of two degrees: 4.303 / sqrt(3)
+    assert all(
+        len(re.findall("M", path)) == 3 for path in re.findall(r'd="([^"]*)"/?>', chart) if "v10" in path
+    )
+    axis = re.findall(r'class="rule" x1="([\d.]+)"', chart)
+    (reference,) = re.findall(r'class="mark" x1="([\d.]+)"', chart)
+    ticks = [int(t) for t in re.findall(r'text-anchor="middle">(\d+)<', chart)]
+    share = (float(reference) - float(axis[0])) / (float(axis[-1]) - float(axis[0]))
+    assert ticks[0] + share * (ticks[-1] - ticks[0]) == pytest.approx(42.0, abs=0.2)
+
+
+def test_the_papers_of_the_runs_methods_are_cited(many: list[RunLog], two: list[RunLog]) -> None:
+    keys = re.findall(r"@\w+\{(\w+),", render(many, "x"))
+    assert keys[3:] == [
+        "mcmahan2017fedavg", "li2020fedprox", "xie2020fedasync",
+        "diao2021heterofl", "horvath2021fjord", "wu2024fiarse",
+    ]  # fmt: skip
+    assert len(re.findall(r"@\w+\{(\w+),", render(two, "x"))) == 3
+
+
+def test_many_single_runs_are_no_means(many: list[RunLog]) -> None:
+    page = render(many[::3], "x", against="fedgmr-1")
+    assert (
+        "As tabled above. Dotted line: fedgmr-1." in page
+        and "ver seeds" not in page
+        and ".." not in text_of(page)
+    )
+
+
+def text_of(page: str) -> str:
+    return re.sub("<style>.*?</style>|<pre>.*?</pre>|<[^>]*>", " ", page, flags=re.DOTALL)
+
+
+def test_few_groups_are_drawn_as_before(two: list[RunLog]) -> None:
+    page = render(two, "x")
+    assert 'class="panels"' not in page and 'class="l context"' not in page

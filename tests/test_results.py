@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks import (
     bench,
     byzantine,
+    collect,
     devices,
     fashion_mnist,
     fuzz_devices,
@@ -19,11 +20,25 @@ from benchmarks import (
     triggers,
 )
 
+OMNIGLOT = "benchmarks/results/omniglot_reduced.json"
+
 
 def test_the_fashion_mnist_tables_of_the_docs_are_generated(repository: Path) -> None:
     page = (repository / "docs" / "results.md").read_text(encoding="utf-8")
     for line in fashion_mnist.table().splitlines():
         assert line in page, "run `python -m benchmarks.fashion_mnist table` and copy the tables"
+
+
+def test_the_tables_of_the_methods_are_generated(repository: Path) -> None:
+    page = (repository / "docs" / "results.md").read_text(encoding="utf-8")
+    found = json.loads((repository / OMNIGLOT).read_text(encoding="utf-8"))
+    for table in (
+        collect.table(found),
+        collect.pairs(found),
+        collect.horizons(found),
+        collect.beside_the_paper(found, "femnist"),
+    ):
+        assert table in page, f"`python -m benchmarks.collect --table {OMNIGLOT} --paper femnist`"
 
 
 def test_the_trigger_tables_of_the_docs_are_generated(repository: Path) -> None:

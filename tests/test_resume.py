@@ -23,6 +23,7 @@ from fedgmr_plugin.errors import ConfigError, RunLogError
 from fedgmr_plugin.protocol import checkpoint
 from fedgmr_plugin.protocol.runlog import LOG_NAME, RunLogWriter, read_run
 from fedgmr_plugin.runtimes import command, registration, resume
+from fedgmr_plugin.runtimes import run as run_module
 
 # -- files -------------------------------------------------------------------------------------------
 
@@ -240,6 +241,22 @@ def test_without_a_checkpoint_the_run_begins_anew(tmp_path: Path, monkeypatch: p
     killed_after(build(tmp_path / "parts", checkpoint_seconds=1e9), 5, monkeypatch)
     again(tmp_path / "parts").train()
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_run_that_another_release_began_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log is of another minor schema, and does not name the device."""
+    whole = build(tmp_path / "whole")
+    whole.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "SCHEMA", "1.1")
+        patch.setattr(run_module, "device_name", lambda device: None)
+        killed_after(build(tmp_path / "parts"), 5, patch)
+    last = again(tmp_path / "parts")
+    last.train()
+    assert last.end["model_sha256"] == whole.end["model_sha256"]
+    assert read_run(tmp_path / "parts" / "run").header["schema"] == "1.1"
+    assert read_run(tmp_path / "whole" / "run").header["device"].startswith("cpu: ")
 
 
 @pytest.mark.usefixtures("registered")

@@ -23,6 +23,7 @@ SAMPLES: dict[str, Any] = {
     "number": 0.5,
     "number or null": None,
     "string": "text",
+    "string or null": None,
     "object": {"accuracy": 0.25},
     "object or null": None,
     "[int]": [1, 2],
@@ -65,6 +66,7 @@ def values(kind: str) -> st.SearchStrategy[dict[str, Any]]:
         "number": number,
         "number or null": st.none() | number,
         "string": st.text(max_size=8),
+        "string or null": st.none() | st.text(max_size=8),
         "object": plain,
         "object or null": st.none() | plain,
         "[int]": st.lists(integer, max_size=3),
@@ -122,6 +124,7 @@ def test_every_type_word_has_a_test_and_samples_pass() -> None:
         ("int or null", [0, None], [False, 0.0, "x"]),
         ("number", [0, 0.5, None, np.float32(1)], [True, "0.5", [], {}]),
         ("string", ["", "a"], [None, 1, b"a"]),
+        ("string or null", ["", None], [1, b"a", []]),
         ("object", [{}, {"a": 1}], [None, [], "x"]),
         ("object or null", [{}, None], [[], 0]),
         ("[int]", [[], [1, 2], (1,)], [None, 1, [1.5], [None], "12"]),
@@ -336,6 +339,16 @@ def test_any_minor_version_is_read_without_what_is_unknown(tmp_path: Path, schem
     assert "colour" not in run.header
     assert run.records("window") == [{k: v for k, v in sample("window").items() if k != "type"}]
     assert run.end is not None
+
+
+def test_a_key_that_may_be_missing_is_read_as_null(tmp_path: Path) -> None:
+    header = sample("header", device="cpu: x")
+    assert read_run(write(tmp_path / "new.jsonl", header)).header["device"] == "cpu: x"
+    del header["device"]
+    old = write(tmp_path / "old.jsonl", header, sample("window"))
+    assert b"device" not in old.read_bytes() and read_run(old).header["device"] is None
+    with pytest.raises(ValueError, match="device=3 is not of type string or null"):
+        write(tmp_path / "wrong.jsonl", {**header, "device": 3})
 
 
 @pytest.mark.parametrize("schema", ["2.0", "0.9", "1", "1.", "1.x", "11.0", " 1.0", "", 1.0, None])

@@ -33,6 +33,7 @@ from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Outbox, Peer, most_bytes
 host.prepare()
 
 from fedgmr_plugin.runtimes.silos import client  # noqa: E402
+from fedgmr_plugin.runtimes.silos import server as server_module  # noqa: E402
 
 KEYS = {n: bytes([n]) * 32 for n in (1, 2)}
 TOKEN = "0123456789abcdef"
@@ -260,3 +261,16 @@ def test_a_silo_without_a_row_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no row for silo 1") as found:
         client.build(SimpleNamespace(**given), None, [None] * 5 + [data], stack)
     assert found.value.code == "GMR-112"
+    given["fedgmr_args"] |= {"proximal": 0.1}  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=r"GMR-106 proximal=0.1 needs the built-in trainer"):
+        client.build(SimpleNamespace(**given), None, [None] * 5 + [data], stack, object())
+
+
+def test_fedmls_own_silos_are_sent_their_index_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They choose their data by it: it may not number dispatches."""
+    asked: list[dict[str, Any]] = []
+    setup = SimpleNamespace(config=SimpleNamespace(device_submodel="masked"), layout=None)
+    monkeypatch.setattr(server_module, "prepare_server", lambda *given: setup)
+    monkeypatch.setattr(server_module, "assemble_live", lambda *given, **named: asked.append(named))
+    server_module.build(SimpleNamespace(), None, [None, None, None, [], None, {}, {}, 2], nn.Linear(2, 2))
+    assert asked == [{"numbered": False}]

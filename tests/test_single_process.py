@@ -497,16 +497,18 @@ def test_probe_needs_the_built_in_trainer(tmp_path: Path) -> None:
 # -- planning ------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_knows_decoupled_uploads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("download", ["full", "decoupled"])
+def test_the_plan_knows_decoupled_traffic(tmp_path: Path, download: str) -> None:
     """Restored flights are shorter, as long as the run's own, and move the bytes that it says."""
     options = {
         **{"client_jitter": 0, "server_jitter": 0, "model_megabytes": 37.2, "upload": "decoupled"},
+        **{"download": download},
         **{"trigger": "time", "interval": 1, "time_fractions": [0.1], "time_floors": [1.0]},
     }
     args = arguments(tmp_path, options, comm_round=40)
     finished = run(args)
     plan = plan_run(finished.simulation.config, fedml_keys(args), network())
-    usual = finished.simulation.config.model_copy(update={"upload": "full"})
+    usual = finished.simulation.config.model_copy(update={"upload": "full", "download": "full"})
     slow = plan_run(usual, fedml_keys(args), network()).classes[-1].seconds[1.0]
     last = plan.classes[-1]
     planned = last.seconds[1.0]

@@ -181,7 +181,8 @@ class Frame:
     def hooked(self) -> bool:
         """Whether something besides the merge may change the uploads or the merged vector of a window.
 
-        Hooks of the host, defences, staleness that scales changes, or rows that do not count.
+        Hooks of the host, defences, staleness that scales changes, rows that do not count, or clients that
+        did not start from what the log says they were sent.
         """
         return bool(self.hook)
 
@@ -197,6 +198,8 @@ class Frame:
             return "staleness_normalised=false: staleness scales each upload's change"
         if config("upload") == "decoupled":
             return "upload=decoupled: clients send parts of their changes, and earlier parts with them"
+        if config("download") == "decoupled":
+            return "download=decoupled: clients train from values of several versions"
         return "label_masks=true: some rows of the last layer do not count" if self.lacks_rows else ""
 
     @property

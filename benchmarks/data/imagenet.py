@@ -70,15 +70,25 @@ def imagenet100(
     train = index(root / "train", names, COUNTS.train)
     test = index(root / "val", names, COUNTS.val)
     plain = transform(size, augment=False, normalise=normalise)
-    drawn = transform(size, augment=True, normalise=normalise) if augment else plain
-    return Labelled(ImageFiles(*train, drawn), ImageFiles(*test, plain), len(names), train[1])
+    images = ImageFiles(*train, plain)
+    if augment:
+        drawn = transform(size, augment=True, normalise=normalise)
+        images = ImageFiles(*train, drawn, unaugmented=images)
+    return Labelled(images, ImageFiles(*test, plain), len(names), train[1])
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Image files, decoded and transformed whenever one is read."""
+    """Image files, decoded and transformed whenever one is read.
 
-    def __init__(self, paths: Sequence[Path], y: Array, transformed: Transform) -> None:
-        self._paths, self._y, self._transformed = paths, y, transformed
+    Attributes:
+        unaugmented: the same images without random transforms, which validation reads; None where
+            `transformed` draws nothing.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], y: Array, transformed: Transform, unaugmented: ImageFiles | None = None
+    ) -> None:
+        self._paths, self._y, self._transformed, self.unaugmented = paths, y, transformed, unaugmented
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -112,16 +112,38 @@ class ImageData:
         return TensorDataset(torch.from_numpy(self.floats(x, normalise=normalise)), torch.from_numpy(y))
 
 
+class TrainingImages(Dataset[tuple[Tensor, int]]):
+    """Training images as they are, made floats whenever one is read."""
+
+    def __init__(self, data: ImageData, *, normalise: bool = False) -> None:
+        self._data, self._normalise = data, normalise
+
+    def __len__(self) -> int:
+        return len(self._data.y_train)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Several images at once, as torch's loaders ask for them."""
+        x = torch.from_numpy(self._data.floats(self._data.x_train[rows], normalise=self._normalise))
+        return list(zip(x, self._data.y_train[rows].tolist(), strict=True))
+
+
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
     """Training images, flipped and shifted at random whenever one is read.
 
     A flip with probability 1/2 and a crop of the original size at a random place of the image padded by
     `pad` black pixels. Draws come from torch's global generator, as usual for transforms; the engine seeds
     that for each dispatch, so a dispatch that is repeated sees the same images.
+
+    Attributes:
+        unaugmented: the images as they are, which validation reads.
     """
 
     def __init__(self, data: ImageData, *, pad: int = 4, normalise: bool = False) -> None:
         self._data, self._pad, self._normalise = data, pad, normalise
+        self.unaugmented = TrainingImages(data, normalise=normalise)
 
     def __len__(self) -> int:
         return len(self._data.y_train)

@@ -37,6 +37,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     multiple=True,
     help="Another value in the experiment, such as fedgmr_args.heterogeneity=low; may be repeated.",
 )
+@click.option("--variant", metavar="NAME", help="Run a variant that the experiment names.")
 @click.option("--reduced", is_flag=True, help="Run the experiment's reduced form.")
 @click.option(
     "--jobs",
@@ -57,6 +58,7 @@ def bench(
     seeds: str | None,
     budget: float | None,
     changes: tuple[str, ...],
+    variant: str | None,
     reduced: bool,
     jobs: int,
     output: Path | None,
@@ -71,6 +73,8 @@ def bench(
     from fedgmr_plugin.runtimes.experiment import load, problem_of
 
     chosen = load(experiment)
+    if variant is not None:
+        chosen = chosen.as_varied(variant)
     if reduced:
         chosen = chosen.as_reduced()
     for change in changes:
@@ -79,9 +83,10 @@ def bench(
         chosen = chosen.changed("fedgmr_args.time_budget", budget)
     names = _chosen(methods, list(chosen.methods), str, "--methods")
     numbers = _chosen(seeds, None, int, "--seeds") if seeds else list(chosen.seeds)
-    chosen.check()
+    chosen.check(str(experiment))
     problem_of(chosen)
-    folder = output or Path("fedgmr_bench") / (experiment.stem + ("-reduced" if reduced else ""))
+    form = [experiment.stem, *([variant] if variant else []), *(["reduced"] if reduced else [])]
+    folder = output or Path("fedgmr_bench") / "-".join(form)
     campaign = Campaign(chosen, folder, names, numbers, jobs, _teller())
     if only_list:
         _list(campaign)

@@ -76,12 +76,16 @@ class TensorSamples:
 
 
 def split(samples: Samples, fraction: float, seed: int, client: int) -> tuple[Samples, Samples | None]:
-    """Hold ``int(fraction * n)`` samples out for validation: (training part, validation part or None)."""
+    """Hold ``int(fraction * n)`` samples out for validation: (training part, validation part or None).
+
+    The validation part is read without random transforms where `samples` know how (`unaugmented`).
+    """
     held = int(fraction * len(samples))
     if held == 0:
         return samples, None
     order = numpy_generator(seed, "split", client).permutation(len(samples))
-    return Subset(samples, np.sort(order[held:])), Subset(samples, np.sort(order[:held]))
+    plain = getattr(samples, "unaugmented", None) or samples
+    return Subset(samples, np.sort(order[held:])), Subset(plain, np.sort(order[:held]))
 
 
 def in_batches(samples: Samples, batch_size: int) -> Iterator[Batch]:

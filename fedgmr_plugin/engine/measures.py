@@ -1,18 +1,26 @@
 """What the run log says of a merge and of a dispatched model.
 
 Legend: D coordinates of the global vector in the order of a ranking, P of them parameters, R rungs, O
-coordinates that are parameters and not prunable.
+coordinates that are parameters and not prunable, L layers that are no buffers.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedgmr_plugin.kernels.aggregate import MaskedUpdate
 from fedgmr_plugin.kernels.blocks import blocks
+from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking
+
+#: Rankings whose counts are remembered.
+_MOST = 64
 
 
 class Norms(NamedTuple):
@@ -64,3 +72,29 @@ def step_sq(old_D: Tensor, new_D: Tensor, ranking: Ranking, buffers: int) -> flo
             square = float(torch.dot(step_B, step_B))
             total += square if not segment.is_buffer else 0.0 * square
     return total
+
+
+class LayerCounts:
+    """How much of each layer the sub-models of updates hold."""
+
+    def __init__(self, layout: ModelLayout) -> None:
+        starts = [entry.slice.start for entry in layout.entries if entry.kind != "buffer"]
+        self._edges = [*starts, layout.parameters]
+        self._known: OrderedDict[str, list[list[int]]] = OrderedDict()
+
+    def held(self, updates: Sequence[MaskedUpdate]) -> list[int]:
+        """Coordinates of each layer, once for each update that holds them [L]."""
+        counts = [self._counts(update.ranking)[update.rung] for update in updates]
+        return [sum(of_layer) for of_layer in zip(*counts, strict=True)]
+
+    def _counts(self, ranking: Ranking) -> list[list[int]]:
+        """Coordinates of each layer in the sub-model of each rung [R][L]."""
+        if ranking.digest not in self._known:
+            crossed = ranking.crossings(self._edges)[:-1]
+            of_rung = [[stop - start for start, stop in pairwise(places)] for places in crossed]
+            sums = accumulate(of_rung, lambda below, own: [a + b for a, b in zip(below, own, strict=True)])
+            self._known[ranking.digest] = list(sums)
+        self._known.move_to_end(ranking.digest)
+        if len(self._known) > _MOST:
+            self._known.popitem(last=False)
+        return self._known[ranking.digest]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.seeds import numpy_generator
-from fedgmr_plugin.kernels.cost import fair_shares, flight_seconds
+from fedgmr_plugin.kernels.cost import fair_shares
 
 #: Rate at a time, and the time until which it holds: (MB/s, seconds).
 RateFunction = Callable[[float], tuple[float, float]]
@@ -127,10 +127,16 @@ def _capped(rate: RateFunction, cap: float) -> RateFunction:
 
 
 class Transfer(NamedTuple):
-    """MB that one flight moves."""
+    """MB that one flight moves.
+
+    Attributes:
+        shared: whether the download is a sub-model as others get it too, whose increments can leave the
+            server once for all; else it is for this client alone.
+    """
 
     down: float
     up: float
+    shared: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ class Flight:
         down, up: MB in all.
         not_before: earliest second at which it can move (its dispatch, or the server's busy channel).
         arrived: second at which the last byte arrived, once it has.
+        shared: see `Transfer`.
     """
 
     dispatch: int
@@ -152,6 +159,7 @@ class Flight:
     up_left: float
     not_before: float
     arrived: float | None = None
+    shared: bool = True
 
 
 class Arrival(NamedTuple):
@@ -208,7 +216,15 @@ class VirtualNetwork:
             encoded = Transfer(size, size)
         training = train_seconds(self.config, client, density)
         self.flights[dispatch] = Flight(
-            dispatch, client, *encoded, encoded.down, training, encoded.up, self.now
+            dispatch,
+            client,
+            down=encoded.down,
+            up=encoded.up,
+            down_left=encoded.down,
+            train_left=training,
+            up_left=encoded.up,
+            not_before=self.now,
+            shared=encoded.shared,
         )
         self._receivers.append(dispatch)
         return encoded.down
@@ -218,9 +234,12 @@ class VirtualNetwork:
         self.flights.pop(dispatch, None)
 
     def channel_megabytes(self) -> float:
-        """MB through the server's uplink for this window's receivers: each increment once under IMS."""
-        sizes = [self.flights[d].down for d in self._receivers if d in self.flights]
-        return max(sizes, default=0.0) if self.config.incremental_splitting else sum(sizes)
+        """MB through the server's uplink for this window's receivers: under IMS each increment once."""
+        flights = [self.flights[d] for d in self._receivers if d in self.flights]
+        if not self.config.incremental_splitting:
+            return sum(f.down for f in flights)
+        alone = sum(f.down for f in flights if not f.shared)
+        return max((f.down for f in flights if f.shared), default=0.0) + alone
 
     def close_window(self) -> Window:
         """Run the clock to the window's close, take what has arrived, and move everybody to its end."""
@@ -278,15 +297,16 @@ class VirtualNetwork:
         """The server's upload rate and each flight's two rates, capped by the server's share.
 
         The server's downlink is shared by the flights that can begin their upload before the window would
-        close without sharing; its uplink, unless increments are sent once for all, by those that download.
+        close without sharing; its uplink by what is downloaded, increments sent once for all being one.
         """
         server_up, server_down = self.links.server(self.window)
         rates = {d: self.links.client(self.window, f.client) for d, f in self.flights.items()}
         caps = dict.fromkeys(rates, server_up)
-        if not self.config.incremental_splitting:
-            receivers = [d for d in rates if self.flights[d].down_left > 0]
-            shares = fair_shares(server_up, [rates[d][0](self.now)[0] for d in receivers])
-            caps.update(zip(receivers, shares, strict=True))
+        streams = self._streams()
+        if len(streams) > 1:
+            demands = [max(rates[d][0](self.now)[0] for d in stream) for stream in streams]
+            for stream, share in zip(streams, fair_shares(server_up, demands), strict=True):
+                caps.update(dict.fromkeys(stream, share))
         rates = {d: (_capped(down, caps[d]), up) for d, (down, up) in rates.items()}
 
         unshared = {d: self._finish(f, rates[d]) for d, f in self.flights.items()}
@@ -301,6 +321,13 @@ class VirtualNetwork:
             if share < demand:
                 rates[d] = (rates[d][0], _capped(rates[d][1], share))
         return server_up, rates
+
+    def _streams(self) -> list[list[int]]:
+        """Flights that download, those together whose increments leave the server once."""
+        down = [f for f in self.flights.values() if f.down_left > 0]
+        once = [f.dispatch for f in down if f.shared and self.config.incremental_splitting]
+        others = [[f.dispatch] for f in down if not (f.shared and self.config.incremental_splitting)]
+        return [once, *others] if once else others
 
     def _closing_time(self, finished: dict[int, float]) -> float:
         """Arrival of the last flight that the window waits for."""
@@ -381,15 +408,9 @@ def train_seconds(config: FedGMRConfig, client: int, density: float) -> float:
 
 
 def mean_flight_seconds(
-    config: FedGMRConfig, megabytes: float, client: int, density: float, initial_density: float
+    config: FedGMRConfig, moved: Transfer, client: int, density: float, initial_density: float
 ) -> float:
     """Seconds from a client's dispatch to its arrival at mean rates: download, training, upload."""
-    return flight_seconds(
-        megabytes,
-        1.0,
-        initial_density,
-        client_download=config.client_download,
-        client_upload=config.client_upload,
-        server_upload=config.server_upload,
-        compute_seconds=train_seconds(config, client, density),
-    )
+    down = moved.down / min(config.server_upload, config.client_download * initial_density)
+    up = moved.up / (config.client_upload * initial_density)
+    return down + train_seconds(config, client, density) + up

@@ -27,6 +27,8 @@ from fedgmr_plugin.engine.server import Server
 
 #: What a replay does not repeat: sizes of messages and the day's clock.
 _FREE = frozenset({"bytes_up", "bytes_down", "server_bytes_down", "wall_seconds", "message", "rejected"})
+#: Records that follow from others, which logs of older releases lack.
+_IMPLIED = frozenset({"layers"})
 #: Refusals that leave the dispatch in flight.
 _UNANSWERED = frozenset({"GMR-401", "GMR-406"})
 
@@ -58,7 +60,7 @@ class Replay(Course):
     """
 
     def __init__(self, server: Server, examiner: Examiner, train: Callable[[Dispatch], LocalUpdate]) -> None:
-        super().__init__(server, examiner, lambda record: self._replayed.append(record))
+        super().__init__(server, examiner, self._keep)
         self.found = Comparison()
         self._train = train
         self._sent: dict[int, Dispatch] = {}
@@ -85,7 +87,7 @@ class Replay(Course):
         uploads = sorted((r for r in segment if r["type"] == "arrival"), key=lambda r: float(r["time"]))
         for record in segment:
             kind = record["type"]
-            if kind in ("header", "end") or self.found.differences:
+            if kind in ("header", "end", *_IMPLIED) or self.found.differences:
                 continue
             self._expected.append(record)
             if kind in ("client", "window"):
@@ -132,6 +134,10 @@ class Replay(Course):
         return 0.0
 
     # -- comparing ------------------------------------------------------------------------------------
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        if record["type"] not in _IMPLIED:
+            self._replayed.append(record)
 
     def _match(self) -> None:
         """Hold the replayed records against the recorded ones, as far as there are both."""

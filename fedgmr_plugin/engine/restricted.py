@@ -6,10 +6,11 @@ Legend: D coordinates, S support of an update, C classes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fedgmr_plugin.engine.client import Samples, in_batches
 from fedgmr_plugin.kernels.aggregate import MaskedUpdate
@@ -28,15 +29,20 @@ class Restricted:
     def __init__(self, shares: Shares | None) -> None:
         self._shares = shares
         self._known: OrderedDict[tuple[str, int], Ranking] = OrderedDict()
+        # By what an upload names, as long as somebody keeps that: those of a buffer come with every merge.
+        self._named: MutableMapping[Tensor, Ranking] = WeakIdKeyDictionary()
 
     def __call__(self, client: int, update: MaskedUpdate, sent_S: Tensor | None = None) -> MaskedUpdate:
         """The part of a client's update that counts: none of its rungs holds the other coordinates.
 
         Args:
-            sent_S: bool [S], which coordinates `update` has the values of; None for all.
+            sent_S: bool [S], which coordinates `update` has the values of; None for all. One tensor is of one
+                upload, and not changed.
         """
         if sent_S is not None:
-            update = _named(update, sent_S)
+            if sent_S not in self._named:
+                self._named[sent_S] = _ranking_of(update, sent_S)
+            update = update._replace(ranking=self._named[sent_S])
         share_D = None if self._shares is None else self._shares(client)
         if share_D is None:
             return update
@@ -56,13 +62,13 @@ class Restricted:
         return self._known[key]
 
 
-def _named(update: MaskedUpdate, sent_S: Tensor) -> MaskedUpdate:
-    """An update of the coordinates `sent_S` alone, under a ranking that has no others."""
+def _ranking_of(update: MaskedUpdate, sent_S: Tensor) -> Ranking:
+    """The ranking of an update that has none of the coordinates but `sent_S`."""
     ranking = update.ranking
     rung_D = torch.full_like(ranking.rung_D, len(ranking.densities))
     held_D = update.index_S[sent_S]
     rung_D[held_D] = ranking.rung_D[held_D]
-    return update._replace(ranking=Ranking(ranking.densities, rung_D))
+    return Ranking(ranking.densities, rung_D)
 
 
 def known_classes(samples: Samples, classes: int) -> Tensor:

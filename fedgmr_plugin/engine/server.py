@@ -45,7 +45,7 @@ from fedgmr_plugin.engine.events import (
     Validated,
     WindowClosed,
 )
-from fedgmr_plugin.engine.measures import Norms, norms, step_sq
+from fedgmr_plugin.engine.measures import LayerCounts, Norms, norms, step_sq
 from fedgmr_plugin.engine.restricted import Restricted, Shares
 from fedgmr_plugin.engine.sampling import choose_idle
 from fedgmr_plugin.engine.seeds import torch_generator
@@ -117,6 +117,7 @@ class Server:
         self.config, self.plan, self.layout = config, plan, layout
         self.before_merge, self.after_merge, self._masks = before_merge, after_merge, masks
         self._restricted = Restricted(shares)
+        self._layers = LayerCounts(layout)
         clients = len(plan.client_samples)
         self.rules = restoration_rules(config)
         self.version = 0
@@ -386,6 +387,8 @@ class Server:
             self._arrival(a, weights[a.upload.dispatch], share)
             for a, share in zip(arrived, shares, strict=True)
         ]
+        if updates:
+            records.append(_record("layers", window=self.version, held=self._layers.held(updates)))
         return [*records, *defence, self._window(arrived, len(updates), coverage, moved, event)]
 
     def _defended(self, updates: list[MaskedUpdate]) -> tuple[list[MaskedUpdate], list[Effect]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedgmr_plugin.engine.client import Batch, LocalUpdate
 from fedgmr_plugin.engine.course import Course
+from fedgmr_plugin.engine.decoupled import Budget, Downlink, Thinned, Uplink
 from fedgmr_plugin.engine.events import Dispatch, Effect, Record, UploadArrived, WindowClosed
 from fedgmr_plugin.engine.examiner import Examiner
 from fedgmr_plugin.engine.network import (
@@ -29,7 +30,6 @@ from fedgmr_plugin.engine.probe import Probe, probe_set
 from fedgmr_plugin.engine.probing import Probing
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Server
-from fedgmr_plugin.engine.uplink import Thinned, Uplink
 from fedgmr_plugin.engine.workbench import Evaluator, Workbench
 
 
@@ -89,9 +89,11 @@ class Simulation(Course):
         self.clients, self.training = bench.clients, bench.training
         self._executor = executor or InTurn(bench.train)
         self._sizes = sizes
-        self.uplink: Uplink | None = None
-        if self.config.upload == "decoupled":
-            self.uplink = Uplink(self.layout, network.densities, self.config.update_form)
+        config = self.config
+        budget = Budget(self.layout, network.densities)
+        self.uplink = Uplink(budget, config.update_form) if config.upload == "decoupled" else None
+        self.downlink = Downlink(budget) if config.download == "decoupled" else None
+        self._budget = budget if self.uplink or self.downlink else None
         self.pending: dict[int, Dispatch] = {}
         self._probing = self._make_probing()
 
@@ -173,14 +175,19 @@ class Simulation(Course):
         if self._probing is None or not self._probing.watches:
             self._executor.begin(sent)
 
-    def _send(self, sent: Dispatch) -> float:
+    def _send(self, whole: Dispatch) -> float:
+        sent = whole if self.downlink is None else self.downlink.cut(whole)
         share = len(sent.values_S) / self.layout.size
         transfer = self._sizes(sent)
-        if self.uplink is not None:
-            network = self.network
-            down = payload_megabytes(self.config, network.model_megabytes, sent.density, share)
-            up = self.uplink.share(sent, by_density=self.config.payload_rule == "density")
-            transfer = Transfer(down, min(down, network.model_megabytes * up))
+        if self._budget is not None:
+            transfer = self._budget.transfer(
+                self.config,
+                self.network.model_megabytes,
+                sent.client,
+                sent.ranking,
+                sent.rung,
+                whole=sent is whole,
+            )
         megabytes = self.network.dispatch(sent.dispatch, sent.client, sent.density, share, transfer)
         self._await(sent)
         if self._probing is not None:
@@ -208,10 +215,15 @@ class Simulation(Course):
 
     def _mean_seconds(self, client: int, density: float) -> float:
         """T(d): mean seconds of one flight of `client` at `density`."""
-        ranking, network = self.server.ranking, self.network
-        share = ranking.ends[ranking.rung(density)] / self.layout.size
-        megabytes = payload_megabytes(self.config, network.model_megabytes, density, share)
-        return mean_flight_seconds(self.config, megabytes, client, density, network.densities[client])
+        ranking, network, config = self.server.ranking, self.network, self.config
+        rung = ranking.rung(density)
+        if self._budget is not None:
+            moved = self._budget.transfer(config, network.model_megabytes, client, ranking, rung)
+        else:
+            share = ranking.ends[rung] / self.layout.size
+            size = payload_megabytes(config, network.model_megabytes, density, share)
+            moved = Transfer(size, size)
+        return mean_flight_seconds(config, moved, client, density, network.densities[client])
 
 
 def _upload(arrival: Arrival, update: LocalUpdate, part: Thinned) -> UploadArrived:

@@ -7,6 +7,7 @@ may be written with safetensors; meta with `json`. A run with real clients (`Liv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -123,14 +124,18 @@ def snapshot_simulation(simulation: Simulation) -> Snapshot:
     """The state of a simulation between two windows; tensors of the server are copies."""
     meta, tensors = snapshot(simulation.server)
     pending = []
+    names: dict[int, str] = {}
     for d in simulation.pending.values():
-        payload = f"payload.{d.version}.{d.ranking.digest}.{d.rung}"  # clients of one rung share it
+        payload = names.setdefault(id(d.values_S), f"payload.{len(names)}")  # clients of one rung share it
         tensors[payload] = d.values_S
         kept = {k: v for k, v in vars(d).items() if k not in ("ranking", "values_S")}
         pending.append({**kept, "payload": payload})
     if simulation.uplink is not None:
         owed = simulation.uplink.residual
         tensors.update({f"residual.{n}": owed_D.clone() for n, owed_D in owed.items()})  # thin() writes there
+    if simulation.downlink is not None:
+        held = simulation.downlink.held
+        tensors.update({f"held.{n}": held_D.clone() for n, held_D in held.items()})  # cut() writes there
     starts = simulation.probed_starts
     tensors.update({f"start.{version}": w_D for version, w_D in starts.items()})
     return Snapshot(
@@ -159,10 +164,17 @@ def restore_simulation(simulation: Simulation, state: Snapshot) -> None:
         pending.append(Dispatch(ranking=ranking, values_S=tensors[kept["payload"]], **fields))
     simulation.wait_for(pending)
     if simulation.uplink is not None:
-        owed = {name[9:]: owed_D for name, owed_D in tensors.items() if name.startswith("residual.")}
-        simulation.uplink.residual = {int(n): owed_D.clone() for n, owed_D in owed.items()}
+        simulation.uplink.residual = _by_client(tensors, "residual")
+    if simulation.downlink is not None:
+        simulation.downlink.held = _by_client(tensors, "held")
     simulation.probed_starts = {version: tensors[f"start.{version}"] for version in meta["starts"]}
     simulation.traffic = meta["traffic"]
+
+
+def _by_client(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
+    """The clients' own copies of the tensors ``name.N``."""
+    start = f"{name}."
+    return {int(k.removeprefix(start)): t.clone() for k, t in tensors.items() if k.startswith(start)}
 
 
 def snapshot_live(live: Live) -> Snapshot:

@@ -85,10 +85,15 @@ class Bucket:
 
 @dataclass(frozen=True)
 class PlainAnswer:
-    """A device that knows nothing of masks has put its model into the store under `key`."""
+    """A device that knows nothing of masks has put its model into the store under `key`.
+
+    Attributes:
+        index: ``client_idx`` of the message that it answers, where it repeats it.
+    """
 
     key: str
     samples: int
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,11 @@ class Desk:
     def topics(self) -> list[str]:
         """Topics on which devices write."""
         return list(self.keys_by_topic)
+
+    @property
+    def keys(self) -> Mapping[int, bytes]:
+        """Each device's key; none where devices are not authenticated."""
+        return self._keys or {}
 
     @property
     def keys_by_topic(self) -> dict[str, bytes | None]:
@@ -209,7 +219,14 @@ class Desk:
             raise WireError("GMR-741", f"num_samples={shown(samples)}")
         if not isinstance(name, str) or not 0 < len(name) <= 512:
             raise WireError("GMR-741", f"model_params={shown(name)}")
-        return PlainAnswer(name, samples)
+        index = message.get("client_idx")
+        if isinstance(index, str) and index.isdecimal() and len(index) < 16:
+            index = int(index)
+        if index is not None and (
+            isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 2**53
+        ):
+            raise WireError("GMR-741", f"client_idx={shown(index)}")
+        return PlainAnswer(name, samples, index)
 
     def count(self, client: int, code: str) -> None:
         """Note a refusal that was found later."""

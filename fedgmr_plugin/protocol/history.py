@@ -24,6 +24,11 @@ _NAMES = {kind: name for name, kind in _EVENTS.items()}
 _TYPES = {"<f4": torch.float32, "<f8": torch.float64}
 
 
+#: What an upload's entry says besides its event, of clients that know nothing of masks: whether its client
+#: numbers its answers.
+NUMBERED = "numbered"
+
+
 def entry_of(event: LiveEvent) -> Entry:
     """An event, to the bit: values as they are, numbers in their shortest form that reads back the same."""
     if not isinstance(event, UploadArrived):
@@ -40,7 +45,7 @@ def event_of(entry: Entry) -> LiveEvent:
     Raises:
         RunLogError: GMR-607 if it is none.
     """
-    head = dict(entry.head)
+    head = {name: value for name, value in entry.head.items() if name != NUMBERED}
     try:
         kind = _EVENTS[head.pop("event")]
         if kind is UploadArrived:

@@ -134,11 +134,18 @@ def to_server(run: str, device: int) -> str:
 
 def sign(note: Note, topic: str, key: bytes | None, message: Mapping[str, Any]) -> bytes:
     """FedML's `message` with the note in it, as it is published on `topic`; unsigned without a key."""
-    text = json.dumps({"protocol": PROTOCOL, "kind": _NAMES[type(note)], **asdict(note)}, sort_keys=True)
-    signed = {**message, "fedgmr": text}
+    return signed({"kind": _NAMES[type(note)], **asdict(note)}, topic, key, message)
+
+
+def signed(
+    fields: Mapping[str, Any], topic: str, key: bytes | None, message: Mapping[str, Any] | None = None
+) -> bytes:
+    """A `message` with a note of these fields in it; see `sign`."""
+    text = json.dumps({"protocol": PROTOCOL, **fields}, sort_keys=True)
+    found = {**(message or {}), "fedgmr": text}
     if key is not None:
-        signed["fedgmr_mac"] = _mac(key, topic, text)
-    return json.dumps(signed).encode()
+        found["fedgmr_mac"] = _mac(key, topic, text)
+    return json.dumps(found).encode()
 
 
 def plain_message(kind: int, server: int, device: int, fields: Mapping[str, Any]) -> bytes:
@@ -166,9 +173,24 @@ def note_of(message: Mapping[str, Any], topic: str, key: bytes | None, kind: typ
     Raises:
         WireError: GMR-741 for a note that is not understood, GMR-743 for one that is not authentic.
     """
-    text = message.get("fedgmr")
-    if text is None:
+    if message.get("fedgmr") is None:
         return None
+    fields = read_signed(message, topic, key)
+    if fields.pop("kind", None) != _NAMES[kind]:
+        raise WireError("GMR-741", f"the note is no {_NAMES[kind]}")
+    rules = _RULES[kind]
+    if set(fields) != set(rules):
+        raise WireError("GMR-741", f"fields={shown(sorted(set(fields) ^ set(rules)))} missing or unknown")
+    return kind(**{name: rule(name, fields[name]) for name, rule in rules.items()})
+
+
+def read_signed(message: Mapping[str, Any], topic: str, key: bytes | None) -> dict[str, Any]:
+    """The fields of a parsed message's note, authentic where there is a key, and not checked otherwise.
+
+    Raises:
+        WireError: as `note_of`.
+    """
+    text = message.get("fedgmr")
     if not isinstance(text, str):
         raise WireError("GMR-741", "the note is no text")
     if key is not None:
@@ -180,12 +202,7 @@ def note_of(message: Mapping[str, Any], topic: str, key: bytes | None, kind: typ
     fields = _json(text.encode(errors="replace"))
     if not isinstance(fields, dict) or fields.pop("protocol", None) != PROTOCOL:
         raise WireError("GMR-741", f"the note is not of protocol {PROTOCOL}")
-    if fields.pop("kind", None) != _NAMES[kind]:
-        raise WireError("GMR-741", f"the note is no {_NAMES[kind]}")
-    rules = _RULES[kind]
-    if set(fields) != set(rules):
-        raise WireError("GMR-741", f"fields={shown(sorted(set(fields) ^ set(rules)))} missing or unknown")
-    return kind(**{name: rule(name, fields[name]) for name, rule in rules.items()})
+    return fields
 
 
 def _json(text: bytes) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgmr_plugin.errors import RunLogError
-from fedgmr_plugin.protocol.schema import RECORDS, SCHEMA, TYPES, problems
+from fedgmr_plugin.protocol.schema import OPTIONAL, RECORDS, SCHEMA, TYPES, problems
 
 #: Name of the log inside a run's directory.
 LOG_NAME = "run.jsonl"
@@ -59,7 +59,8 @@ def encode(record: Mapping[str, Any]) -> str:
     found = problems(record)
     if found:
         raise ValueError(f"{record.get('type')} record refused: " + "; ".join(found))
-    ordered = {"type": record["type"], **{key: record[key] for key in RECORDS[record["type"]]}}
+    keys = RECORDS[record["type"]]
+    ordered = {"type": record["type"], **{key: record[key] for key in keys if key in record}}
     try:
         return _ENCODER.encode(ordered)
     except ValueError:
@@ -326,6 +327,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise RunLogError("GMR-602", f"not valid JSON: {error}", where=where) from error
     if not isinstance(record, dict) or not isinstance(record.get("type"), str):
         raise RunLogError("GMR-602", "not an object with a `type`", where=where)
+    for key in OPTIONAL.get(record["type"], ()):
+        record.setdefault(key, None)
     return record
 
 

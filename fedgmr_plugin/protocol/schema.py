@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 #: Version that the writer writes; the reader accepts every version with the same major number.
-SCHEMA = "1.1"
+SCHEMA = "1.2"
 
 #: Record type to its keys, in the order in which they are written (`type` comes first everywhere).
 RECORDS: dict[str, dict[str, str]] = {
@@ -34,6 +34,7 @@ RECORDS: dict[str, dict[str, str]] = {
         "local_steps": "int or null",
         "windows": "int",
         "time_budget": "number or null",
+        "device": "string or null",
     },
     "dispatch": {
         "dispatch": "int",
@@ -81,6 +82,10 @@ RECORDS: dict[str, dict[str, str]] = {
         "dispatch": "int or null",
         "density": "number",
         "samples": "int",
+    },
+    "layers": {
+        "window": "int",
+        "held": "[int]",
     },
     "window": {
         "window": "int",
@@ -180,6 +185,9 @@ RECORDS: dict[str, dict[str, str]] = {
     },
 }
 
+#: Keys that older logs and other writers lack; they are then read as null.
+OPTIONAL: dict[str, frozenset[str]] = {"header": frozenset({"device"})}
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -208,6 +216,7 @@ TYPES: dict[str, Callable[[object], bool]] = {
     "number": _is_number,
     "number or null": _is_number,
     "string": lambda value: isinstance(value, str),
+    "string or null": lambda value: value is None or isinstance(value, str),
     "object": _is_object,
     "object or null": _or_null(_is_object),
     "[int]": _is_list_of(_is_int),
@@ -221,14 +230,15 @@ TYPES: dict[str, Callable[[object], bool]] = {
 def problems(record: Mapping[str, Any]) -> list[str]:
     """What keeps `record` from being a record of this schema; empty if nothing does.
 
-    Finds an unknown type, missing keys, unknown keys and values of another type. The contents of
-    nested objects are free.
+    Finds an unknown type, missing keys that are not `OPTIONAL`, unknown keys and values of another type. The
+    contents of nested objects are free.
     """
     kind = record.get("type")
     keys = RECORDS.get(kind) if isinstance(kind, str) else None
     if keys is None:
         return [f"type={kind!r} is not one of {', '.join(RECORDS)}"]
-    found = [f"key {key} is missing" for key in keys if key not in record]
+    optional = OPTIONAL.get(str(kind), frozenset())
+    found = [f"key {key} is missing" for key in keys if key not in record and key not in optional]
     found += [f"key {key} is unknown" for key in record if key not in keys and key != "type"]
     found += [
         f"{key}={record[key]!r} is not of type {word}"

@@ -7,7 +7,8 @@ them (``docs/self-hosting.md``). What a device may read and write begins alike t
     fedml_{run}/answers/{device}/{token}-{dispatch} a device's update
     fedml_{run}/probes/{device}/...                 by which a device measures its bandwidth
     fedml_{run}_sent_{token}_...                    files for FedML's own devices
-    fedml_{run}_{device}_...                        what these answer
+    fedml_{run}_{device}_...                        what these answer,
+    fedml_{run}_{server}_{device}-...               or, with the Android SDK, this
 
 FedML's own devices take a key for the name of a file, so theirs have no slash.
 """
@@ -49,15 +50,17 @@ def is_sent(key: str, run: str, token: str) -> bool:
     return key.startswith((sent_key(run, token, ""), file_key(run, token, "")))
 
 
-def is_of_run(key: str, run: str, token: str, devices: Container[int]) -> bool:
+def is_of_run(key: str, run: str, token: str, devices: Container[int], server: int = 0) -> bool:
     """Whether `key` is of this run, and of no other with its ``run_id`` as far as names tell."""
     answer = re.fullmatch(rf"fedml_{re.escape(run)}/answers/\d+/(.+)-\d+", key)
     is_answer = answer is not None and answer[1] == token
     is_probe = key.startswith(f"fedml_{run}/probes/")
-    return is_sent(key, run, token) or is_answer or is_probe or is_file_answer(key, run, devices)
+    return is_sent(key, run, token) or is_answer or is_probe or is_file_answer(key, run, devices, server)
 
 
-def is_file_answer(key: str, run: str, devices: Container[int]) -> bool:
+def is_file_answer(key: str, run: str, devices: Container[int], server: int = 0) -> bool:
     """Whether one of FedML's own devices among `devices` may have written `key` in this run."""
-    found = re.fullmatch(rf"fedml_{re.escape(run)}_(\d{{1,18}})_[0-9A-Za-z.-]{{1,128}}", key)
+    found = re.fullmatch(rf"fedml_{re.escape(run)}_{server}_(\d{{1,18}})-[0-9a-f]{{32}}", key)
+    if found is None:
+        found = re.fullmatch(rf"fedml_{re.escape(run)}_(\d{{1,18}})_[0-9A-Za-z.-]{{1,128}}", key)
     return found is not None and int(found[1]) in devices

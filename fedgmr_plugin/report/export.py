@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 
+from fedgmr_plugin.report.groups import clock
 from fedgmr_plugin.report.results import Comparisons, Result
 from fedgmr_plugin.report.text import clean, latex
 
@@ -79,17 +80,18 @@ def to_csv(rows: Sequence[Result], comparisons: Comparisons | None, last: int = 
 def to_latex(rows: Sequence[Result], comparisons: Comparisons | None, last: int = 1) -> str:
     """A ``tabular`` for booktabs, one line for each group, under comments that say what the numbers are."""
     first = rows[0].summaries[0]
+    kind = clock([run.run for row in rows for run in row.group.runs])
     budget, target = "the last evaluation", "the target"
     if first.budget_seconds is not None:
-        budget = f"{first.budget_seconds:.0f} virtual seconds"
+        budget = f"{first.budget_seconds:.0f} {kind} seconds"
     if first.target_accuracy is not None:
         target = rf"{100 * first.target_accuracy:.1f}\,\%"
     notes = [
         r"Needs \usepackage{booktabs}. Made by fedgmr report from the run logs alone.",
         f"Accuracy: test set, at {budget}" + (f", mean of {last} evaluations" if last > 1 else "") + ";",
         "mean over seeds and half of its 95 % interval (Student's t).",
-        "Virtual seconds and MB (up and down) to the target: median over seeds; in brackets how many reached "
-        "it, if not all.",
+        f"{kind.capitalize()} seconds and MB (up and down) to the target: median over seeds; in brackets how "
+        "many reached it, if not all.",
         "Staleness: mean over seeds of a run's mean, in windows.",
     ]
     head = ["", "seeds", r"accuracy (\%)", f"s to {target}", f"MB to {target}", "staleness"]

@@ -8,31 +8,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgmr_plugin.protocol.runlog import RunLog
-from fedgmr_plugin.report import raster
-from fedgmr_plugin.report.groups import Group, Named
+from fedgmr_plugin.report import layers, raster
+from fedgmr_plugin.report.families import MOST, panels
+from fedgmr_plugin.report.groups import Group, Named, clock
 from fedgmr_plugin.report.scales import BINS, as_percent, bin_means, nice_ticks
 from fedgmr_plugin.report.statistics import FEWEST_PAIRS, align, band
 from fedgmr_plugin.report.summary import evaluations
-from fedgmr_plugin.report.svg import DASHES, Axis, Series, chart, swatch
+from fedgmr_plugin.report.svg import DASHES, SMALL, Axis, Series, chart, swatch
 from fedgmr_plugin.report.text import escape, name, number, percent, seconds, shorten
 from fedgmr_plugin.report.tracks import classes, coordinates, density_steps, held, staleness_by_window
 
 Array = NDArray[np.float64]
 
-#: Runs up to which both candidates of each are drawn; groups up to which lines are labelled at their ends.
-BOTH_CANDIDATES, END_LABELS = 3, 7
+#: Runs up to which both candidates of each are drawn.
+BOTH_CANDIDATES = 3
 #: Seeds from which an interval is drawn: from two it is 13 standard errors wide to either side.
 BAND_SEEDS = FEWEST_PAIRS
+#: What the lines of a panel are that its legend does not name.
+_GREY = " Grey: all other configurations; rest the pointer on one for its name."
+_PLAIN = " Without markers: the one that the others are compared with."
 
 
 class Figures:
     """Builds figures with ids that are unique in the page.
 
-    A group of one run is drawn as that run; one of several as its mean, with every seed as a thin line.
+    A group of one run is drawn as that run; one of several as its mean, with every seed as a thin line. More
+    than `families.MOST` groups are drawn in panels, each with the others in grey.
+
+    Args:
+        groups: what is drawn.
+        best: places of the groups by their accuracy, the best first; those without one may be left out.
+        reference: place of the group that the others are compared with.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = groups
+    def __init__(
+        self, groups: Sequence[Group], best: Sequence[int] = (), reference: int | None = None
+    ) -> None:
+        self.groups, self._best, self._reference = groups, best, reference
+        #: whether there are too many groups for one chart
+        self.many = len(groups) > MOST
+        self._panels = panels([group.runs[0].run for group in groups]) if self.many else []
         self.runs = [run for group in groups for run in group.runs]
         #: whether there is a group of several seeds
         self.seeds = any(not group.alone for group in groups)
@@ -41,7 +56,8 @@ class Figures:
         ends = np.concatenate([run.run.column(kind, key) for run in self.runs for kind, key in timed])
         ends = ends[np.isfinite(ends)]
         #: one time axis for all figures, so that they compare
-        self.seconds = Axis("virtual time (s)", 0.0, float(ends.max()) if len(ends) else None)
+        self._clock = clock([run.run for run in self.runs])
+        self.seconds = Axis(f"{self._clock} time (s)", 0.0, float(ends.max()) if len(ends) else None)
         known = [run for run in self.runs if np.isfinite(run.run.column("evaluation", "accuracy")).any()]
         #: the metric that is drawn: accuracy, or loss where no run has an accuracy
         measured = any(run.run.count("evaluation") for run in self.runs)
@@ -49,7 +65,10 @@ class Figures:
 
     def metric_by_time(self) -> str:
         """Accuracy of the shipped candidate, of w and of the scaled model against virtual time."""
+        title = f"{self._metric_name()} against {self._clock} time"
         series = self._metric_series(lambda run, key: evaluations(run, key)[0])
+        if self.many:
+            return self._overview(f"{title}, an overview", series)
         marks: list[float] = []
         caption = "Test set; thick: the model that would be shipped."
         if self._both():
@@ -58,8 +77,16 @@ class Figures:
             times = sorted(set(self.runs[0].run.column("restoration", "time").tolist()))
             marks = times if len(times) <= 40 else []
             caption += " Vertical lines: restorations." if marks else ""
-        title = f"{self._metric_name()} against virtual time"
-        return self._figure(title, caption + self._spread(), series, self.seconds, self._y(), marks)
+        return self._drawn(title, caption + self._spread(), series, self.seconds, self._y(), marks)
+
+    def metric_panels(self) -> str:
+        """The same for each panel of groups, with all intervals; nothing where one chart shows all."""
+        if not self.many:
+            return ""
+        series = self._metric_series(lambda run, key: evaluations(run, key)[0])
+        title = f"{self._metric_name()} against {self._clock} time, panel by panel"
+        caption = "Test set; the model that would be shipped."
+        return self._multiples(title, caption + self._spread(), series, self.seconds, self._y())
 
     def metric_by_bytes(self) -> str:
         """Accuracy of the shipped candidate against the clients' traffic."""
@@ -72,7 +99,7 @@ class Figures:
         caption = "The same evaluations; simulated bytes that the clients received and sent, summed."
         axis = Axis("traffic, up and down (MB)", low=0)
         title = f"{self._metric_name()} against bytes"
-        return self._figure(title, caption + self._spread(), series, axis, self._y())
+        return self._drawn(title, caption + self._spread(), series, axis, self._y())
 
     def densities(self, place: int) -> str:
         """Density of each client class of one group: its mean, and every client (or seed) faintly."""
@@ -115,7 +142,7 @@ class Figures:
         """Mean density of all clients against virtual time, group against group."""
         series = self._all(lambda run: held(run, "mean_density"), kind="steps")
         caption = "Mean over all clients" + self._thin() + "."
-        return self._figure("Mean density", caption, series, self.seconds, Axis("density", low=0, high=1))
+        return self._drawn("Mean density", caption, series, self.seconds, Axis("density", low=0, high=1))
 
     def participation(self) -> list[str]:
         """Uploads of every client over time, and its mean staleness: each group's first seed."""
@@ -149,7 +176,7 @@ class Figures:
         caption = "Mean over coordinates of the share of a window’s merged updates that hold it"
         caption += self._thin() + self._binned()
         axis = Axis("share (%)", low=0, high=1, write=as_percent)
-        return self._figure("Coverage", caption, series, self.seconds, axis)
+        return self._drawn("Coverage", caption, series, self.seconds, axis)
 
     def covered(self) -> str:
         """Share of the coordinates that at least one update of a window holds."""
@@ -161,9 +188,30 @@ class Figures:
         caption = "Share of the coordinates (no buffers) that at least one merged update of a window holds"
         series = self._all(share, width=1.6)
         axis = Axis("share (%)", low=0, high=1, write=as_percent)
-        return self._figure(
+        return self._drawn(
             "Coordinates reached", caption + self._thin() + self._binned(), series, self.seconds, axis
         )
+
+    def by_layer(self) -> list[str]:
+        """Coverage of every pruned layer: each group's first seed, as far as its log has it."""
+        end, figures = self.seconds.high or 0.0, []
+        for group in self.groups:
+            run = group.runs[0].run
+            found = layers.layers(run) if end > 0 else None
+            if found is not None:
+                self._made += 1
+                figures.append(
+                    layers.figure(
+                        found,
+                        self.seconds,
+                        ident=f"figure-{self._made}",
+                        title="Coverage by layer" + ("" if len(self.groups) == 1 else f", {group.label}"),
+                        seed=""
+                        if group.alone
+                        else f" Seed {run.header['seed']}, of {len(group.runs)} seeds.",
+                    )
+                )
+        return figures
 
     def staleness_histogram(self) -> str:
         """Share of merged uploads by staleness."""
@@ -174,8 +222,9 @@ class Figures:
         top = max((int(v.max()) for some in values for v in some), default=0)
         width = max(1, -(-(top + 1) // 16))
         count = top // width + 1
-        series = []
+        series: list[list[Series]] = []
         for group, some in zip(self.groups, values, strict=True):
+            series.append([])
             if not some:
                 continue
             counts = [np.bincount(np.clip(v, 0, None) // width, minlength=count) / len(v) for v in some]
@@ -185,13 +234,13 @@ class Figures:
                 for i, s in enumerate(shares)
             ]
             at = np.arange(count, dtype=float)
-            series.append(Series(group.label, at, shares, group.colour, "bars", notes=notes))
+            series[-1].append(Series(group.label, at, shares, group.colour, "bars", group.dash, notes=notes))
         every = 1 if width == 1 else 2
         ticks = [(float(i), _range(i, width)) for i in range(0, count, every if count > 8 else 1)]
         x = Axis("staleness (windows)", low=-0.5, high=count - 0.5, ticks=ticks)
         caption = "How many windows had been merged between a sub-model's dispatch and its upload's merge."
         caption += " Mean of the seeds." if self.seeds else ""
-        return self._figure(
+        return self._drawn(
             "Staleness of the uploads", caption, series, x, Axis("uploads (%)", low=0, write=as_percent)
         )
 
@@ -199,7 +248,7 @@ class Figures:
         """Mean staleness against virtual time."""
         series = self._all(lambda run: bin_means(*staleness_by_window(run)), width=1.6)
         caption = "Mean over the uploads of a window" + self._thin() + self._binned()
-        return self._figure(
+        return self._drawn(
             "Staleness over time", caption, series, self.seconds, Axis("staleness (windows)", low=0)
         )
 
@@ -213,7 +262,7 @@ class Figures:
         series = self._all(sent, width=1.6)
         if key == "bytes_down" and len(self.runs) == 1:
             end, uplink = self.runs[0].run.columns("window", "end", "server_bytes_down").values()
-            series.append(
+            series[0].append(
                 Series("server's uplink", *bin_means(end, uplink / 1e6), 1, dash=DASHES[1], width=1.6)
             )
         if key == "bytes_up":
@@ -223,7 +272,7 @@ class Figures:
             if len(self.runs) == 1:
                 caption += "; the server's uplink carries each increment once under IMS"
         caption += self._thin() + self._binned()
-        return self._figure(title, caption, series, self.seconds, Axis("MB per window", low=0))
+        return self._drawn(title, caption, series, self.seconds, Axis("MB per window", low=0))
 
     # -- parts ----------------------------------------------------------------------------------------
 
@@ -231,8 +280,9 @@ class Figures:
         """Whether both candidates of each run are drawn."""
         return not self.seeds and len(self.runs) <= BOTH_CANDIDATES
 
-    def _metric_series(self, x: Callable[[RunLog, str], Array], *, both: bool = True) -> list[Series]:
-        shipped, thin = [], []
+    def _metric_series(self, x: Callable[[RunLog, str], Array], *, both: bool = True) -> list[list[Series]]:
+        """The curves of each group, its mean first."""
+        found = []
         for group in self.groups:
             main, seeds = self._curve(
                 group,
@@ -242,11 +292,9 @@ class Figures:
             )
             if group.alone:
                 main = main._replace(notes=self._evaluation_notes(group.runs[0], main.y))
-            shipped.append(main)
-            thin += seeds
-            if both and self._both():
-                thin += self._candidates(group.runs[0], main.x)
-        return shipped + thin
+            candidates = self._candidates(group.runs[0], main.x) if both and self._both() else []
+            found.append([main, *seeds, *candidates])
+        return found
 
     def _evaluation_notes(self, run: Named, values: Array) -> list[str]:
         rows = run.run.columns("evaluation", "window", "time", "candidate")
@@ -277,10 +325,10 @@ class Figures:
 
     def _all(
         self, points: Callable[[RunLog], tuple[Array, Array]], *, kind: str = "line", width: float = 2.0
-    ) -> list[Series]:
-        """One curve for each group, and thin ones for its seeds."""
+    ) -> list[list[Series]]:
+        """The curves of each group: its mean, and thin ones for its seeds."""
         found = [self._curve(group, points, kind=kind, width=width) for group in self.groups]
-        return [main for main, _ in found] + [one for _, seeds in found for one in seeds]
+        return [[main, *seeds] for main, seeds in found]
 
     def _curve(
         self,
@@ -300,7 +348,7 @@ class Figures:
             "steps" if kind == "steps" else "line",
             group.dash,
             width,
-            at_end=1 < len(self.groups) <= END_LABELS,
+            at_end=1 < len(self.groups) <= MOST,
             marker=len(self.groups) > 1 and kind != "steps",
         )
         if group.alone:
@@ -314,21 +362,31 @@ class Figures:
                 for at, mean, low, high in zip(*found[:4], strict=True)
             ]
             main = main._replace(low=found.low, high=found.high, notes=notes)
+        if self.many and (not interval or main.low is not None):
+            return main, []  # a panel has no room for what its band says
         return main, [Series("", x, y, group.colour, main.kind, width=0.9, faint=True) for x, y in each]
 
     def _spread(self) -> str:
         """What mean, band and thin lines are."""
         if not self.seeds:
             return ""
-        text = " Mean over seeds; thin: every seed."
-        if any(len(group.runs) >= BAND_SEEDS for group in self.groups):
+        is_banded = any(len(group.runs) >= BAND_SEEDS for group in self.groups)
+        if not (self.many and is_banded):
+            text = " Mean over seeds; thin: every seed."
+        elif all(len(group.runs) >= BAND_SEEDS for group in self.groups):
+            text = " Mean over seeds."
+        else:
+            text = " Mean over seeds; thin: seeds, where they are too few for a band."
+        if is_banded:
             text += (
                 f" Band, from {BAND_SEEDS} seeds on: 95 % interval of the mean, Student’s t, place by place."
             )
         return text
 
     def _thin(self) -> str:
-        return ". Mean over seeds; thin: every seed" if self.seeds else ""
+        if not self.seeds:
+            return ""
+        return ". Mean over seeds" if self.many else ". Mean over seeds; thin: every seed"
 
     def _metric_name(self) -> str:
         return self.metric.capitalize()
@@ -347,6 +405,82 @@ class Figures:
         long = any(run.run.count("window") > BINS for run in self.runs)
         return f". Lines show at most {BINS} means over consecutive windows." if long else "."
 
+    def _overview(self, title: str, series: Sequence[Sequence[Series]]) -> str:
+        """The best groups and the reference with their names, the others in grey."""
+        known = [place for place in self._best if place != self._reference]
+        shown = known[: MOST - (self._reference is not None)]
+        shown += [] if self._reference is None else [self._reference]
+        shown.sort(key=[*self._best, *shown].index)
+        caption = f"Test set; the model that would be shipped. In colour: the best {len(shown)} by accuracy"
+        if self._reference not in (None, *self._best[: len(shown)]):
+            caption = caption.replace(f"best {len(shown)}", f"best {len(shown) - 1} and the reference")
+        seeds = " Mean over seeds." if self.seeds else ""
+        firsts = [curves[0] for curves in series]
+        drawn = [firsts[place]._replace(at_end=True, low=None, high=None) for place in shown]
+        drawn += [_faded(first) for place, first in enumerate(firsts) if place not in shown]
+        return self._figure(title, f"{caption}.{_GREY}{seeds}", drawn, self.seconds, self._y())
+
+    def _drawn(
+        self,
+        title: str,
+        caption: str,
+        series: Sequence[Sequence[Series]],
+        x: Axis,
+        y: Axis,
+        marks: Sequence[float] = (),
+    ) -> str:
+        """The curves of all groups, in one chart, or in panels where there are many."""
+        if self.many:
+            return self._multiples(title, caption, series, x, y)
+        firsts = [curves[0] for curves in series if curves]
+        thin = [curve for curves in series for curve in curves[1:]]
+        return self._figure(title, caption, firsts + thin, x, y, marks)
+
+    def _multiples(
+        self, title: str, caption: str, series: Sequence[Sequence[Series]], x: Axis, y: Axis
+    ) -> str:
+        """Panels of the groups on the same axes, each with the reference, and with the others in grey."""
+        firsts = {place: curves[0] for place, curves in enumerate(series) if curves}
+        lines = {place: first for place, first in firsts.items() if first.kind != "bars"}
+        if not lines:  # bars have no background, so that each panel would have an axis of its own
+            y = y._replace(high=max((float(s.y.max()) for s in firsts.values()), default=None))
+        parts = []
+        for panel in self._panels:
+            named = [firsts[place]._replace(width=2.0) for place in panel.places if place in firsts]
+            own = [curve for place in panel.places for curve in series[place][1:]]
+            others = {place: s for place, s in lines.items() if place not in panel.places}
+            if self._reference in others:
+                named.append(_aside(others.pop(self._reference)))
+            parts.append(self._panel(panel.title, title, named, [*own, *map(_faded, others.values())], x, y))
+        if lines:
+            caption += ("" if self._reference is None else _PLAIN) + _GREY
+        return (
+            f"<figure><figcaption><h3>{name(title)}</h3><p>{escape(caption)}</p></figcaption>"
+            f'<div class="panels">{"".join(parts)}</div></figure>'
+        )
+
+    def _panel(
+        self, name_of: str, title: str, named: Sequence[Series], rest: Sequence[Series], x: Axis, y: Axis
+    ) -> str:
+        self._made += 1
+        head = f"<h4>{name(name_of)}</h4>{_legend(named, least=1)}"
+        drawn = [s for s in (*named, *rest) if len(s.y) and np.isfinite(s.y).any()]
+        if not drawn:
+            return (
+                f'<div class="panel">{head}<p class="empty">Nothing was recorded for this figure.</p></div>'
+            )
+        said = "; ".join(_said(s) for s in drawn if s.label and not s.context)
+        svg = chart(
+            drawn,
+            x,
+            y,
+            ident=f"figure-{self._made}",
+            title=f"{title}: {name_of}",
+            description=said,
+            size=SMALL,
+        )
+        return f'<div class="panel">{head}<div class="plot" tabindex="0">{svg}</div></div>'
+
     def _figure(
         self,
         title: str,
@@ -362,15 +496,26 @@ class Figures:
         head = f"<figcaption><h3>{name(title)}</h3><p>{escape(caption)}</p></figcaption>"
         if not drawn:
             return f'<figure>{head}<p class="empty">Nothing was recorded for this figure.</p></figure>'
-        said = "; ".join(_said(s) for s in drawn if s.label)
+        said = "; ".join(_said(s) for s in drawn if s.label and not s.context)
         svg = chart(drawn, x, y, ident=ident, title=title, description=f"{caption} {said}", marks=marks)
         return f'<figure>{head}{_legend(drawn)}<div class="plot" tabindex="0">{svg}</div></figure>'
 
 
-def _legend(series: Sequence[Series]) -> str:
-    """Samples and names of the named series; nothing for a single one."""
-    shown = [s for s in series if s.label]
-    if len(shown) < 2:
+def _faded(s: Series) -> Series:
+    """A curve as part of the background."""
+    return s._replace(context=True, notes=(), low=None, high=None, at_end=False)
+
+
+def _aside(s: Series) -> Series:
+    """A curve that those of a panel are compared with."""
+    plain = s._replace(colour=6, dash="", width=1.4, marker=False)
+    return plain._replace(notes=(), low=None, high=None, at_end=False)
+
+
+def _legend(series: Sequence[Series], least: int = 2) -> str:
+    """Samples and names of the named series; nothing for fewer than `least`."""
+    shown = [s for s in series if s.label and not s.context]
+    if len(shown) < least:
         return ""
     items = "".join(
         f"<li>{swatch(s.colour, s.dash, s.width, kind=s.kind, faint=s.faint, marker=s.marker)}"

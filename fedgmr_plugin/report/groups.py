@@ -9,11 +9,14 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from fedgmr_plugin.protocol.runlog import RunLog
+from fedgmr_plugin.report import families
 from fedgmr_plugin.report.svg import DASHES
 from fedgmr_plugin.report.text import clean, written
 
 #: Configuration keys that say where a run writes, and how it is carried out, not what it computes.
 IDLE = ("run_name", "output_dir", "progress", "checkpoint_seconds", "workers")
+#: FedML's runtimes whose clock is a real one.
+LIVE = ("cross_device", "cross_silo")
 #: FedML's keys that the seed sets.
 SEEDED = ("random_seed", "run_id")
 #: Header keys that are compared beside the configurations.
@@ -22,6 +25,13 @@ FACTS = ("seed", "clients", "densities", "model_megabytes", "eta", "local_steps"
 PER_SEED = ("seed", "densities")
 #: Longest label made from configuration keys.
 LONGEST = 48
+
+
+def clock(runs: Sequence[RunLog]) -> str:
+    """Whose seconds the runs' times are: ``virtual``, of a simulated network; ``wall``, with real devices."""
+    fedml = [run.header.get("fedml") for run in runs]
+    live = {isinstance(keys, Mapping) and keys.get("training_type") in LIVE for keys in fedml}
+    return {frozenset({True}): "wall", frozenset({False}): "virtual"}.get(frozenset(live), "virtual or wall")
 
 
 class Named(NamedTuple):
@@ -34,7 +44,11 @@ class Named(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Runs of one configuration with different seeds, by seed; they share a colour and a dash pattern."""
+    """Runs of one configuration with different seeds, by seed; they share a colour and a dash pattern.
+
+    Up to `families.MOST` groups differ in both. Of more, those of one panel of `families.panels` share a
+    colour where panels are those of methods.
+    """
 
     label: str
     runs: tuple[Named, ...]
@@ -80,8 +94,23 @@ def grouped(runs: Sequence[RunLog]) -> list[Group]:
     labels = _labels(parts)
     return [
         Group(label, tuple(run._replace(colour=colour, dash=dash) for run in part), colour, dash)
-        for label, part, (colour, dash) in zip(labels, parts, map(pen, range(len(parts))), strict=True)
+        for label, part, (colour, dash) in zip(
+            labels, parts, _pens([part[0].run for part in parts]), strict=True
+        )
     ]
+
+
+def _pens(runs: Sequence[RunLog]) -> list[tuple[int, str]]:
+    """Pens of groups, one run of each: where there are many, a colour for each panel of methods' forms."""
+    shown = families.panels(runs) if len(runs) > families.MOST else []
+    if len(shown) < 2 or len(shown) > len(DASHES) or len({families.family(run) for run in runs}) < 2:
+        return [pen(place) for place in range(len(runs))]
+    found = {
+        place: (colour, DASHES[number % len(DASHES)])
+        for colour, panel in enumerate(shown)
+        for number, place in enumerate(panel.places)
+    }
+    return [found[place] for place in range(len(runs))]
 
 
 def fingerprint(run: RunLog) -> str:

@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Sequence
 
 from fedgmr_plugin.protocol.runlog import RunLog
-from fedgmr_plugin.report import comparison, tables
+from fedgmr_plugin.report import comparison, dots, tables
 from fedgmr_plugin.report.figures import Figures
-from fedgmr_plugin.report.groups import Group, Named, named
+from fedgmr_plugin.report.groups import Group, Named, clock, named
 from fedgmr_plugin.report.results import Comparisons, Result, tabulate
 from fedgmr_plugin.report.style import STYLE
 from fedgmr_plugin.report.summary import TARGET_SHARE, Summary, method_of
@@ -60,7 +60,7 @@ def render(
     shown = [run._replace(colour=pens[run.label][0], dash=pens[run.label][1]) for run in named(runs)]
     known = {run.label: one for row in rows for run, one in zip(row.group.runs, row.summaries, strict=True)}
     summaries = [known[run.label] for run in shown]
-    figures = Figures(groups)
+    figures = Figures(groups, dots.order(rows), None if comparisons is None else comparisons.reference)
     compared = "" if comparisons is None else comparison.comparisons(rows, comparisons)
     fold = figures.seeds and len(runs) > OPEN_RUNS
     single = _summary(shown, summaries, target, last, fold=fold)
@@ -68,21 +68,25 @@ def render(
         summary = _group_lede(rows, comparisons) + comparison.groups(rows) + compared + single
     else:
         summary = _lede(shown, summaries, target) + single + compared
-    density = [figures.mean_densities(), *map(figures.densities, range(len(groups)))]
+    classes = "".join(map(tables.client_classes, groups))
     sections = [
         ("Summary", summary),
-        (figures.metric.capitalize(), _grid([figures.metric_by_time(), figures.metric_by_bytes()])),
-        ("Density", _grid(density if len(groups) > 1 else density[::-1])),
-        ("Participation", _grid(figures.participation())),
-        ("Client classes", "".join(map(tables.client_classes, groups))),
-        ("Coverage", _grid([figures.coverage(), figures.covered()])),
-        ("Staleness", _grid([figures.staleness_histogram(), figures.staleness_by_time()])),
-        ("Traffic", _grid([figures.traffic("bytes_up"), figures.traffic("bytes_down")])),
+        (figures.metric.capitalize(), _metric(figures, rows, comparisons)),
+        ("Density", _densities(figures)),
+        ("Participation", _folded(figures, "Every client of each configuration", figures.participation())),
+        ("Client classes", _fold("Every class of each configuration", classes) if figures.many else classes),
+        (
+            "Coverage",
+            _side_by_side(figures, [figures.coverage(), figures.covered()])
+            + _folded(figures, "Every layer of each configuration", figures.by_layer()),
+        ),
+        ("Staleness", _side_by_side(figures, [figures.staleness_histogram(), figures.staleness_by_time()])),
+        ("Traffic", _side_by_side(figures, [figures.traffic("bytes_up"), figures.traffic("bytes_down")])),
         ("Restorations", tables.restorations(shown, is_open=len(runs) <= OPEN_RUNS)),
         ("Theory", theory(shown, verdicts or [None] * len(runs))),
         ("Configuration", tables.differences(groups) if figures.seeds else tables.configuration(shown)),
         ("Versions and hashes", _mixed(groups) + tables.versions(shown) + tables.hashes(shown, summaries)),
-        ("Citation", _citation()),
+        ("Citation", _citation(shown)),
     ]
     body = "".join(
         f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections if content
@@ -95,9 +99,16 @@ def render(
         f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head><body>"
         f"<header><h1>{name(title)}</h1><p>{_subtitle(shown)}</p>{about}</header><main>{body}</main>"
-        "<footer>Made by fedgmr from the run logs alone. Times are virtual seconds of the simulated network; "
+        f"<footer>Made by fedgmr from the run logs alone. Times are {_TIMES[clock(runs)]}; "
         "1 MB is 10<sup>6</sup> bytes.</footer></body></html>\n"
     )
+
+
+_TIMES = {
+    "virtual": "virtual seconds of the simulated network",
+    "wall": "wall seconds since the run began, without those in which there was no server",
+    "virtual or wall": "virtual seconds of the simulated network, and wall seconds of runs with real devices",
+}
 
 
 def _group_lede(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
@@ -131,11 +142,11 @@ def _group_lede(rows: Sequence[Result], comparisons: Comparisons | None) -> str:
 
 
 def _mixed(groups: Sequence[Group]) -> str:
-    """A warning for each group whose runs were made with different versions."""
+    """A warning for each group whose runs were made with different versions, or on different devices."""
     return "".join(
-        f"<p>The runs of {name(group.label)} are one group although their versions differ.</p>"
+        f"<p>The runs of {name(group.label)} are one group although their versions or devices differ.</p>"
         for group in groups
-        if any(run.run.header["versions"] != group.runs[0].run.header["versions"] for run in group.runs)
+        if any(tables.carried_out(run.run) != tables.carried_out(group.runs[0].run) for run in group.runs)
     )
 
 
@@ -144,7 +155,7 @@ def _subtitle(runs: Sequence[Named]) -> str:
     parts = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}"]
     for key, unit in (
         ("clients", "clients"),
-        ("time_budget", "virtual seconds planned"),
+        ("time_budget", f"{clock([run.run for run in runs])} seconds planned"),
         ("windows", "windows planned"),
         ("model_megabytes", "MB model"),
     ):
@@ -214,14 +225,54 @@ def _summary(
     return (f"<details><summary>{caption}</summary>{body}</details>" if fold else body) + quiet
 
 
+def _metric(figures: Figures, rows: Sequence[Result], found: Comparisons | None) -> str:
+    """The figures of the metric; of many groups all accuracies, an overview, and panels, some folded."""
+    if not figures.many:
+        return _grid([figures.metric_by_time(), figures.metric_by_bytes()])
+    ranked = dots.figure(rows, None if found is None else found.reference, ident="dots")
+    overview = _grid([figure for figure in (ranked, figures.metric_by_time()) if figure])
+    by_bytes = f"{figures.metric.capitalize()} against bytes"
+    return overview + figures.metric_panels() + _fold(by_bytes, figures.metric_by_bytes())
+
+
+def _densities(figures: Figures) -> str:
+    """Mean densities, and those of each group's client classes; of many groups, where they change."""
+    groups = figures.groups
+    if not figures.many:
+        density = [figures.mean_densities(), *map(figures.densities, range(len(groups)))]
+        return _grid(density if len(groups) > 1 else density[::-1])
+    moving = [n for n, g in enumerate(groups) if any(run.run.count("restoration") for run in g.runs)]
+    each = _fold(
+        "Client classes of the configurations that restore", _grid([*map(figures.densities, moving)])
+    )
+    return figures.mean_densities() + (each if moving else "")
+
+
+def _folded(figures: Figures, caption: str, content: Sequence[str]) -> str:
+    """Figures beside each other, folded where there are many groups."""
+    return _fold(caption, _grid(content)) if figures.many and content else _grid(content)
+
+
+def _fold(caption: str, content: str) -> str:
+    return f"<details><summary>{escape(caption)}</summary><div>{content}</div></details>"
+
+
+def _side_by_side(figures: Figures, content: Sequence[str]) -> str:
+    """Figures beside each other, or below each other where they consist of panels."""
+    return "".join(content) if figures.many else _grid(content)
+
+
 def _grid(figures: Sequence[str]) -> str:
     return "" if not figures else f'<div class="grid">{"".join(figures)}</div>'
 
 
-def _citation() -> str:
-    """BibTeX, if the package can make it."""
+def _citation(runs: Sequence[Named]) -> str:
+    """BibTeX of what the runs build on, their methods included, if the package can make it."""
     try:
         citation = importlib.import_module("fedgmr_plugin.citation")
     except ImportError:
         return ""
-    return f"<p>If this run is part of a publication, please cite:</p><pre>{escape(citation.cite())}</pre>"
+    methods = [run.run.header["config"].get("method") for run in runs]
+    text = citation.cite(*(method for method in methods if isinstance(method, str)))
+    what = "this run is" if len(runs) == 1 else "these runs are"
+    return f"<p>If {what} part of a publication, please cite:</p><pre>{escape(text)}</pre>"

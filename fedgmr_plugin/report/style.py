@@ -6,14 +6,14 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #ffffff; --ink: #1d2329; --muted: #5d6874; --rule: #d9dee3; --grid: #e9ecef; --soft: #f5f7f8;
-  --accent: #0b5c8f;
+  --accent: #0b5c8f; --faded: #c9d0d6;
   --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #cc79a7; --s4: #e69f00; --s5: #56b4e9; --s6: #3c4650;
   --t0: #00659e; --t1: #b04e00; --t2: #007a59; --t3: #a24f7d; --t4: #8f6300; --t5: #1f77ab; --t6: #3c4650;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14181c; --ink: #e3e8ec; --muted: #9aa6b1; --rule: #333c45; --grid: #262d34; --soft: #1b2127;
-    --accent: #6db8ea;
+    --accent: #6db8ea; --faded: #46515c;
     --s0: #3d9ede; --s1: #f07a1f; --s2: #1fb88c; --s3: #dc93bb; --s4: #e6a91e; --s5: #7cc7f2; --s6: #c3ccd4;
     --t0: #62b2e8; --t1: #f5924a; --t2: #3cc9a0; --t3: #e2a5c6; --t4: #e6b23c; --t5: #8fd0f5; --t6: #c3ccd4;
   }
@@ -56,12 +56,25 @@ figcaption p { font-size: 13.5px; line-height: 1.45; margin: 2px 0 8px; max-widt
 .chart .mark { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 1 3; opacity: 0.75; }
 .chart .leader { fill: none; stroke: var(--rule); }
 .chart .note { fill: transparent; }
+.chart .context { stroke: var(--faded); stroke-width: 1.1; }
 .l { fill: none; stroke-linejoin: round; }
 .b { fill-opacity: 0.15; }
 .p { stroke: var(--paper); stroke-width: 1; }
 .raster .row { fill: transparent; }
 .raster .lane { stroke: var(--grid); }
 .raster .cut { stroke: var(--muted); }
+.panels {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 18px 30px;
+}
+.panels .panel { display: flex; flex-direction: column; min-width: 0; break-inside: avoid; }
+.panels .chart { min-width: 0; }
+.panels h4 { font-size: 14px; font-weight: 600; margin: 0 0 2px; }
+section > figure + figure, .grid + figure, .grid + .grid, figure + details, .grid + details {
+  margin-top: 34px;
+}
+.dots .lane { stroke: var(--grid); }
+.dots .span { stroke-width: 1.6; }
+.dots .seed { stroke-width: 1.4; opacity: 0.75; }
 .empty {
   padding: 40px 0; color: var(--muted); border: 1px dashed var(--rule); text-align: center;
   max-width: none;
@@ -121,12 +134,13 @@ footer { margin-top: 56px; padding-top: 16px; padding-bottom: 40px; color: var(-
   th, td { padding: 6px 9px; }
   .chart { min-width: 0; }
   .chart text { font-size: 15px; }
+  .panels .chart text { font-size: 12px; }
   .chart .end, .chart .leader { display: none; }
 }
 @media print {
   :root {
     --paper: #ffffff; --ink: #000000; --muted: #444444; --rule: #bbbbbb; --grid: #e4e4e4;
-    --soft: #ffffff; --accent: #000000;
+    --soft: #ffffff; --accent: #000000; --faded: #c4c4c4;
     --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #cc79a7; --s4: #e69f00; --s5: #56b4e9; --s6: #3c4650;
     --t0: #00659e; --t1: #b04e00; --t2: #007a59; --t3: #a24f7d; --t4: #8f6300; --t5: #1f77ab; --t6: #3c4650;
   }
@@ -134,6 +148,7 @@ footer { margin-top: 56px; padding-top: 16px; padding-bottom: 40px; color: var(-
   main, header, footer { max-width: none; padding-left: 0; padding-right: 0; }
   h2 { break-after: avoid; margin-top: 24pt; }
   .grid { grid-template-columns: 1fr 1fr; gap: 16pt; }
+  .panels { grid-template-columns: 1fr 1fr 1fr; gap: 10pt; }
   .chart { min-width: 0; }
   figcaption p, .legend, .quiet, caption { font-size: 8pt; line-height: 1.35; }
   .table, .plot, pre { overflow: visible; }

@@ -20,9 +20,13 @@ from fedgmr_plugin.report.text import escape, shorten
 Array = NDArray[np.float64]
 
 WIDTH, HEIGHT = 560, 320
+#: Size of one of several charts beside each other.
+SMALL = (400, 250)
 TOP, BOTTOM, LEFT, RIGHT = 30, 42, 52, 16
 #: Longest label at the end of a line, in characters, and the room for one character.
 LABEL_LENGTH, LABEL_STEP = 16, 7.6
+#: Room for one character of a tick's number.
+TICK_STEP = 8.6
 COLOURS = 7
 DASHES = ("", "9 3", "3 2.5", "10 3 2.5 3", "6 2 2 2 2 2", "14 4", "1.5 2.5")
 #: Opacity of the filling of bars, which keep their outline.
@@ -57,6 +61,7 @@ class Series(NamedTuple):
         notes: text shown when the pointer rests on a point, one for each point, or nothing.
         low, high: ends of an interval around each value [points], drawn as a band where finite.
         marker: put markers on a line of many points too.
+        context: draw it grey and thin, behind everything: what the others are to be seen against.
     """
 
     label: str
@@ -72,6 +77,7 @@ class Series(NamedTuple):
     low: Array | None = None
     high: Array | None = None
     marker: bool = False
+    context: bool = False
 
 
 class Axis(NamedTuple):
@@ -102,12 +108,12 @@ def swatch(
 ) -> str:
     """A short sample of a line or bar, for legends and tables."""
     if kind == "bars":
-        drawn = _bar(colour, 8, 1, 12, 10)
+        drawn = _bar(colour, dash, 8, 1, 12, 10)
     else:
         drawn = (
             f'<line class="l s{colour % COLOURS}" x1="0" y1="6" x2="28" y2="6"{_pen(dash, width, faint)}/>'
         )
-        drawn += _marker(colour, dash, 14, 6) if marker else ""
+        drawn += point(colour, dash, 14, 6) if marker else ""
     return f'<svg class="swatch" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">{drawn}</svg>'
 
 
@@ -120,6 +126,7 @@ def chart(
     title: str,
     description: str,
     marks: Sequence[float] = (),
+    size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> str:
     """One chart as an ``<svg>`` element.
 
@@ -129,20 +136,21 @@ def chart(
         ident: unique in the page; the title's and description's ids are made from it.
         title, description: read out by screen readers.
         marks: places on the x axis to mark by a thin vertical line.
+        size: its width and height in user units.
     """
     known = [s._replace(y=np.where(np.isfinite(s.x), s.y, np.nan)) for s in series]
     drawn = [s for s in known if np.isfinite(s.y).any()]
     labels = [min(len(s.label), LABEL_LENGTH) for s in drawn if s.at_end]
     right = 14 + LABEL_STEP * max(labels) if labels else RIGHT
-    box = _Box(*_limits(drawn, x, "x"), *_limits(drawn, y, "y"), right=right)
+    box = _Box(*_limits(drawn, x, "x"), *_limits(drawn, y, "y"), right, *size)
     parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<svg class="chart" viewBox="0 0 {box.width} {box.height}" role="img" '
         f'aria-labelledby="{ident}-t {ident}-d"><title id="{ident}-t">{escape(title)}</title>'
         f'<desc id="{ident}-d">{escape(description)}</desc>',
         _axes(box, x, y),
     ]
     parts += [
-        f'<line class="mark" x1="{box.x(at):.1f}" y1="{TOP}" x2="{box.x(at):.1f}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<line class="mark" x1="{box.x(at):.1f}" y1="{TOP}" x2="{box.x(at):.1f}" y2="{box.bottom}"/>'
         for at in marks
         if box.x_low <= at <= box.x_high
     ]
@@ -150,7 +158,8 @@ def chart(
     bars = [s for s in drawn if s.kind == "bars"]
     parts += [_bars(box, s, place, len(bars)) for place, s in enumerate(bars)]
     curves = [s for s in drawn if s.kind != "bars"]
-    parts += [_curve(box, s) for s in reversed(curves)]
+    parts += [_curve(box, s) for s in reversed(curves) if s.context]
+    parts += [_curve(box, s) for s in reversed(curves) if not s.context]
     parts += [_notes(box, s) for s in curves if s.notes]
     parts.append(_end_labels(box, [s for s in curves if s.at_end]))
     return "".join(parts) + "</svg>"
@@ -164,14 +173,21 @@ class _Box(NamedTuple):
     y_low: float
     y_high: float
     right: float
+    width: int = WIDTH
+    height: int = HEIGHT
+
+    @property
+    def bottom(self) -> int:
+        """Where the x axis is."""
+        return self.height - BOTTOM
 
     def x(self, value: float) -> float:
         share = (value - self.x_low) / (self.x_high - self.x_low)
-        return LEFT + share * (WIDTH - LEFT - self.right)
+        return LEFT + share * (self.width - LEFT - self.right)
 
     def y(self, value: float) -> float:
         share = (value - self.y_low) / (self.y_high - self.y_low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
+        return self.bottom - share * (self.bottom - TOP)
 
 
 def _limits(series: Sequence[Series], axis: Axis, which: Literal["x", "y"]) -> tuple[float, float]:
@@ -196,18 +212,21 @@ def _limits(series: Sequence[Series], axis: Axis, which: Literal["x", "y"]) -> t
 
 def _axes(box: _Box, x: Axis, y: Axis) -> str:
     """Grid, ticks and labels."""
-    bottom, end = HEIGHT - BOTTOM, WIDTH - box.right
+    bottom, end = box.bottom, box.width - box.right
     parts = ['<g class="axes">']
     for at, text in _ticks(y, box.y_low, box.y_high, 5):
         parts.append(f'<line class="rule" x1="{LEFT}" y1="{box.y(at):.1f}" x2="{end}" y2="{box.y(at):.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{box.y(at) + 4:.1f}" text-anchor="end">{text}</text>')
-    for at, text in _ticks(x, box.x_low, box.x_high, 5 if box.right > RIGHT else 6):
+    for at, text in _ticks(x, box.x_low, box.x_high, 6 if end - LEFT > 450 else 5 if end > 350 else 4):
         parts.append(
             f'<line class="tick" x1="{box.x(at):.1f}" y1="{bottom}" x2="{box.x(at):.1f}" y2="{bottom + 5}"/>'
         )
-        parts.append(f'<text x="{box.x(at):.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
+        middle = min(box.x(at), box.width - TICK_STEP / 2 * len(text))  # the last one is not cut off
+        parts.append(f'<text x="{middle:.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
     parts.append(f'<line class="base" x1="{LEFT}" y1="{bottom}" x2="{end}" y2="{bottom}"/>')
-    parts.append(f'<text class="label" x="{end}" y="{HEIGHT - 6}" text-anchor="end">{escape(x.label)}</text>')
+    parts.append(
+        f'<text class="label" x="{end}" y="{box.height - 6}" text-anchor="end">{escape(x.label)}</text>'
+    )
     parts.append(f'<text class="label" x="0" y="14">{escape(y.label)}</text></g>')
     return "".join(parts)
 
@@ -230,9 +249,9 @@ def _pen(dash: str, width: float, faint: bool) -> str:
     return text + (' opacity="0.6"' if faint else "")
 
 
-def _bar(colour: int, x: float, y: float, width: float, height: float, note: str = "") -> str:
-    """A rectangle whose filling tells it apart without colour."""
-    fill = FILLS[colour % COLOURS]
+def _bar(colour: int, dash: str, x: float, y: float, width: float, height: float, note: str = "") -> str:
+    """A rectangle whose filling, which goes with the dash pattern, tells it apart without colour."""
+    fill = FILLS[_place(dash)]
     inside = f' fill-opacity="{fill:g}" stroke-width="1"' if fill < 1 else ""
     return (
         f'<rect class="f s{colour % COLOURS}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
@@ -240,9 +259,14 @@ def _bar(colour: int, x: float, y: float, width: float, height: float, note: str
     )
 
 
-def _marker(colour: int, dash: str, x: float, y: float) -> str:
+def _place(dash: str) -> int:
+    """Index of a dash pattern; 0 for one that is not of `DASHES`."""
+    return DASHES.index(dash) if dash in DASHES else 0
+
+
+def point(colour: int, dash: str, x: float, y: float) -> str:
     """A marker in one colour, of the shape that goes with the dash pattern."""
-    shape = SHAPES[DASHES.index(dash) if dash in DASHES else 0]
+    shape = SHAPES[_place(dash)]
     if not shape:
         return f'<circle class="p s{colour % COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="3.6"/>'
     corners = "L".join(f"{x + dx:.1f} {y + dy:.1f}" for dx, dy in (*shape, shape[0]))
@@ -304,9 +328,11 @@ def _curve(box: _Box, s: Series) -> str:
         else:
             path.append(f"H{px:.1f}")
         last = value
+    if s.context:
+        return f'<path class="l context" d="{"".join(path)}"><title>{escape(s.label)}</title></path>'
     drawn = f'<path class="l s{s.colour % COLOURS}" d="{"".join(path)}"{_pen(s.dash, s.width, s.faint)}/>'
     return drawn + "".join(
-        _marker(s.colour, s.dash, box.x(float(s.x[i])), box.y(float(s.y[i]))) for i in _marked(box, s)
+        point(s.colour, s.dash, box.x(float(s.x[i])), box.y(float(s.y[i]))) for i in _marked(box, s)
     )
 
 
@@ -332,7 +358,7 @@ def _bars(box: _Box, s: Series, place: int, groups: int) -> str:
         left = box.x(at) - unit * 0.4 + place * width
         note = f"<title>{escape(s.notes[i])}</title>" if s.notes else ""
         height = box.y(0.0) - box.y(value)
-        parts.append(_bar(s.colour, left, box.y(value), max(width - 1.5, 0.8), height, note))
+        parts.append(_bar(s.colour, s.dash, left, box.y(value), max(width - 1.5, 0.8), height, note))
     return "".join(parts)
 
 
@@ -349,13 +375,13 @@ def _end_labels(box: _Box, series: Sequence[Series]) -> str:
             groups[-1].append(spot)
         else:
             groups.append([spot])
-    return "".join(_end_group(group) for group in groups)
+    return "".join(_end_group(group, box.bottom) for group in groups)
 
 
-def _end_group(spots: list[tuple[float, float, Series]]) -> str:
+def _end_group(spots: list[tuple[float, float, Series]], bottom: float) -> str:
     """Labels that stand beside each other, one below the other."""
     spots.sort(key=lambda spot: spot[1])
-    rows = _spread([y for _, y, _ in spots], 14.0, TOP + 2.0, HEIGHT - BOTTOM - 6.0)
+    rows = _spread([y for _, y, _ in spots], 14.0, TOP + 2.0, bottom - 6.0)
     parts = []
     for row, (x, y, s) in zip(rows, spots, strict=True):
         if abs(row - y) > 5:

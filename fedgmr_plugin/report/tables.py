@@ -249,11 +249,11 @@ def differences(groups: Sequence[Group]) -> str:
 
 
 def versions(runs: Sequence[Named]) -> str:
-    """Package versions; one column if they are the same in all runs."""
-    found = [run.run.header["versions"] for run in runs]
+    """Package versions and devices; one column if they are the same in all runs."""
+    found = [carried_out(run.run) for run in runs]
     same = all(one == found[0] for one in found)
     columns = found[:1] if same else found
-    head = ["Package", *(["Version"] if same else [name(run.label) for run in runs])]
+    head = ["Package<small>and device</small>", *(["Version"] if same else [name(run.label) for run in runs])]
     packages = list(dict.fromkeys(package for one in columns for package in one))
     rows = [[escape(p), *(escape(one.get(p, NONE)) for one in columns)] for p in packages]
     return (
@@ -266,6 +266,12 @@ def versions(runs: Sequence[Named]) -> str:
         if rows
         else "<p>None recorded.</p>"
     )
+
+
+def carried_out(run: RunLog) -> dict[str, Any]:
+    """What a run was carried out with: versions by package, and the device where the log names it."""
+    device = run.header["device"]
+    return {**run.header["versions"], **({} if device is None else {"device": device})}
 
 
 def _group(key: str) -> int:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.decoupled import Budget
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.network import Transfer, VirtualNetwork, payload_megabytes
 from fedgmr_plugin.engine.sampling import choose_idle
-from fedgmr_plugin.engine.uplink import Uplink
 from fedgmr_plugin.kernels.layout import build_layout, validate
 from fedgmr_plugin.kernels.masks import Ranking, rank, scores
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
@@ -131,8 +131,9 @@ def plan_run(config: FedGMRConfig, keys: FedMLKeys, model: nn.Module) -> RunPlan
         prune_biases=config.prune_biases,
     )
     megabytes = setup.dense_megabytes(config, layout)
-    uplink = Uplink(layout, initial, config.update_form) if config.upload == "decoupled" else None
-    stage = _Stage(config, keys, ranking, layout.dtype, initial, megabytes, uplink)
+    decoupled = "decoupled" in (config.upload, config.download)
+    budget = Budget(layout, initial) if decoupled else None
+    stage = _Stage(config, keys, ranking, layout.dtype, initial, megabytes, budget)
     at_start, *restored = [stage.rehearse([max(d, rung) for d in start]) for rung in (0.0, *rungs)]
     classes = []
     for d0 in sorted(set(initial), reverse=True):
@@ -156,7 +157,7 @@ def plan_run(config: FedGMRConfig, keys: FedMLKeys, model: nn.Module) -> RunPlan
         window_seconds=at_start.window,
         mean_density=sum(start) / keys.clients,
         sub_models=tuple(
-            SubModel(d, end, end / layout.size, *stage.moves(d))
+            SubModel(d, end, end / layout.size, *stage.moves(d)[:2])
             for d, end in zip(ranking.densities, ranking.ends, strict=True)
         ),
         classes=tuple(classes),
@@ -180,7 +181,7 @@ class _Stage:
     dtype: torch.dtype
     initial: tuple[float, ...]
     megabytes: float
-    uplink: Uplink | None = None
+    budget: Budget | None = None
 
     def moves(self, density: float) -> Transfer:
         """MB of a client's first dispatch at `density` and of its answer."""
@@ -221,18 +222,13 @@ class _Stage:
 
     def _transfer(self, sizes: MessageSizes, client: int, dispatch: int, density: float) -> Transfer:
         rung = self.ranking.rung(density)
-        values_S = torch.empty(self.ranking.ends[rung], dtype=self.dtype, device="meta")
-        sent = Dispatch(dispatch, client, 0, 0, density, self.ranking, rung, values_S, 1.0)
+        if self.budget is not None:
+            return self.budget.transfer(self.config, self.megabytes, client, self.ranking, rung)
         if self.config.payload_rule == "encoded":
-            return sizes(sent)
+            values_S = torch.empty(self.ranking.ends[rung], dtype=self.dtype, device="meta")
+            return sizes(Dispatch(dispatch, client, 0, 0, density, self.ranking, rung, values_S, 1.0))
         size = payload_megabytes(self.config, self.megabytes, density, self._share(density))
-        by_density = self.config.payload_rule == "density"
-        up = (
-            size
-            if self.uplink is None
-            else min(size, self.megabytes * self.uplink.share(sent, by_density=by_density))
-        )
-        return Transfer(size, up)
+        return Transfer(size, size)
 
     def _share(self, density: float) -> float:
         return self.ranking.ends[self.ranking.rung(density)] / self.ranking.rung_D.numel()

@@ -20,11 +20,12 @@ class Progress:
 
     def __init__(self, header: dict[str, Any]) -> None:
         self._budget = header["time_budget"]
-        self._seconds = "seconds" if "training_type" in header["fedml"] else "virtual seconds"
+        kind = "wall" if "training_type" in header["fedml"] else "virtual"
+        self._seconds = f"{kind} seconds"
         self._silent = not header["config"]["progress"]
         self._bar = tqdm(
             total=header["windows"] if self._budget is None else round(self._budget),
-            unit="window" if self._budget is None else "virtual s",
+            unit="window" if self._budget is None else f"{kind} s",
             desc=header["run_name"],
             file=sys.stderr,
             disable=True if self._silent else None,  # None: only on a terminal

@@ -27,8 +27,10 @@ COMMAND = "command.json"
 #: Its key beside the command: CPU threads of torch, for a run that leaves them as they are.
 _THREADS = "cpu_threads"
 #: Keys of the header that are compared elsewhere or not at all, and options that change no bit of the model.
-_FREE = frozenset({"type", "versions", "run_name", "config"})
-FREE_OPTIONS = frozenset({"run_name", "output_dir", "progress", "workers", "checkpoint_seconds"})
+_FREE = frozenset({"type", "schema", "versions", "device", "run_name", "config"})
+FREE_OPTIONS = frozenset(
+    {"run_name", "output_dir", "progress", "workers", "checkpoint_seconds", "server_patience"}
+)
 
 _resuming: list[Path] = []
 

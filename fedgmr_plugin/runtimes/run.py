@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig, effective
@@ -260,7 +262,22 @@ def run_header(setup: Setup, name: str, megabytes: float, *, hooked: bool) -> di
         "local_steps": setup.steps if isinstance(setup.trainer, BuiltinTrainer) else None,
         "windows": keys.windows,
         "time_budget": config.time_budget,
+        "device": device_name(setup.device),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What clients train on, such as ``cuda: NVIDIA H200``; of a CPU as much as the system tells."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        return device.type
+    found = ""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        names = re.findall(r"^model name\s*:\s*(\S.*)$", text, re.MULTILINE)
+        found = names[0].strip() if names else ""
+    return f"cpu: {found or platform.processor() or platform.machine() or 'unknown'}"
 
 
 def run_directory(config: FedGMRConfig) -> Path:

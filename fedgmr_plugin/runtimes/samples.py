@@ -51,10 +51,16 @@ class MapSamples:
 
     Random transforms of the dataset draw from the global generators, as they do in any torch program: call
     `take` inside `isolated_rng`.
+
+    Attributes:
+        unaugmented: the same samples without those transforms, for validation; None unless the dataset has an
+            attribute of that name, which is such a dataset.
     """
 
     def __init__(self, dataset: Any, collate: Any, where: str, rows: np.ndarray | None = None) -> None:
         self._dataset, self._collate, self._where, self._rows = dataset, collate, where, rows
+        plain = _unaugmented(dataset, where)
+        self.unaugmented = None if plain is None else MapSamples(plain, collate, where, rows)
 
     def __len__(self) -> int:
         return len(self._dataset) if self._rows is None else len(self._rows)
@@ -65,6 +71,25 @@ class MapSamples:
         fetch_many = getattr(self._dataset, "__getitems__", None)
         items = fetch_many(numbers) if fetch_many else [self._dataset[i] for i in numbers]
         return pair_of(self._collate(items), self._where, any_x=True)
+
+
+def _unaugmented(dataset: Any, where: str) -> Any:
+    """The dataset without its random transforms; None where it has none, or does not tell.
+
+    Raises:
+        DataError: GMR-302 if it has not the same number of samples.
+    """
+    if isinstance(dataset, Subset):
+        inner = _unaugmented(dataset.dataset, where)
+        return None if inner is None else Subset(inner, dataset.indices)
+    plain = getattr(dataset, "unaugmented", None)
+    if plain is not None and len(plain) != len(dataset):
+        raise DataError(
+            "GMR-302",
+            f"`unaugmented` of the dataset of {where} has {len(plain)} samples, the dataset {len(dataset)}",
+            where=where,
+        )
+    return plain
 
 
 class BatchSamples:

@@ -158,20 +158,18 @@ def _trainer(
 
         client_trainer = create_model_trainer(model, args)
     if client_trainer is not None:
-        key = _needs_built_in(config)
-        if key:
-            raise ConfigError(
-                "GMR-106",
-                f"{key} needs the built-in trainer: a ClientTrainer does not give its loss",
-                where="fedgmr_args",
-            )
+        refuse_for_trainer(config)
         fallback = BuiltinTrainer(device=device, loss=config.loss)
         return FedMLTrainer(client_trainer, args, device, data=data, fallback=fallback)
     return builtin_trainer(config, keys, device)
 
 
-def _needs_built_in(config: FedGMRConfig) -> str:
-    """An option that only the built-in trainer follows; '' if there is none."""
+def refuse_for_trainer(config: FedGMRConfig) -> None:
+    """Refuse options that only the built-in trainer follows, beside a ClientTrainer.
+
+    Raises:
+        ConfigError: GMR-106.
+    """
     asked = {
         "probe=true": config.probe,
         "trigger=gradient": config.trigger == "gradient",
@@ -179,7 +177,13 @@ def _needs_built_in(config: FedGMRConfig) -> str:
         f"proximal={config.proximal:g}": config.proximal > 0,
         "label_masks=true": config.label_masks,
     }
-    return next((key for key, is_asked in asked.items() if is_asked), "")
+    for key, is_asked in asked.items():
+        if is_asked:
+            raise ConfigError(
+                "GMR-106",
+                f"{key} needs the built-in trainer: a ClientTrainer does not give its loss",
+                where="fedgmr_args",
+            )
 
 
 def builtin_trainer(config: FedGMRConfig, keys: FedMLKeys, device: torch.device) -> BuiltinTrainer:

@@ -110,10 +110,15 @@ def _time_after(frame: Frame, merged: Floats) -> Floats:
 
 
 def server_bytes(frame: Frame) -> Finding:
-    """The server's uplink carries each sub-model, or under incremental splitting each increment once."""
+    """The server's uplink carries each sub-model, or under incremental splitting each increment once.
+
+    With decoupled downloads something between: what is sent to one client alone is not told apart.
+    """
     title, log = "the server's bytes are its sub-models'", frame.log
     table, sent = log["window"], log["dispatch"]
     splits, rows = log.config("incremental_splitting"), rows_of(frame.window_number, sent["version"])
+    if splits and log.config("download") == "decoupled":
+        splits = None
     if not table.logged("server_bytes_down") or not sent.logged("bytes_down"):
         return undetermined("server_bytes", "log", title, "server_bytes_down or bytes_down is not logged")
     inside = rows >= 0

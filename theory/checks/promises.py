@@ -182,7 +182,7 @@ def local_steps(frame: Frame) -> Finding:
 def payload(frame: Frame) -> Finding:
     """A sub-model moves S times its density (``payload_rule`` density) or its share of all coordinates.
 
-    Decoupled uploads are smaller, by how much the log does not tell.
+    Decoupled uploads and downloads are smaller, by how much the log does not tell.
     """
     title, log = "sub-models move the bytes of their payload rule", frame.log
     rule, megabytes, size = log.config("payload_rule"), log.number("model_megabytes"), log.layout("size")
@@ -191,8 +191,8 @@ def payload(frame: Frame) -> Finding:
     if rule not in ("density", "support") or megabytes is None:
         return undetermined("payload", "log", title, "the log does not say what a sub-model moves")
     up = gather(down, frame.arrival_dispatch)
-    if log.config("upload") == "decoupled":
-        up = np.full(len(came), np.nan)
+    up = np.full(len(came), np.nan) if log.config("upload") == "decoupled" else up
+    down = np.full(len(sent), np.nan) if log.config("download") == "decoupled" else down
     expected = megabytes * 1e6 * np.concatenate([down, up])
     logged = np.concatenate([sent["bytes_down"], came["bytes_up"]])
     place = Place(np.concatenate([sent.line, came.line]))

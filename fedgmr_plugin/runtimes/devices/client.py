@@ -42,6 +42,8 @@ from fedgmr_plugin.runtimes.setup import builtin_trainer
 _log = logging.getLogger(__name__)
 #: Object by which a device measures its bandwidth at its start.
 PROBE_BYTES = 1_000_000
+#: Seconds between two turns of the loop beyond which the process has stood still, and heard nobody.
+_STOOD_STILL = 60.0
 
 
 class Parts(NamedTuple):
@@ -105,13 +107,15 @@ class DeviceProcess:
         clients = Clients(parts.samples, 0.0, keys.seed, keys.clients)
         training = Training(parts.trainer, plan, keys.learning_rate)
         self._bench = Workbench(config, layout, model, clients, training)
-        self._threads = config.cpu_threads
+        self._threads, self._clients = config.cpu_threads, keys.clients
+        self._patience, self._run = config.server_patience, here.run
         self._inbox = Inbox()
         self._trainer = ThreadPoolExecutor(1, thread_name_prefix="fedgmr-training")
         hears = to_device(here.run, here.server, device_id)
         if transport is None:
             broker, bucket = services(args)
             self._link: Any = MqttLink(broker, [hears], self._inbox)
+            self._link.hear_kept(lambda topic, payload: self.device.kept(topic, payload))
             store: Store = S3Store(bucket)
         else:
             self._link, store = transport(hears, self._inbox)
@@ -136,16 +140,19 @@ class DeviceProcess:
                 config.heartbeat_seconds,
                 PAYLOAD_TYPES[config.payload_dtype],
             )
+        self._looked = time.monotonic()
         self._link.say_when_gone(self.device.speaks, self.device.last_will)
 
     def run(self) -> None:
         """Take part until the server says that the run is over.
 
         Raises:
-            HostError: GMR-515 if the broker or the store refuses this device.
+            HostError: GMR-515 if the broker or the store refuses this device; GMR-518 if the server says
+                nothing for `server_patience` seconds.
         """
         self._link.start()
         self._hands.start()
+        self._looked = time.monotonic()
         try:
             self._link.connected.wait(timeout=5)
             with threads(self._threads):
@@ -174,6 +181,16 @@ class DeviceProcess:
             if self._link.refused is not None:
                 raise self._link.refused from None
         self.device.tick()
+        now = time.monotonic()
+        still, self._looked = now - self._looked, now
+        if still > _STOOD_STILL:  # what the server said meanwhile may be still to be read
+            self.device.heard_at = min(now, self.device.heard_at + still)
+        since = self.device.waits_since()
+        if self._patience is not None and since is not None and not self.device.finished:
+            silence = now - since
+            if silence > self._patience:
+                run = f"run_id={self._run}"
+                raise HostError("GMR-518", f"no message of the server of {run} for {silence:.0f} seconds")
 
     def _train_file(self, content: bytearray, client: int, count: int, then: Callable[[bytes], None]) -> None:
         def over(done: Future[bytes]) -> None:
@@ -187,6 +204,7 @@ class DeviceProcess:
             self._inbox.put(lambda: over(done))
 
         training = self._bench.training
+        client %= self._clients
         self._trainer.submit(
             train_file,
             content,

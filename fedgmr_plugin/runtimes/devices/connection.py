@@ -145,10 +145,25 @@ def device_keys(config: FedGMRConfig, devices: tuple[int, ...], where: str) -> d
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"device {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigError("GMR-111", f"device_keys={config.device_keys}: {what}", where=where) from error
+    _refuse_shared(found, f"device_keys={config.device_keys}", where)
     short = [device for device, key in keys.items() if len(key) < 16]
     if short:
         raise ConfigError("GMR-111", f"the key of device {short[0]} has fewer than 16 bytes", where=where)
     return keys
+
+
+def _refuse_shared(found: Mapping[str, Any], file: str, where: str) -> None:
+    """Refuse a key of two devices, each of which could speak for the other.
+
+    Raises:
+        ConfigError: GMR-111.
+    """
+    owners: dict[str, str] = {}
+    for device, key in found.items():
+        other = owners.setdefault("".join(str(key).split()).lower(), device)
+        if other != device:
+            problem = f"{file}: devices {other} and {device} have the same key"
+            raise ConfigError("GMR-111", problem, where=where)
 
 
 def _section(args: Any, name: str, where: str) -> Mapping[str, Any]:

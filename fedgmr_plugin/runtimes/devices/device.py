@@ -93,6 +93,7 @@ class Device:
         self.run, self.device, self.samples = run, device, samples
         self.hears, self.speaks = to_device(run, server, device), to_server(run, device)
         self.finished = False
+        self.heard_at = clock()
         self.working: TaskNote | None = None
         self.next: TaskNote | None = None
         self.trained = 0
@@ -134,11 +135,34 @@ class Device:
         except WireError as refusal:
             self._refuse(refusal, "a message")
             return
+        self.heard_at = self._clock()
         if isinstance(note, FinishNote):
-            self.finished = True
-            self._say_status("FINISHED")
+            self._end()
         else:
             self._task(note)
+
+    def kept(self, topic: str, payload: bytes) -> None:
+        """A message that the broker kept for this device while it was away, of whatever run and time.
+
+        Only the end of the very run that this device works for is believed.
+        """
+        try:
+            message = parse(payload)
+            note = note_of(message, topic, self._key, FinishNote)
+        except WireError as refusal:
+            _log.debug("what the broker kept is refused: %s", refusal)
+            return
+        is_end = note is not None and topic == self.hears and message.get("msg_type") == FINISH
+        if is_end and (note.run, note.device) == (self.memory.token, self.device):  # type: ignore[union-attr]
+            self._end()
+
+    def _end(self) -> None:
+        self.finished = True
+        self._say_status("FINISHED")
+
+    def waits_since(self) -> float | None:
+        """Second since which nothing was heard of the server, or got from its store; None in training."""
+        return None if self.working is not None and not self._wanted else self.heard_at
 
     def _refuse(self, refusal: WireError, what: str) -> None:
         self.refused[refusal.code] += 1
@@ -182,6 +206,7 @@ class Device:
     def _task(self, note: TaskNote) -> None:
         if note.run != self.memory.token:
             self.memory.token, self.memory.answered, self.memory.update = note.run, -1, None
+            self._save()  # what the broker keeps of this run's end is to be believed after a restart
             self.working = self.next = None
         if note.dispatch == self.memory.answered:
             self._beat()  # the server has not heard the answer
@@ -212,7 +237,7 @@ class Device:
             self._give_up()  # the server tells again what it wants
             return
         self.down = _smoothed(self.down, len(content), self._clock() - started)
-        self._parts[piece.key] = content
+        self._parts[piece.key], self.heard_at = content, self._clock()
         del self._wanted[piece.key]
         if self._wanted:
             return
@@ -290,7 +315,7 @@ class Device:
         piece = Piece(key, len(content), hashlib.sha256(content).hexdigest())
         self.memory.answered, self.memory.update, self.memory.content = note.dispatch, piece, content
         self._save(with_answer=True)
-        self.working = None
+        self.working, self.heard_at = None, self._clock()
         self._hands.put(piece, content)
         self._beat()
         if self.next is not None:

@@ -232,8 +232,8 @@ class Field:
         self.world.unsubscribe(device.hears, device.message)
         return device.memory
 
-    def plain_device(self, n: int) -> PlainDevice:
-        """Start device n as one of FedML's own."""
+    def plain_device(self, n: int, *, repeats: bool = True) -> PlainDevice:
+        """Start device n as one of FedML's own; see `PlainDevice` for `repeats`."""
         self.stop(n)
         hands = LoopbackHands(self.world)
         samples = self.problem.samples(n)
@@ -246,7 +246,7 @@ class Field:
                     then(
                         train_file(
                             content,
-                            client,
+                            client % self.count,
                             count,
                             trainer=BuiltinTrainer(),
                             samples=samples,
@@ -257,7 +257,7 @@ class Field:
 
             self.world.at(self.world.now + self.seconds(n), done)
 
-        device = PlainDevice("7", 0, n + 1, len(samples), train, hands, self.world.clock)
+        device = PlainDevice("7", 0, n + 1, len(samples), train, hands, self.world.clock, repeats=repeats)
         self.devices[n], self._device_hands[n] = device, hands
         self.world.subscribe(device.hears, device.message)
         device.begin()

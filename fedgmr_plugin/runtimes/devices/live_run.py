@@ -25,6 +25,7 @@ from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.protocol.checkpoint import Checkpoint
 from fedgmr_plugin.protocol.journal import Entry, Journal, read, sync_folder
 from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.protocol.presence import Presence
 from fedgmr_plugin.protocol.runlog import RunLogWriter
 from fedgmr_plugin.protocol.storekeys import is_of_run, is_sent, run_prefixes
 from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
@@ -41,6 +42,8 @@ _JOURNALS = "journal"
 #: Seconds that devices are told of the end, at most.
 _FAREWELL = 10.0
 _STATUS_SECONDS = 1.0
+#: Seconds between two looks at whether there is another server, before the run begins.
+_POLL = 0.05
 #: Seconds for which a run that is over deletes its objects, at most.
 _SWEEP = 10.0
 
@@ -51,6 +54,7 @@ class Connected(Protocol):
     refused: HostError | None
 
     def publish(self, topic: str, payload: bytes) -> None: ...
+    def keep(self, topic: str, payload: bytes) -> None: ...
     def start(self) -> None: ...
     def stop(self, patience: float = 5.0) -> None: ...
 
@@ -78,6 +82,7 @@ class LiveRun(RecordedRun):
         hands, link: of the office; started and stopped here.
         inbox: what comes from them.
         clock: of the office.
+        presence: tells whether another process serves the same run; None where the link cannot.
     """
 
     office: Office = field(kw_only=True)
@@ -85,8 +90,38 @@ class LiveRun(RecordedRun):
     link: Connected = field(kw_only=True)
     inbox: queue.Queue[Any] = field(kw_only=True)
     clock: Clock = field(kw_only=True)
+    presence: Presence | None = field(default=None, kw_only=True)
     _unwritten: list[dict[str, Any]] = field(default_factory=list, init=False)
     _problem: str = field(default="", init=False)
+
+    def train(self) -> None:
+        """As `RecordedRun.train`, once it is certain that no other process serves this run.
+
+        Raises:
+            HostError: GMR-517 if one does; GMR-515 if the broker refuses.
+        """
+        if self.presence is None:
+            super().train()
+            return
+        self._claim()
+        self.link.start()
+        try:
+            while not self.presence.begin():
+                self._give_way()
+                time.sleep(_POLL)
+            super().train()
+        finally:
+            self.link.stop()
+
+    def _give_way(self) -> None:
+        """Stop where another process serves this run, or the broker is not to be had."""
+        if self.presence is not None and self.presence.taken_by:
+            desk = self.office.desk
+            raise HostError(
+                "GMR-517", f"run_id={desk.run}, server_id={desk.server} is served by {self.presence.taken_by}"
+            )
+        if self.link.refused is not None:
+            raise self.link.refused
 
     def record(self, fields: dict[str, Any]) -> None:
         """As `RecordedRun.record`; where the disk is full, the log is written when there is space again."""
@@ -158,17 +193,22 @@ class LiveRun(RecordedRun):
             office.abandon([] if checkpoint is None else checkpoint.meta.get("undeleted", []))
         else:
             office.begin(self._journals.next())
+            for topic in office.kept_topics():
+                self.link.keep(topic, b"")  # the end of an earlier run of this name
         office.hello()
 
     @contextmanager
     def _helped(self) -> Iterator[None]:
-        self.link.start()
+        if self.presence is None:
+            self.link.start()
         self.hands.start()
         try:
             yield
         finally:
             if self.office.end is not None:
                 self.hands.flush(_FAREWELL)
+                for topic, payload in self.office.farewells():
+                    self.link.keep(topic, payload)
             self.link.stop()
             self.hands.close()
             self._sweep()
@@ -180,11 +220,12 @@ class LiveRun(RecordedRun):
     def _sweep(self) -> None:
         """Delete the run's objects; where it was interrupted, those that going on does not need."""
         office = self.office
-        if office.journal is None:
-            return
+        if office.journal is None or (self.presence is not None and self.presence.taken_by):
+            return  # nothing was stored, or the other one needs it
         run, token, ids = office.desk.run, office.token, frozenset(office.desk.devices)
+        server = office.desk.server
         if office.end is not None:
-            is_needless = lambda key: is_of_run(key, run, token, ids)  # noqa: E731
+            is_needless = lambda key: is_of_run(key, run, token, ids, server)  # noqa: E731
         else:
             kept = frozenset().union(*self._kept)
             is_needless = lambda key: is_sent(key, run, token) and key not in kept  # noqa: E731
@@ -215,6 +256,8 @@ class LiveRun(RecordedRun):
 
     def _next(self, office: Office) -> None:
         """Wait for the next thing that happens, a second at most, and let it happen."""
+        if self.presence is not None and self.presence.taken_by and office.end is None:
+            self._give_way()
         due = office.next_tick()
         wait = _STATUS_SECONDS if due is None else min(max(due - self.clock(), 0.0), _STATUS_SECONDS)
         try:

@@ -16,6 +16,7 @@ import paho.mqtt.client as mqtt
 
 from fedgmr_plugin.errors import ConfigError, HostError
 from fedgmr_plugin.protocol.notes import MOST_MESSAGE
+from fedgmr_plugin.protocol.presence import Presence
 from fedgmr_plugin.runtimes.devices.connection import Broker
 
 _log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class MqttLink:
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
         self._renew_will: Callable[[], None] | None = None
+        self._presence: Presence | None = None
+        self._kept: Callable[[str, bytes], None] | None = None
 
     def start(self) -> None:
         """Connect, now or as soon as there is a broker; returns at once."""
@@ -71,9 +74,21 @@ class MqttLink:
         self._renew_will = lambda: self._client.will_set(topic, payload(), qos=_QOS)
         self._renew_will()
 
+    def watch(self, presence: Presence) -> None:
+        """Ask for other servers after each connect, and answer theirs at once; to be told before `start`."""
+        self._presence = presence
+
+    def hear_kept(self, receive: Callable[[str, bytes], None]) -> None:
+        """Have `receive` called, in the inbox's owner's thread, with what the broker kept; before `start`."""
+        self._kept = receive
+
     def publish(self, topic: str, payload: bytes) -> None:
         """Send a message, now or when the connection is back."""
         self._client.publish(topic, payload, qos=_QOS)
+
+    def keep(self, topic: str, payload: bytes) -> None:
+        """Send a message that the broker keeps for whoever subscribes later; an empty one removes it."""
+        self._client.publish(topic, payload, qos=_QOS, retain=True)
 
     def stop(self, patience: float = 5.0) -> None:
         """Disconnect when everything published has been acknowledged, or after `patience` seconds."""
@@ -89,6 +104,9 @@ class MqttLink:
         if code == 0:
             for start in range(0, len(self._topics), 100):
                 client.subscribe([(topic, _QOS) for topic in self._topics[start : start + 100]])
+            if self._presence is not None:
+                client.subscribe(self._presence.topic, _QOS)
+                client.publish(self._presence.topic, self._presence.ask(), qos=_QOS)
             if self._renew_will is not None:
                 self._inbox.put(self._renew_will)
             self.connected.set()
@@ -116,10 +134,21 @@ class MqttLink:
             _log.warning("the broker is gone; reconnecting")
 
     def _on_message(self, client: Any, userdata: Any, message: Any) -> None:
-        if message.retain or len(message.payload) > MOST_MESSAGE:
-            return  # retained: of another time, perhaps of another run
+        topic, payload = message.topic, message.payload
+        if not payload or len(payload) > MOST_MESSAGE:
+            return
+        if message.retain:  # of another time, perhaps of another run
+            if self._kept is not None:
+                receive = self._kept
+                self._inbox.put(lambda: receive(topic, payload))
+            return
+        if self._presence is not None and topic == self._presence.topic:
+            answer = self._presence.heard(payload)
+            if answer is not None:
+                client.publish(topic, answer, qos=_QOS)
+            return
         try:
-            self._inbox.put_nowait((message.topic, message.payload))
+            self._inbox.put_nowait((topic, payload))
         except queue.Full:
             _log.warning("more messages than can be read: one is dropped")
 

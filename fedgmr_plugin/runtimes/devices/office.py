@@ -29,7 +29,7 @@ from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
 from fedgmr_plugin.protocol.history import entry_of, event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.messages import PayloadOrder, upload
-from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote
+from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote, to_device
 from fedgmr_plugin.protocol.pieces import Piece, Pieces
 from fedgmr_plugin.protocol.storekeys import answer_key
 from fedgmr_plugin.protocol.wire import Limits, decode
@@ -151,7 +151,7 @@ class Office:
             self._hands.put(piece, content)
         self._past = {}
         for dispatch in list(self.live.deadlines) if self.end is None else ():
-            self._tell(dispatch)
+            self._tell_again(dispatch)
 
     def abandon(self, keys: Iterable[str]) -> None:
         """Remove objects whose removal an earlier server had ordered and not lived to see."""
@@ -179,7 +179,9 @@ class Office:
                 self._farewells.add(client)
             else:
                 self._finish(client)
-        elif any(client == getattr(event, "client", None) for event in self.waiting):
+        elif not isinstance(said, PlainAnswer) and any(
+            client == getattr(event, "client", None) for event in self.waiting
+        ):
             return  # paused: what it said before comes first, and it will say this again
         elif isinstance(said, StatusNote):
             self._status(client, said, now)
@@ -319,7 +321,7 @@ class Office:
         self.waiting += [_finite(event) for event in events]
         self._needless += needless
         try:
-            self.journal.append([entry_of(event) for event in self.waiting])
+            self.journal.append([self._entry(event) for event in self.waiting])
         except OSError as error:
             if not self.paused:
                 _log.warning("paused: %s; events wait until they can be written", error)
@@ -333,6 +335,10 @@ class Office:
         for event in ready:
             self._take(event)
         self._hands.delete(needless)
+
+    def _entry(self, event: LiveEvent) -> Entry:
+        """An event as it is written down."""
+        return entry_of(event)
 
     def _recorded(self, fields: dict[str, Any]) -> None:
         """A record of the run log; refusals are counted for their device, wherever they were found."""
@@ -405,6 +411,10 @@ class Office:
             if flight.client == client and dispatch != knows and dispatch not in self._fetching:
                 self._tell(dispatch)
 
+    def _tell_again(self, dispatch: int) -> None:
+        """Tell a dispatch that an earlier server may have told: a device trains each once."""
+        self._tell(dispatch)
+
     def _tell(self, dispatch: int) -> None:
         flight, task = self.server.flights[dispatch], self.tasks[dispatch]
         values, masks = self.pieces.found(flight.version, flight.ranking, flight.rung)
@@ -428,8 +438,24 @@ class Office:
         self._hands.publish(*self.desk.write(note, flight.client, fields))
 
     def _finish(self, client: int) -> None:
+        self._hands.publish(*self._farewell(client))
+
+    def _farewell(self, client: int) -> tuple[str, bytes]:
+        """Topic and bytes of the end of the run, for a client."""
         note = FinishNote(self.token, self.desk.devices[client], self.desk.next_sequence())
-        self._hands.publish(*self.desk.write(note, client, {"client_idx": str(client)}))
+        return self.desk.write(note, client, {"client_idx": str(client)})
+
+    def kept_topics(self) -> list[str]:
+        """Topics of devices that believe what the broker keeps for them."""
+        return [to_device(self.desk.run, self.desk.server, device) for device in self.desk.devices]
+
+    def farewells(self) -> list[tuple[str, bytes]]:
+        """Topic and bytes of the end, for the broker to keep for those who have not heard it."""
+        return [
+            self._farewell(client)
+            for client in range(len(self.desk.devices))
+            if client not in self._farewells
+        ]
 
     # -- what is seen from outside ---------------------------------------------------------------------
 

@@ -1,28 +1,68 @@
 """Devices that know nothing of masks: each is sent a model, trains it, and sends a model back.
 
-They answer no number, so the server remembers what each was sent: one dispatch at a time. A device that says
-that it is online while its dispatch is out is not sent it again, because FedML's devices say so at any time;
-the deadline decides. Nobody can sign here: `device_authentication` must be off.
+Which dispatch is an answer to? Nobody signs or numbers answers here, so it has to follow from what FedML's
+devices do (``android/fedmlsdk``, ClientManager and TrainingExecutor; ``cross_silo/client``):
+
+(a) A phone repeats the ``client_idx`` of the message that it trained for, does not use it otherwise, and
+    reads it when the download is complete. A silo uses it to choose its data, and repeats nothing.
+(b) Each training gives a file of a new name: a name that comes twice is one answer, delivered twice.
+(c) A second message of type 1 is ignored. Others are trained one after the other, where a phone keeps only
+    the newest that waits: not every message is answered, so answers cannot be counted off against messages.
+(d) Whatever trains when the process ends is lost. A started process says ``ONLINE``, and again whenever
+    it is asked: hearing it does not tell that nothing is being trained.
+
+Hence three rules.
+
+1.  *One at a time.* While an answer is owed nothing else is sent, however late it is: at `answer_deadline`
+    the slot is free and the others go on, but the device gets its next sub-model with its answer (or its
+    refusal). It owes no longer after `lost_after` seconds, or once it has said ``ONLINE`` unasked, if it
+    is known to number its answers (one that starts when it is asked says so twice, and one whose broker
+    keeps its session replies to each question of a long absence).
+2.  *Numbered.* ``client_idx`` says, besides the client n of N, which of its dispatches this is:
+    n + N (count + 1). An answer that repeats it is credited to that dispatch, or to none (GMR-401). By (a)
+    this is right whatever was lost or late or came twice, unless a message comes while an older one's
+    file is still being downloaded: that takes a download longer than `lost_after`, or a message that the
+    broker delivers once more after its answer, when a connection broke.
+3.  *Without number* (silos, and apps that repeat nothing) an answer is credited to the dispatch that was sent
+    last. By rule 1 the others were answered, or are lost, so this is right for whoever answers within
+    `lost_after` or never, and trains a message once. So a server that goes on does not tell a dispatch
+    again to a client that is not known to number its answers, unless it is the first (c).
+
+A device that loses its sub-model is therefore idle for `lost_after`, at the most, and the answers of one that
+needs longer than that are of no use, in the end. Nobody can sign here:
+`device_authentication` must be off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from fedgmr_plugin.engine.admission import InFlight
-from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadArrived
+from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadArrived, UploadRefused
 from fedgmr_plugin.engine.live import LiveEvent
 from fedgmr_plugin.errors import ModelError, WireError
 from fedgmr_plugin.kernels.blocks import sum_sq
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.protocol.desk import PlainAnswer, PlainStatus
+from fedgmr_plugin.protocol.history import NUMBERED
+from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.notes import CHECK, FINISH, INIT, SYNC, StatusNote, plain_message, to_device
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.storekeys import file_key, is_file_answer
 from fedgmr_plugin.runtimes.devices.office import Content, Office, Task
+
+#: ``client_idx`` stays below: FedML's devices read it as a 32-bit number.
+_MOST_INDEX = 2**31
+#: Deadlines after which what was not answered is lost, where `lost_after` is not given.
+_LOST = 3
+#: Names of each device's last answers that are remembered.
+_REMEMBERED = 8
+#: Seconds between two questions to one device whether it is there, at least.
+_ASK_SECONDS = 1.0
 
 
 class Codec(Protocol):
@@ -51,16 +91,52 @@ class PlainOffice(Office):
     Args:
         codec: of the files.
         steps: local steps that devices make, for the run log; 0 where unknown.
+        numbered: whether ``client_idx`` may number dispatches; false where clients choose data by it.
     """
 
-    def __init__(self, *given: Any, codec: Codec, steps: int = 0, **named: Any) -> None:
+    def __init__(
+        self, *given: Any, codec: Codec, steps: int = 0, numbered: bool = True, **named: Any
+    ) -> None:
         super().__init__(*given, **named)
-        self._codec, self._steps = codec, steps
+        self._codec, self._steps, self._numbered = codec, steps, numbered
+        config = self.server.config
+        self._patience = config.lost_after or _LOST * config.answer_deadline
+        self._told: dict[int, float] = {}  # dispatch to the second at which it was told
+        self._numbering: set[int] = set()  # clients that repeat ``client_idx``
+        self._silent: set[int] = set()  # clients that do not
+        self._restarted: set[int] = set()  # numbering ones that began anew since they were told theirs
+        self._unanswered: Counter[int] = Counter()  # client to how often it was asked, and has not replied
+        self._heard: dict[int, list[str]] = {}  # client to the names of its last answers
         self._files: dict[tuple[int, str, int], Piece] = {}  # (version, ranking, rung) to its file
         self.values: dict[tuple[int, str, int], Tensor] = {}  # and to what it holds [S]
         self._asked: dict[int, float] = {}  # client to the second at which it was asked whether it is there
 
     # -- devices come and go --------------------------------------------------------------------------
+
+    def resume(
+        self, entries: Iterable[Entry], journal: Journal, unsent: Sequence[tuple[Piece, Content]]
+    ) -> None:
+        super().resume(self._learning(entries), journal, unsent)
+        now = self._clock()  # when they were told is not known: not after this
+        self._told = dict.fromkeys(self.server.flights, now)
+
+    def _learning(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """The same entries; who numbers its answers is learnt from them."""
+        for entry in entries:
+            if NUMBERED in entry.head:
+                self._learn(int(entry.head["client"]), bool(entry.head[NUMBERED]))
+            yield entry
+
+    def _learn(self, client: int, numbers: bool) -> None:
+        is_it, is_not = (self._numbering, self._silent) if numbers else (self._silent, self._numbering)
+        is_it.add(client)
+        is_not.discard(client)
+
+    def _entry(self, event: LiveEvent) -> Entry:
+        entry = super()._entry(event)
+        if not isinstance(event, UploadArrived):
+            return entry
+        return Entry({**entry.head, NUMBERED: event.client in self._numbering}, entry.payload)
 
     def hello(self) -> None:
         """Ask everybody whether they are there: who came first was not heard."""
@@ -70,9 +146,11 @@ class PlainOffice(Office):
     def tick(self) -> None:
         super().tick()
         now = self._clock()
-        for client in self.server.away if self.end is None else ():
-            if now - self._asked.get(client, now) >= self.server.config.retry_seconds:
-                self._ask(client)
+        wait = max(self.server.config.retry_seconds, _ASK_SECONDS)
+        away = self.server.away if self.end is None else ()
+        due = [client for client in away if now - self._asked.get(client, now) >= wait]
+        for client in sorted(set(due) - self._owing()) if due else ():
+            self._ask(client)
 
     def next_tick(self) -> float | None:
         due = super().next_tick()
@@ -81,6 +159,7 @@ class PlainOffice(Office):
 
     def _ask(self, client: int) -> None:
         self._asked[client] = self._clock()
+        self._unanswered[client] += 1
         device = self.desk.devices[client]
         topic = to_device(self.desk.run, self.desk.server, device)
         message = plain_message(CHECK, self.desk.server, device, {"client_idx": str(client)})
@@ -91,33 +170,62 @@ class PlainOffice(Office):
             self._answered(client, said)
         elif said.state != "ONLINE":
             self._apply([ClientLeft(client, now)])
-        elif client in self.server.away and self._is_new(client):
-            self._apply([ClientJoined(client, now, fresh=True)])
+        else:
+            self._online(client, now)
+
+    def _online(self, client: int, now: float) -> None:
+        if self._unanswered[client]:
+            self._unanswered[client] -= 1
+        elif client in self._numbering and self._outstanding(client):
+            self._restarted.add(client)
+        if client in self.server.away and self._is_new(client) and client not in self._owing():
+            self._apply([ClientJoined(client, now, fresh=client in self._restarted)])
+
+    def _owing(self) -> set[int]:
+        """Clients that may still work on a dispatch that they did not answer in time."""
+        now, flights = self._clock(), self.server.flights
+        late = {flights[d].client for d in self.server.overdue if now - self._told[d] < self._patience}
+        return late - self._restarted
 
     def _status(self, client: int, note: StatusNote, now: float) -> None:
         self._plain(client, PlainStatus(note.state), now)
 
     def _answered(self, client: int, said: PlainAnswer) -> None:
-        dispatch = self._outstanding(client)
-        if dispatch is None or dispatch in self._fetching:
+        dispatch = self._answered_by(client, said)
+        if dispatch is None or dispatch in self._fetching or said.key in self._heard.get(client, ()):
             self.desk.count(client, "GMR-401")
             return
-        if not is_file_answer(said.key, self.desk.run, (self.desk.devices[client],)):
+        if not is_file_answer(said.key, self.desk.run, (self.desk.devices[client],), self.desk.server):
             self.desk.count(client, "GMR-747")  # what it names is not its own to have read, and deleted
             return
         flight = self.server.flights[dispatch]
         most = self._codec.most_bytes(flight.ranking, flight.rung)
         self._fetching.add(dispatch)
+        self._heard[client] = [*self._heard.get(client, ()), said.key][-_REMEMBERED:]
         self._hands.fetch(
             Piece(said.key, most, ""), lambda content: self._got(client, dispatch, said, content)
         )
 
-    def _outstanding(self, client: int) -> int | None:
-        """The dispatch that a device's next answer is to: the one that it got last, while unanswered."""
-        own = [
-            d for d, f in self.server.flights.items() if f.client == client and d not in self.server.staged
-        ]
-        return max(own, default=None)
+    def _answered_by(self, client: int, said: PlainAnswer) -> int | None:
+        """The dispatch that an answer is to, by rules 2 and 3; None if that is not waited for."""
+        own = self._outstanding(client)
+        if not self._numbered or said.index is None or said.index < len(self.desk.devices):
+            return max(own, default=None)
+        self._learn(client, True)
+        return next((d for d in own if self._index(d) == said.index), None)
+
+    def _outstanding(self, client: int) -> list[int]:
+        """A client's dispatches that are not answered, be the answer merged or yet to be written down."""
+        flights, staged = self.server.flights, self.server.staged
+        answered = {e.dispatch for e in self.waiting if isinstance(e, (UploadArrived, UploadRefused))}
+        return [d for d, f in flights.items() if f.client == client and d not in staged and d not in answered]
+
+    def _index(self, dispatch: int) -> int:
+        """``client_idx`` of a dispatch: its client modulo their number, FedML's index, and which it is."""
+        client, clients = self.server.flights[dispatch].client, len(self.desk.devices)
+        if not self._numbered:
+            return client
+        return client + clients * (1 + self.tasks[dispatch].count % (_MOST_INDEX // clients - 1))
 
     def _got(self, client: int, dispatch: int, said: PlainAnswer, content: bytearray | WireError) -> None:
         self._fetching.discard(dispatch)
@@ -132,6 +240,9 @@ class PlainOffice(Office):
         except (WireError, ModelError) as refusal:
             self._refuse(client, dispatch, WireError(refusal.code, refusal.message), [said.key])
             return
+        if client not in self._numbering:
+            self._silent.add(client)
+        self._unanswered[client] = 0  # it has replied to what it was asked before, or never will
         self.received[client] = self.received.get(client, 0) + len(content)
         arrived = self._upload(dispatch, flight, values_S, said.samples, len(content), now)
         events: list[LiveEvent] = [arrived]
@@ -174,12 +285,19 @@ class PlainOffice(Office):
         size = float(self._files[key].size)
         return size, size if new else 0.0
 
+    def _tell_again(self, dispatch: int) -> None:
+        if self.tasks[dispatch].count == 0 or self.server.flights[dispatch].client in self._numbering:
+            self._tell(dispatch)
+
     def _tell(self, dispatch: int) -> None:
         flight, task = self.server.flights[dispatch], self.tasks[dispatch]
         file = self._files[flight.version, flight.ranking.digest, flight.rung]
         device = self.desk.devices[flight.client]
         kind = SYNC if task.count else INIT
-        fields = {"model_params": file.key, "client_idx": str(flight.client), "client_os": "AndroidClient"}
+        index = str(self._index(dispatch))
+        fields = {"model_params": file.key, "client_idx": index, "client_os": "AndroidClient"}
+        self._told[dispatch] = self._clock()
+        self._restarted.discard(flight.client)
         message = plain_message(kind, self.desk.server, device, fields)
         self._hands.publish(to_device(self.desk.run, self.desk.server, device), message)
 
@@ -188,9 +306,16 @@ class PlainOffice(Office):
         message = plain_message(FINISH, self.desk.server, device, {"client_idx": str(client)})
         self._hands.publish(to_device(self.desk.run, self.desk.server, device), message)
 
+    def kept_topics(self) -> list[str]:
+        return []  # these devices take nothing that is retained
+
+    def farewells(self) -> list[tuple[str, bytes]]:
+        return []
+
     def _drop_unused(self) -> list[str]:
         used = {(f.version, f.ranking.digest, f.rung) for f in self.server.flights.values()}
         gone = [key for key in self._files if key not in used]
+        self._told = {d: told for d, told in self._told.items() if d in self.server.flights}
         for key in gone:
             del self.values[key]
         return [self._files.pop(key).key for key in gone]
@@ -202,7 +327,8 @@ class PlainOffice(Office):
 
     def state(self) -> dict[str, Any]:
         files = [[*key, piece] for key, piece in self._files.items()]
-        return {**super().state(), "files": files}
+        known = {"numbering": sorted(self._numbering), "silent": sorted(self._silent)}
+        return {**super().state(), "files": files, **known}
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"sent.{v}.{digest}.{rung}": t for (v, digest, rung), t in self.values.items()}
@@ -211,3 +337,4 @@ class PlainOffice(Office):
         super().load_state(state, tensors)
         self._files = {(v, digest, rung): Piece(*p) for v, digest, rung, p in state["files"]}
         self.values = {key: tensors["sent.{}.{}.{}".format(*key)] for key in self._files}
+        self._numbering, self._silent = set(state["numbering"]), set(state["silent"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import queue
+import socket
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from fedgmr_plugin.kernels.layout import build_layout, validate
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.desk import Desk
 from fedgmr_plugin.protocol.pieces import Pieces
+from fedgmr_plugin.protocol.presence import Presence
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.command import next_run
 from fedgmr_plugin.runtimes.data import ClientSamples, EvaluationBatches, FederatedData
@@ -89,12 +92,15 @@ def assemble_live(
     server_aggregator: Any,
     transport: Callable[[Desk, queue.Queue[Any]], Transport],
     codec: Codec | None = None,
+    *,
+    numbered: bool = True,
 ) -> LiveRun:
     """A run with real clients.
 
     Args:
         transport: from the desk and the inbox; nothing is sent before the run begins.
         codec: how sub-models are written for clients that know nothing of masks; None for those that do.
+        numbered: of `PlainOffice`.
 
     Raises:
         ConfigError, HostError: what is wrong with the connection, the aggregator, or the directory.
@@ -111,6 +117,11 @@ def assemble_live(
     link, store = transport(desk, inbox)
     hands = ThreadedHands(store, link, inbox)
     clock = Clock()
+    presence = None
+    if isinstance(link, MqttLink):
+        place = f"process {os.getpid()} on {socket.gethostname()}"
+        presence = Presence(here.run, here.server, desk.keys.values(), place)
+        link.watch(presence)
     run: LiveRun
     given = (
         server,
@@ -126,7 +137,7 @@ def assemble_live(
     if codec is None:
         office = Office(*given, measured=measured_by(config))
     else:
-        office = PlainOffice(*given, codec=codec, steps=setup.steps or 0)
+        office = PlainOffice(*given, codec=codec, steps=setup.steps or 0, numbered=numbered)
     header = run_header(setup, directory.name, dense_megabytes(config, setup.layout), hooked=hooked)
     run = LiveRun(
         office.live,
@@ -141,6 +152,7 @@ def assemble_live(
         link=link,
         inbox=inbox,
         clock=clock,
+        presence=presence,
     )
     _log.info("run %s waits for %s", here.run, here.devices)
     return run
@@ -208,12 +220,18 @@ def _refuse_simulated(config: FedGMRConfig) -> None:
         wrong.append("probe=true needs the clients' data")
     if config.trigger == "gradient":
         wrong.append("trigger=gradient needs the clients' data")
-    if config.upload != "full":
-        wrong.append(f"upload={config.upload} is known to simulated clients only")
+    for key in ("upload", "download"):
+        if getattr(config, key) != "full":
+            wrong.append(f"{key}={getattr(config, key)} is known to simulated clients only")
     if config.label_masks:
         wrong.append("label_masks=true needs the clients' data")
     if config.local_objective != "plain":
         wrong.append(f"local_objective={config.local_objective} is known to simulated clients only")
+    if config.device_submodel != "wire" and config.proximal:
+        wrong.append(
+            f"proximal={config.proximal:g}: with device_submodel={config.device_submodel}, FedML's own "
+            "clients train, which know no proximal term"
+        )
     if config.workers > 1:
         wrong.append(f"workers={config.workers}: devices train")
     if wrong:

@@ -12,6 +12,9 @@ from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.runtimes.local import groups
 
 NAME = "processes.json"
+#: Name of the file that has a stack's connection settings, with its passwords, and what is in it.
+CONNECTION = "connection.json"
+CONNECTION_KEYS = frozenset({"customized_training_mqtt_config", "customized_training_s3_config"})
 VERSION = 1
 
 
@@ -67,7 +70,7 @@ def running(folder: Path) -> dict[str, groups.Leader]:
 
 
 def stop_recorded(folder: Path | str, *, patience: float = 5.0) -> list[str]:
-    """Stop what a supervisor, of this or another process, started in a folder.
+    """Stop what a supervisor, of this or another process, started in a folder, and forget how to reach it.
 
     A recorded number that now belongs to another process is left alone.
 
@@ -83,4 +86,16 @@ def stop_recorded(folder: Path | str, *, patience: float = 5.0) -> list[str]:
     leaders = read(Path(folder))
     ended = groups.end(leaders.values(), patience)
     write(Path(folder), {})
+    forget_connection(Path(folder))
     return [name for name, leader in leaders.items() if leader in ended]
+
+
+def forget_connection(folder: Path) -> None:
+    """Remove a stack's connection settings; another file of that name stays."""
+    path = folder / CONNECTION
+    try:
+        is_ours = set(json.loads(path.read_text(encoding="utf-8"))) == CONNECTION_KEYS
+    except (OSError, ValueError, TypeError):
+        return
+    if is_ours:
+        path.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from fedgmr_plugin.runtimes.local.storage import Storage
 __all__ = ["Connection", "Stack", "connection", "stop_recorded"]
 
 #: Name of the file, in a stack's folder, that has its connection settings.
-NAME = "connection.json"
+NAME = record.CONNECTION
 KEEPALIVE_SECONDS = 30
 
 

@@ -14,7 +14,7 @@ from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts
 from fedgmr_plugin.runtimes.devices.connection import connection, device_keys
 from fedgmr_plugin.runtimes.settings import fedml_keys, options
-from fedgmr_plugin.runtimes.setup import builtin_trainer
+from fedgmr_plugin.runtimes.setup import builtin_trainer, refuse_for_trainer
 from fedgmr_plugin.runtimes.silos.data import SiloSamples
 from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, most_bytes, peers
 from fedgmr_plugin.runtimes.silos.objects import Objects
@@ -44,6 +44,7 @@ def build(args: Any, device: Any, dataset: Any, model: nn.Module, model_trainer:
     place = torch.device(device) if device is not None else torch.device("cpu")
     trainer: LocalTrainer = builtin_trainer(config, keys, place)
     if model_trainer is not None:
+        refuse_for_trainer(config)
         fallback = BuiltinTrainer(device=place, loss=config.loss)
         trainer = FedMLTrainer(model_trainer, args, place, fallback=fallback)
     samples = SiloSamples(dataset[5])

@@ -218,6 +218,9 @@ class GrpcLink:
             ).start()
         self._outboxes[receiver].put(data)
 
+    def keep(self, topic: str, payload: bytes) -> None:
+        """Nothing is kept: there is no broker."""
+
     def stop(self, patience: float = 5.0) -> None:
         """Stop listening, when what was published has been sent, or after `patience` seconds."""
         deadline = time.monotonic() + patience

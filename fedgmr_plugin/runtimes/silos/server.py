@@ -60,4 +60,4 @@ def build(args: Any, device: Any, dataset: Any, model: nn.Module, server_aggrega
         broker, bucket = services(args)
         return Transport(MqttLink(broker, desk.topics, inbox), S3Store(bucket))
 
-    return assemble_live(setup, server_aggregator, transport, models if is_plain else None)
+    return assemble_live(setup, server_aggregator, transport, models if is_plain else None, numbered=False)
