@@ -11,9 +11,9 @@ another goes away for so many seconds, and is back at the same address:
     both        broker and way at once
 
 A store keeps what it acknowledged; moto has it in memory alone, so moto's own process is suspended and never
-ended. Every device notes each answer that it gives. At the end each of them is in the run log, once, or was
-given when the run was over already, which is one at most for each device; and `fedgmr replay` gives the same
-model.
+ended. Every device notes each answer that it gives. At the end each of them is in the run log, once; or was
+given when the run was over already, which is one at most for each device; or had been given up, which is
+told apart, because its device had missed a second deadline since. And `fedgmr replay` gives the same model.
 """
 
 from __future__ import annotations
@@ -153,9 +153,13 @@ class Run:
         files = {n - 1: self.folder / f"answered_{n}" for n in range(1, DEVICES + 1)}
         return [(client, int(n)) for client, path in files.items() for n in path.read_text().split()]
 
-    def logged(self, kind: str) -> list[Answer]:
-        """The answers in the log's records of one type."""
-        return [(r["client"], r["dispatch"]) for r in read_run(self.directory).records(kind)]
+    def account(self) -> dict[str, int]:
+        """What became of every answer; see `account`."""
+        log = read_run(self.directory)
+        merged, refused, clients = (log.records(kind) for kind in ("arrival", "rejected", "client"))
+        overdue = [r for r in clients if r["state"] == "overdue"]
+        pairs = [[(r["client"], r["dispatch"]) for r in found] for found in (merged, refused, overdue)]
+        return account(pairs[0], pairs[1], self.answered(), pairs[2])
 
     def objects(self) -> list[str]:
         """What is left in the store."""
@@ -194,28 +198,37 @@ def _listens(port: int) -> bool:
 
 
 def account(
-    merged: Sequence[Answer], refused: Sequence[Answer], answered: Sequence[Answer]
+    merged: Sequence[Answer],
+    refused: Sequence[Answer],
+    answered: Sequence[Answer],
+    overdue: Sequence[Answer] = (),
 ) -> dict[str, int]:
     """What became of every answer.
 
     Args:
         merged, refused: those in the log.
         answered: those that devices gave, of each device in order.
+        overdue: dispatches that were not answered by their deadline.
 
     Returns:
-        `twice`: merged again. `unknown`: in the log, and given by nobody. `after_the_end`: a device's
-        last one that is not in the log. `lost`: others that are not.
+        `twice`: merged again. `unknown`: in the log, and given by nobody. Of those that are not in it:
+        `given_up`, where their device has missed its next deadline too, as one late answer of each is waited
+        for; `after_the_end`, the last ones of their devices; `lost`, all others.
     """
     given, logged = set(answered), {*merged, *refused}
-    last = {(client, dispatch) for client, dispatch in dict(answered).items()}
+    missing = given - logged
+    last = set(dict(answered).items())
+    late = set(overdue)
+    given_up = {(c, d) for c, d in missing & late if any(c == n and d < k for n, k in late)}
     return {
         "answered": len(given),
         "merged": len(merged),
         "refused": len(refused),
         "twice": len(merged) - len(set(merged)),
         "unknown": len(logged - given),
-        "after_the_end": len((given - logged) & last),
-        "lost": len(given - logged - last),
+        "given_up": len(given_up),
+        "after_the_end": len((missing - given_up) & last),
+        "lost": len(missing - given_up - last),
     }
 
 
@@ -249,7 +262,7 @@ def measure(seconds: float, folder: Path, **options: Any) -> dict[str, Any]:
             "windows": None if end is None else end["windows"],
             "status": status,
             "outages": outages,
-            "answers": account(run.logged("arrival"), run.logged("rejected"), run.answered()),
+            "answers": run.account(),
             "left_in_store": len(run.objects()),
             "replay_is_the_same": run.replayed(),
         }

@@ -110,6 +110,7 @@ def test_the_table_of_outages_is_generated_and_nothing_was_lost(repository: Path
     found = json.loads(outages.RESULTS.read_text(encoding="utf-8"))
     answers = found["answers"]
     assert answers["lost"] == answers["twice"] == answers["unknown"] == answers["refused"] == 0
+    assert answers["given_up"] == 0
     assert f"{answers['answered']} answers" in page and answers["merged"] == answers["answered"]
     assert found["replay_is_the_same"] and found["left_in_store"] == 0
     assert all(outage["seconds"] == 60.0 for outage in found["outages"])
