@@ -964,4 +964,4 @@ def test_simulated_sizes_are_those_of_the_messages() -> None:
         mask = Mask.of(ranking, (rung,)) if new else None
         down = dispatch_message(sent, order, run="run-0000", mask=mask)
         up = update_message(down.header, order.cuts, values_S, Outcome(1.0, 1, *[0.1 + 0.2] * 3))
-        assert sizes(sent) == (len(encode(down)) / 1e6, len(encode(up)) / 1e6)
+        assert sizes(sent)[:2] == (len(encode(down)) / 1e6, len(encode(up)) / 1e6)
