@@ -180,7 +180,8 @@ def horizons(results: dict[str, Any]) -> str:
         cells = []
         for time in times:
             found = [_before(run["curve"], time) for run in of.values()]
-            cells.append("" if None in found else f"{100 * float(np.mean(found)):.1f}")  # type: ignore[arg-type]
+            known = [value for value in found if value is not None]
+            cells.append(f"{100 * float(np.mean(known)):.1f}" if len(known) == len(found) else "")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -90,10 +90,15 @@ class Simulation(Course):
         self._executor = executor or InTurn(bench.train)
         self._sizes = sizes
         config = self.config
-        budget = Budget(self.layout, network.densities)
-        self.uplink = Uplink(budget, config.update_form) if config.upload == "decoupled" else None
-        self.downlink = Downlink(budget) if config.download == "decoupled" else None
-        self._budget = budget if self.uplink or self.downlink else None
+        self.uplink: Uplink | None = None
+        self.downlink: Downlink | None = None
+        self._budget: Budget | None = None
+        if "decoupled" in (config.upload, config.download):
+            self._budget = Budget(self.layout, network.densities)
+            if config.upload == "decoupled":
+                self.uplink = Uplink(self._budget, config.update_form)
+            if config.download == "decoupled":
+                self.downlink = Downlink(self._budget)
         self.pending: dict[int, Dispatch] = {}
         self._probing = self._make_probing()
 
