@@ -21,6 +21,7 @@ from benchmarks.measure import Row
 from benchmarks.models import conv2
 from fedgmr_plugin.engine.client import Batch, BuiltinTrainer, parameter_masks
 from fedgmr_plugin.kernels import build_layout, rank, scores
+from fedgmr_plugin.kernels.width import rank_widths
 
 ROUNDS = 7
 STEPS = 5  # local steps of a dispatch: what is done once per dispatch is shared among them
@@ -57,13 +58,21 @@ def masked_steps(model: nn.Module, batches: Sequence[Batch], masks: Mapping[str,
         optimizer.step()
 
 
-def step_rows(rounds: int = ROUNDS, densities: Sequence[float] = DENSITIES) -> list[dict[str, Any]]:
-    """Conv2 on 28 x 28 images: milliseconds per step, and per dispatch, at each density."""
+def step_rows(
+    rounds: int = ROUNDS, densities: Sequence[float] = DENSITIES, *, by_width: bool = False
+) -> list[dict[str, Any]]:
+    """Conv2 on 28 x 28 images: milliseconds per step, and per dispatch, at each density.
+
+    Sub-models have the largest weights, or the first units of each layer (`by_width`).
+    """
     torch.manual_seed(0)
     model = conv2()
     layout = build_layout(model)
     w_D = layout.gather(model)
-    ranking = rank(layout, w_D, scores("magnitude", layout, w_D), densities)
+    if by_width:
+        ranking = rank_widths(model, layout, densities)
+    else:
+        ranking = rank(layout, w_D, scores("magnitude", layout, w_D), densities)
     x, y = torch.rand(STEPS * BATCH, 1, 28, 28), torch.randint(62, (STEPS * BATCH,))
     batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
     trainer, own, rows = BuiltinTrainer(), conv2(), []
@@ -118,13 +127,15 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
     """The goals: a step of Conv2 at low density against the dense step that anybody writes."""
     torch.set_num_threads(1)
     goals = {0.05: "<= 0.5", 0.1: "<= 1", 0.2: "<= 1"}
+    rows = [("", row) for row in step_rows(rounds)]
+    rows += [(", width", row) for row in step_rows(rounds, tuple(goals), by_width=True)]
     return [
         Row(
-            f"a step of Conv2 at density {row['density']:g}",
+            f"a step of Conv2 at density {row['density']:g}{kind}",
             "plain dense step",
             row["of_plain"],
             goals.get(row["density"], ""),
             f"{row['ours_ms']:.1f} ms, plain {row['plain_ms']:.1f}, by the formulas {row['masked_ms']:.1f}",
         )
-        for row in step_rows(rounds)
+        for kind, row in rows
     ]

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from fedgmr_plugin.engine.compact import Leaf, Masks, drift_sq, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.formats import fast_formats
+from fedgmr_plugin.engine.narrow import without_absent_units
 from fedgmr_plugin.engine.objectives import PLAIN, Context
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
 from fedgmr_plugin.kernels.blocks import sum_sq
@@ -225,11 +226,27 @@ class BuiltinTrainer:
         context: Context = PLAIN,
     ) -> LocalStats:
         model.train()
+        watched = (isinstance(batches, BatchList) and batches.watched) or not is_chain(model)
+        if watched:
+            return self._steps(model, batches, masks, context, learning_rate, watched=True)
+        with without_absent_units(model, masks, context) as (own_masks, own_context):
+            return self._steps(model, batches, own_masks, own_context, learning_rate, watched=False)
+
+    def _steps(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        masks: Mapping[str, Tensor] | None,
+        context: Context,
+        learning_rate: float,
+        *,
+        watched: bool,
+    ) -> LocalStats:
+        """`train` on all of `model`; whether it is `watched` as for `leaves_of`."""
         view, limited = context.view(model), context.limits_steps
         loss_sum = torch.zeros((), device=self.device)
         drift = torch.zeros((), dtype=torch.float64, device=self.device)
         samples = steps = 0
-        watched = (isinstance(batches, BatchList) and batches.watched) or not is_chain(model)
         with fast_formats(model), leaves_of(model, masks, watched=watched, whole=limited) as leaves:
             step = self._optimizer([leaf.tensor for leaf in leaves], learning_rate)
             for x, y in batches:

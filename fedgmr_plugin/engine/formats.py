@@ -38,7 +38,7 @@ def fast_formats(model: nn.Module) -> Iterator[None]:
     head = _images(model) if is_chain(model) else []
     for layer in set(head):
         if isinstance(layer, nn.Conv2d):
-            wide = layer.in_channels >= WIDE_CHANNELS
+            wide = layer.weight.shape[1] * layer.groups >= WIDE_CHANNELS
             _replace(layer, _on(layer.forward, torch.contiguous_format if wide else torch.channels_last))
         elif isinstance(layer, nn.MaxPool2d):
             _replace(layer, _on(layer.forward, torch.channels_last))
