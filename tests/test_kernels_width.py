@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
+from fedgmr_plugin.engine.client import parameter_masks
+from fedgmr_plugin.engine.narrow import without_absent_units
+from fedgmr_plugin.engine.objectives import PLAIN
 from fedgmr_plugin.errors import ModelError
 from fedgmr_plugin.kernels import build_layout
 from fedgmr_plugin.kernels.chain import is_chain, layers
-from fedgmr_plugin.kernels.width import axes, narrow, prunable_kept, rank_widths, widths
+from fedgmr_plugin.kernels.channels import Axis, axes
+from fedgmr_plugin.kernels.width import narrow, prunable_kept, rank_widths, widths
+from fedgmr_plugin.runtimes.host import define_torchvision_schemas, torchvision_usable
 
 few = settings(max_examples=max(10, settings().max_examples // 4))
 LADDER = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -113,7 +122,7 @@ def rebuilt(layer: nn.Module) -> nn.Module:
 def brute_width(model: nn.Module, density: float) -> Fraction:
     """The largest j/C whose stack, built, has few enough prunable weights; else the least."""
     layout = build_layout(model)
-    counts = {axis.units for entry in axes(model).values() for axis in entry if axis.hidden}
+    counts = {axis.units for entry in axes(model).parameters.values() for axis in entry if axis.hidden}
     candidates = sorted({Fraction(j, c) for c in counts for j in range(1, c + 1)})
     fits = [
         p for p in candidates
@@ -198,9 +207,151 @@ def test_the_model_and_its_copy_are_independent() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-class Own(nn.Module):
+class Residual(nn.Module):
+    """Additions of blocks, a shortcut of another size, functions and methods instead of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6, track_running_stats=False)
+        self.first = nn.Conv2d(6, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+        self.down = nn.Conv2d(6, 10, 3, stride=2, padding=1)
+        self.shortcut = nn.Conv2d(6, 10, 1, stride=2)
+        self.hidden = nn.Linear(90, 7)
+        self.output = nn.Linear(7, 3)
+
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.second(functional.gelu(self.first(x)))
+        y = self.down(x).add(self.shortcut(x) * 0.5)
+        y = functional.dropout(y.sigmoid(), 0.2, self.training)
+        return self.output(functional.leaky_relu(self.hidden(y.view(y.size(0), -1)) + 0.1)).log_softmax(1)
+
+
+class Depthwise(nn.Module):
+    """Separable convolutions, a pooling by mean, a stack inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 6, 3), nn.ReLU6(), nn.Conv2d(6, 6, 3, groups=6), nn.InstanceNorm2d(6)),
+            *(nn.Conv2d(6, 9, 1), nn.Conv2d(9, 9, 1, groups=9, bias=False)),
+        )
+        self.heads = nn.ModuleList([nn.Linear(9, 4), nn.Linear(9, 3)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = functional.max_pool2d(self.body(x), 1).mean((2, 3))
+        return self.heads[0](y), self.heads[1](torch.flatten(y, 1))
+
+
+def bottleneck(groups: int = 1) -> nn.Module:
+    """torchvision's bottlenecks under norms of the batch alone."""
+    if not torchvision_usable():
+        define_torchvision_schemas()
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    norm = partial(nn.BatchNorm2d, track_running_stats=False)
+    return ResNet(Bottleneck, [1, 1, 1, 1], 5, groups=groups, norm_layer=norm)
+
+
+def parts(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else torch.cat(output, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"), [(Residual, (1, 6, 6)), (Depthwise, (1, 7, 7)), (bottleneck, (3, 40, 40))]
+)
+@pytest.mark.parametrize("first", [0, 5])
+def test_models_that_are_no_stacks(make: Callable[[], nn.Module], shape: tuple[int, ...], first: int) -> None:
+    """What the mask keeps is a smaller model, in outputs and coordinates; a rolled window is as large."""
+    model = randomised(make().double())
+    for parameter in model.parameters():
+        parameter.data /= max(1.0, parameter[0].numel() ** 0.5)
+    layout = build_layout(model)
+    ranking, rolled = rank_widths(model, layout, LADDER), rank_widths(model, layout, LADDER, first)
+    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        for rung, width in enumerate(widths(model, layout, LADDER)):
+            small = narrow(model, layout, width)
+            expected = parts(masked_output(model, ranking.mask(rung), x))  # type: ignore[arg-type]
+            torch.testing.assert_close(parts(small.model(x)), expected, atol=1e-9, rtol=1e-9)
+            assert torch.equal(ranking.mask(rung).nonzero().squeeze(1), small.index_S)
+            assert int(rolled.mask(rung).sum()) == len(small.index_S)
+            context = without_absent_units(model, parameter_masks(layout, rolled.mask(rung)), PLAIN)
+            whole = masked_output(model, rolled.mask(rung), x)
+            layout_D = layout.gather(model)
+            layout.scatter(model, layout_D * rolled.mask(rung))
+            with context:
+                kept = sum(p.numel() for p in model.parameters())
+                inside = parts(model(x))  # type: ignore[arg-type]
+            layout.scatter(model, layout_D)
+            if make is not Residual:  # whose dropout keeps it whole
+                assert kept == len(small.index_S)
+            torch.testing.assert_close(inside, parts(whole), atol=1e-9, rtol=1e-9)  # type: ignore[arg-type]
+        torch.testing.assert_close(parts(small.model(x)), parts(model(x)), atol=0, rtol=0)
+
+
+def test_units_that_are_added_are_cut_together() -> None:
+    cut = axes(Residual()).parameters
+    added = {cut["stem.weight"][0].group, cut["second.weight"][0].group, cut["first.weight"][1].group}
+    assert added == {cut["norm.weight"][0].group} == {cut["down.weight"][1].group}
+    assert cut["down.bias"][0] == cut["shortcut.weight"][0]
+    assert cut["hidden.weight"] == (
+        *(Axis(7, 1, True, cut["hidden.bias"][0].group), Axis(10, 9, True, cut["down.bias"][0].group)),
+    )
+    assert cut["output.weight"][0].hidden is cut["stem.weight"][1].hidden is False
+    assert axes(Residual()).draws and not axes(Depthwise()).draws
+
+
+def test_what_is_added_to_the_input_or_to_the_output_is_whole() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 4, 1)
+            self.c, self.d = nn.Conv2d(4, 5, 1), nn.Conv2d(5, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(x + self.a(x))
+            return y + self.d(self.c(y))
+
+    cut = axes(Skip()).parameters
+    assert {name: [axis.hidden for axis in of] for name, of in cut.items()} == {
+        **{"a.weight": [False, False], "a.bias": [False], "b.weight": [False, False], "b.bias": [False]},
+        **{"c.weight": [True, False], "c.bias": [True], "d.weight": [False, True], "d.bias": [False]},
+    }
+
+
+def test_a_trace_leaves_nothing_in_the_model() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.calls = nn.Linear(3, 4), nn.Linear(4, 2), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen = self.a(x)
+            return self.b(self.seen)  # type: ignore[no-any-return]
+
+    model = Remembers()
+    assert axes(model).parameters["a.weight"][0].hidden
+    assert model.calls == 0 and not hasattr(model, "seen")
+    model.a = nn.Linear(3, 6)
+    model.b = nn.Linear(6, 2)
+    assert axes(model).parameters["a.weight"][0].units == 6, "what is remembered is of the model as it was"
+
+
+class Calls(nn.Module):
+    """Two layers and what stands between them."""
+
+    def __init__(self, between: Callable[..., Any], images: bool = False) -> None:
+        super().__init__()
+        self.between = between
+        kind: Any = partial(nn.Conv2d, kernel_size=1) if images else nn.Linear
+        self.a, self.b = kind(3, 4), kind(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x), x))  # type: ignore[no-any-return]
 
 
 def hooked() -> nn.Module:
@@ -214,18 +365,26 @@ def tied() -> nn.Module:
     return nn.Sequential(layer, layer, nn.Linear(3, 2))
 
 
+def extra() -> nn.Module:
+    model = Calls(lambda y, _: y)
+    model.unused = nn.Parameter(torch.zeros(2))
+    return model
+
+
 C, L, F = nn.Conv2d, nn.Linear, nn.Flatten
 
 
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (Own(), "not a Sequential"),
-        (hooked(), "not a Sequential"),
-        (nn.Sequential(L(3, 4), Own(), L(4, 2)), "not a Sequential"),
+        (nn.Identity(), "no hidden"),
         (nn.Sequential(L(3, 2)), "no hidden"),
+        (hooked(), "it has hooks"),
         (tied(), "share parameters"),
+        (extra(), "unused is of no Conv2d, Linear or norm"),
         (nn.Sequential(C(2, 4, 1, groups=2), C(4, 2, 1)), "layer 0 (Conv2d) has no width: it has groups=2"),
+        (nn.Sequential(C(2, 4, 1), C(4, 4, 1, groups=2)), "layer 1 (Conv2d) has no width: it has groups=2"),
+        (bottleneck(groups=2), "it has groups=2"),
         (nn.Sequential(C(1, 4, 1), L(3, 2)), "a Flatten is missing"),
         (nn.Sequential(C(1, 4, 1), F(2), L(4, 2)), "layer 1 (Flatten)"),
         (nn.Sequential(C(1, 4, 1), F(), L(35, 2)), "4 channels do not divide"),
@@ -236,8 +395,16 @@ C, L, F = nn.Conv2d, nn.Linear, nn.Flatten
         (nn.Sequential(C(1, 4, 1), nn.MaxPool2d(2, return_indices=True), C(4, 2, 1)), "units one by one"),
         (nn.Sequential(L(3, 4), nn.LayerNorm(4), L(4, 2)), "units one by one"),
         (nn.Sequential(L(3, 4), nn.Unflatten(1, (2, 2)), L(2, 2)), "units one by one"),
-        (nn.Sequential(nn.BatchNorm2d(1), C(1, 4, 1), C(4, 2, 1)), "stands before the first"),
         (nn.Sequential(L(3, 4), nn.PReLU(4), L(4, 2)), "units one by one"),
+        (Calls(lambda y, x: y if x.sum() > 0 else -y), "it cannot be traced"),
+        (Calls(lambda y, x: torch.softmax(y, 1)), "which calls softmax, has no width"),
+        (Calls(lambda y, x: y[:, [1, 0, 2, 3]]), "which calls getitem, has no width"),
+        (Calls(lambda y, x: torch.cat([y[:, :2], y[:, 2:]], 1)), "getitem"),
+        (Calls(lambda y, x: y * y.mean(1, keepdim=True)), "which calls mean, has no width"),
+        (Calls(lambda y, x: y.mT, images=True), "no width"),
+        (Calls(lambda y, x: y.view(-1, 4)), "which calls view, has no width"),
+        (Calls(lambda y, x: functional.linear(y, torch.ones(4, 4))), "which calls linear, has no width"),
+        (Calls(lambda y, x: torch.add(y, y.relu(), alpha=2)), "which calls add, has no width"),
     ],
 )
 def test_other_models_are_refused(model: nn.Module, said: str) -> None:

@@ -226,11 +226,11 @@ class BuiltinTrainer:
         context: Context = PLAIN,
     ) -> LocalStats:
         model.train()
-        watched = (isinstance(batches, BatchList) and batches.watched) or not is_chain(model)
-        if watched:
+        if isinstance(batches, BatchList) and batches.watched:
             return self._steps(model, batches, masks, context, learning_rate, watched=True)
         with without_absent_units(model, masks, context) as (own_masks, own_context):
-            return self._steps(model, batches, own_masks, own_context, learning_rate, watched=False)
+            watched = not is_chain(model)
+            return self._steps(model, batches, own_masks, own_context, learning_rate, watched=watched)
 
     def _steps(
         self,
