@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +68,16 @@ def vgg11(classes: int = 10) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def resnet18(classes: int = 100) -> nn.Module:
-    """torchvision's ResNet18, untrained."""
+def resnet18(classes: int = 100, *, statistics: bool = True) -> nn.Module:
+    """torchvision's ResNet18, untrained; it has widths without `statistics` (HeteroFL's static norm)."""
     from fedgmr_plugin.runtimes.host import define_torchvision_schemas, torchvision_usable
 
     if not torchvision_usable():
         define_torchvision_schemas()
     from torchvision.models import resnet18 as build
 
-    model: nn.Module = build(num_classes=classes)
+    norm = partial(nn.BatchNorm2d, track_running_stats=statistics)
+    model: nn.Module = build(num_classes=classes, norm_layer=norm)
     return model
 
 
@@ -219,6 +221,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "conv2": conv2,
     "vgg11": vgg11,
     "resnet18": resnet18,
+    "resnet18_static": partial(resnet18, statistics=False),
     "transformer": Transformer,
     "small_cnn": small_cnn,
     "tiny_cnn": tiny_cnn,

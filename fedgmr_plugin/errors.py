@@ -134,9 +134,10 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-207": CatalogueEntry(
         "model without widths",
-        "Smaller stacks are cut from a Sequential of Conv2d and Linear layers with pointwise layers, "
-        "pooling, Flatten and norms of single channels between them; the model has something else.",
-        "Rewrite the model as an `nn.Sequential` of such layers, or use masks instead of widths.",
+        "Smaller models are cut from Conv2d and Linear layers with pointwise layers, pooling, additions, "
+        "Flatten and norms of single channels without running statistics between them; the model has "
+        "something else.",
+        "Rewrite what the message names, or use masks instead of widths.",
     ),
     "GMR-208": CatalogueEntry(
         "model file damaged",
