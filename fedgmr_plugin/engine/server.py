@@ -22,12 +22,13 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine import records
 from fedgmr_plugin.engine.admission import ANSWERED, Admitted, InFlight, admit
 from fedgmr_plugin.engine.events import (
     ClientJoined,
@@ -233,16 +234,8 @@ class Server:
         self.overdue.discard(dispatch)
 
     def _client(self, state: str, client: int, time: float, dispatch: int | None = None) -> Record:
-        return _record(
-            "client",
-            window=self.version,
-            time=time,
-            client=client,
-            state=state,
-            dispatch=dispatch,
-            density=self.gmr.densities[client],
-            samples=self.samples[client],
-        )
+        density, samples = self.gmr.densities[client], self.samples[client]
+        return records.client(state, client, self.version, time, density, samples, dispatch)
 
     # -- uploads --------------------------------------------------------------------------------------
 
@@ -255,7 +248,7 @@ class Server:
             self.rejected += 1
             if refusal.code in ANSWERED:
                 self._forget(upload.dispatch)
-            return [self._rejected(upload.dispatch, upload.client, refusal.code, refusal.message)]
+            return [records.rejected(self.version, upload, refusal.code, refusal.message)]
         self.staged[upload.dispatch] = admitted
         self.overdue.discard(upload.dispatch)
         return []
@@ -265,17 +258,7 @@ class Server:
         flight = self.flights.get(event.dispatch)
         if flight is not None and flight.client == event.client and event.dispatch not in self.staged:
             self._forget(event.dispatch)
-        return [self._rejected(event.dispatch, event.client, event.code, event.message)]
-
-    def _rejected(self, dispatch: int, client: int, code: str, message: str) -> Record:
-        return _record(
-            "rejected",
-            window=self.version,
-            dispatch=dispatch,
-            client=client,
-            code=code,
-            message=message,
-        )
+        return [records.rejected(self.version, event, event.code, event.message)]
 
     # -- windows --------------------------------------------------------------------------------------
 
@@ -359,7 +342,7 @@ class Server:
                 weights[a.upload.dispatch] = self._weighted(a, most).weight
         if updates and self.before_merge is not None:
             updates = self.before_merge(self.version, self.w_D, updates)
-        coverage, moved = _NOBODY, 0.0
+        coverage, moved = records.NOBODY, 0.0
         shares: list[float | None] = [None] * len(arrived)
         if updates:
             result = merge(
@@ -383,13 +366,13 @@ class Server:
             self.buffer = latest
             if self.config.update_scope == "arrivals" and len(updates) == len(arrived):
                 shares = list(coverage.shares)
-        records: list[Effect] = [
-            self._arrival(a, weights[a.upload.dispatch], share)
+        written: list[Effect] = [
+            records.arrival(a, self.version, weights[a.upload.dispatch], share)
             for a, share in zip(arrived, shares, strict=True)
         ]
         if updates:
-            records.append(_record("layers", window=self.version, held=self._layers.held(updates)))
-        return [*records, *defence, self._window(arrived, len(updates), coverage, moved, event)]
+            written.append(records.layers(self.version, self._layers.held(updates)))
+        return [*written, *defence, self._window(event, len(arrived), len(updates), coverage, moved)]
 
     def _defended(self, updates: list[MaskedUpdate]) -> tuple[list[MaskedUpdate], list[Effect]]:
         """The updates after `norm_bound` and `trim`, and the record of what they did."""
@@ -402,38 +385,28 @@ class Server:
             )
         if config.trim:
             updates, undefended = trimmed(updates, config.trim, self.layout.size, self.layout.parameters)
-        fields = {"updates": len(updates), "scaled": reduced, "undefended": undefended}
-        return updates, [_record("defence", window=self.version, **fields)]
+        return updates, [records.defence(self.version, len(updates), reduced, undefended)]
 
     def _refuse_window(self, arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
         """Finite uploads added up to something that is not: none is merged, and the buffer stays."""
         self.rejected += len(arrived)
+        problem = "the merged model would hold NaN or infinity"
         refused: list[Effect] = [
-            self._rejected(
-                a.upload.dispatch,
-                a.upload.client,
-                "GMR-403",
-                "the merged model would hold NaN or infinity",
-            )
-            for a in arrived
+            records.rejected(self.version, a.upload, "GMR-403", problem) for a in arrived
         ]
-        return [*refused, self._window([], 0, _NOBODY, 0.0, event)]
+        return [*refused, self._window(event, 0, 0, records.NOBODY, 0.0)]
 
     def _window(
-        self, arrived: list[Admitted], updates: int, coverage: Coverage, moved: float, event: WindowClosed
+        self, event: WindowClosed, arrivals: int, updates: int, coverage: Coverage, moved: float
     ) -> Record:
-        parameters = self.layout.parameters
-        return _record(
-            "window",
-            window=self.version,
-            start=event.start,
-            close=event.close,
-            end=event.end,
-            arrivals=len(arrived),
-            gamma_min=coverage.least_holders,
-            uncovered=coverage.uncovered if updates else parameters,
-            coverage=coverage.held / (parameters * updates) if updates else 0.0,
-            step_sq=moved,
+        return records.window(
+            self.version,
+            event,
+            arrivals=arrivals,
+            updates=updates,
+            parameters=self.layout.parameters,
+            coverage=coverage,
+            moved=moved,
             in_flight=len(self.flights) - len(self.overdue),
             mean_density=self._mean_density(),
             density_floor=self.gmr.floor,
@@ -447,27 +420,6 @@ class Server:
             self._densities_mean = densities, mean
         return mean
 
-    def _arrival(self, admitted: Admitted, weight: float, pibar: float | None) -> Record:
-        flight, upload = admitted.flight, admitted.upload
-        return _record(
-            "arrival",
-            window=self.version,
-            dispatch=upload.dispatch,
-            client=upload.client,
-            version=flight.version,
-            staleness=self.version - flight.version,
-            density=flight.density,
-            time=upload.time,
-            bytes_up=upload.bytes_up,
-            samples=upload.samples,
-            weight=weight,
-            pibar=pibar,
-            drift_sq=upload.drift_sq,
-            change_sq=upload.change_sq,
-            steps=upload.steps,
-            train_loss=upload.train_loss,
-        )
-
     # -- restoration and dispatch ---------------------------------------------------------------------
 
     def _restore(self, event: Validated) -> list[Effect]:
@@ -478,20 +430,10 @@ class Server:
         if self.interval_start_D is not None:
             self.interval_start_D = self.w_D.clone()
         self.phase = "collecting"
-        records: list[Effect] = [
-            _record(
-                "restoration",
-                window=self.version,
-                time=self.time,
-                client=r.client,
-                cause=r.cause,
-                before=r.before,
-                after=r.after,
-                floor=self.gmr.floor,
-            )
-            for r in restorations
+        restored = [
+            records.restoration(self.version, self.time, change, self.gmr.floor) for change in restorations
         ]
-        return records + self._dispatch()
+        return [*restored, *self._dispatch()]
 
     @property
     def elapsed(self) -> float:
@@ -569,23 +511,7 @@ class Server:
             self.flights[sent.dispatch] = InFlight(client, self.version, density, self.ranking, rung)
             self.dispatches += 1
             self.counts[client] += 1
-            effects += [
-                _record(
-                    "dispatch",
-                    dispatch=sent.dispatch,
-                    client=client,
-                    version=self.version,
-                    density=density,
-                    ranking=self.ranking.digest,
-                    support=self.ranking.ends[rung],
-                    time=self.time,
-                    norm_sq=prunable.total,
-                    masked_norm_sq=prunable.masked[rung],
-                    full_norm_sq=parameters.total,
-                    full_masked_norm_sq=parameters.masked[rung],
-                ),
-                sent,
-            ]
+            effects += [records.dispatch(sent, self.time, prunable, parameters), sent]
         return effects
 
     def _payload(self, rung: int) -> Tensor:
@@ -627,10 +553,6 @@ class Server:
 
 #: Nobody holds anything: no update was merged.
 _NOBODY = Coverage(0, 0, 0, ())
-
-
-def _record(kind: str, **fields: Any) -> Record:
-    return Record({"type": kind, **fields})
 
 
 def restoration_rules(config: FedGMRConfig) -> gmr.GMRRules:
