@@ -1,8 +1,9 @@
 """Results of `fedgmr bench`, kept: from runs to a file of figures, and from that to the tables of the docs.
 
     fedgmr bench benchmarks/experiments/omniglot.yaml --reduced -o runs
-    python -m benchmarks.collect runs --json benchmarks/results/omniglot_reduced.json
-    python -m benchmarks.collect --table benchmarks/results/omniglot_reduced.json
+    python -m benchmarks.collect runs --json benchmarks/results/reduced/omniglot.json
+    python -m benchmarks.collect --table benchmarks/results/reduced/omniglot.json
+    python -m benchmarks.collect --across benchmarks/results/reduced/*.json --methods fedgmr,fedgmr_decoupled
 
 A run's figure is the mean test accuracy of the shipped model over its last evaluations. Methods are compared
 with the experiment's `against` seed by seed (Student's t, p corrected for all comparisons of a table after
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,33 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def across(results: Mapping[str, dict[str, Any]], methods: Sequence[str]) -> str:
+    """The same methods on several problems, each compared with the first of them, as Markdown.
+
+    Args:
+        results: figures by name of the problem; those that lack one of the methods are left out.
+    """
+    first, *others = methods
+    lines = [
+        " | ".join(
+            [f"| problem | seeds | {first} %", *(f"{m} %, points against {first}" for m in others), ""]
+        ),
+        "| --- | --- | --- |" + " --- |" * len(others),
+    ]
+    for name, figures_of in results.items():
+        runs = _by_method(figures_of)
+        if not runs.keys() >= set(methods):
+            continue
+        cells = [f"{len(runs[first])}", f"{_percent(runs[first])}"]
+        cells += [f"{_percent(runs[m])}, {_shown(_difference(runs[m], runs[first]))}" for m in others]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _percent(of: dict[int, dict[str, Any]]) -> str:
+    return f"{100 * float(np.mean([run['accuracy'] for run in of.values()])):.2f}"
+
+
 def pairs(results: dict[str, Any]) -> str:
     """What the parts of FedGMR do to each sub-model method, as Markdown."""
     runs = _by_method(results)
@@ -229,13 +257,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="folder of `fedgmr bench`")
     parser.add_argument("--json", type=Path, help="file of figures to write")
     parser.add_argument("--table", type=Path, help="file of figures to print")
+    parser.add_argument("--across", type=Path, nargs="+", help="files of figures of several problems")
+    parser.add_argument("--methods", default="fedgmr,fedgmr_decoupled,frozen", help="for --across")
     parser.add_argument("--paper", choices=sorted(NON_IID), help="experiment of the paper to print beside")
     options = parser.parse_args()
+    if options.across is not None:
+        read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in options.across}
+        print(across(read, options.methods.split(",")))
+        return
     if options.table is not None:
         _print(json.loads(options.table.read_text(encoding="utf-8")), options.paper)
         return
     if options.folder is None:
-        parser.error("a folder, or --table FILE")
+        parser.error("a folder, --table FILE or --across FILE ...")
     kept = options.json is not None and options.json.exists()
     results = collect(options.folder, json.loads(options.json.read_text(encoding="utf-8")) if kept else None)
     if options.json is not None:
@@ -244,7 +278,8 @@ def main() -> None:
 
 
 def _print(results: dict[str, Any], paper: str | None) -> None:
-    for part in (table, pairs, horizons):
+    has_pairs = any(run["method"].endswith("+gmr") for run in results["runs"])
+    for part in (table, *((pairs,) if has_pairs else ()), horizons):
         print(part(results), end="\n\n")
     if paper is not None:
         print(beside_the_paper(results, paper))

@@ -20,7 +20,7 @@ from benchmarks import (
     triggers,
 )
 
-OMNIGLOT = "benchmarks/results/omniglot_reduced.json"
+OMNIGLOT = "benchmarks/results/reduced/omniglot.json"
 
 
 def test_the_fashion_mnist_tables_of_the_docs_are_generated(repository: Path) -> None:
