@@ -136,10 +136,9 @@ def across(results: Mapping[str, dict[str, Any]], methods: Sequence[str]) -> str
         results: figures by name of the problem; those that lack one of the methods are left out.
     """
     first, *others = methods
+    titles = [f" {method} %, points against {first} |" for method in others]
     lines = [
-        " | ".join(
-            [f"| problem | seeds | {first} %", *(f"{m} %, points against {first}" for m in others), ""]
-        ),
+        f"| problem | seeds | {first} % |" + "".join(titles),
         "| --- | --- | --- |" + " --- |" * len(others),
     ]
     for name, figures_of in results.items():
