@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import registration
 from fedgmr_plugin.runtimes.planning import plan_run
+from fedgmr_plugin.runtimes.run import run_directory
 from fedgmr_plugin.runtimes.settings import fedml_keys
 
 
@@ -218,6 +220,13 @@ def test_a_run_trains_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="GMR-110.*has a run already"):
         finished.train()
     assert (finished.directory / "run.jsonl").read_bytes() == before
+
+
+def test_runs_that_begin_together_have_different_numbers(tmp_path: Path) -> None:
+    config = parse({"output_dir": str(tmp_path / "runs")}, where="here")
+    with ThreadPoolExecutor(16) as pool:
+        names = list(pool.map(lambda _: run_directory(config).name, range(64)))
+    assert sorted(names) == [f"run-{number:03d}" for number in range(1, 65)]
 
 
 def test_a_place_for_runs_that_cannot_be_made(tmp_path: Path) -> None:

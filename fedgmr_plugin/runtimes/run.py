@@ -283,8 +283,10 @@ def device_name(device: torch.device) -> str:
 def run_directory(config: FedGMRConfig) -> Path:
     """The directory of a new run: `run_name` in `output_dir`, or the next free number.
 
+    A number is taken by making its directory, so that runs that begin at the same time have different ones.
+
     Raises:
-        ConfigError: GMR-110 if the named run exists already.
+        ConfigError: GMR-110 if the named run exists already, or a numbered directory cannot be made.
     """
     parent = Path(config.output_dir)
     if config.run_name is not None:
@@ -293,7 +295,18 @@ def run_directory(config: FedGMRConfig) -> Path:
             raise ConfigError("GMR-110", f"run_name={config.run_name}: {directory} has a run already")
         return directory
     taken = [int(p.name[4:]) for p in parent.glob("run-*") if p.name[4:].isdigit()]
-    return parent / f"run-{max(taken, default=0) + 1:03d}"
+    number = max(taken, default=0) + 1
+    while True:
+        directory = parent / f"run-{number:03d}"
+        try:
+            directory.mkdir(parents=True)
+        except OSError as error:
+            if directory.is_dir():  # another run was faster
+                number += 1
+                continue
+            reason = f"{directory} cannot be made: {error.strerror}"
+            raise ConfigError("GMR-110", reason, where="fedgmr_args.output_dir") from error
+        return directory
 
 
 def fedml_metrics(args: Any) -> Callable[[dict[str, Any]], None]:
