@@ -85,6 +85,7 @@ def figures(folder: Path, method: str, seed: int, last: int) -> dict[str, Any]:
     accuracy, seconds = log.column("evaluation", "accuracy"), log.column("evaluation", "time")
     kept = np.unique(np.linspace(0, len(accuracy) - 1, POINTS).round().astype(int))
     end = log.end or {}
+    restored = log.column("restoration", "time")
     return {
         "method": method,
         "seed": seed,
@@ -92,6 +93,7 @@ def figures(folder: Path, method: str, seed: int, last: int) -> dict[str, Any]:
         "windows": log.count("window"),
         "uploads": log.count("arrival"),
         "mean_staleness": float(np.mean(log.column("arrival", "staleness"))),
+        "restored": [float(restored[0]), float(restored[-1])] if len(restored) else None,
         "final_density": float(log.column("window", "mean_density")[-1]),
         "megabytes_up": float(log.column("evaluation", "bytes_up")[-1]) / 1e6,
         "megabytes_down": float(log.column("evaluation", "bytes_down")[-1]) / 1e6,
@@ -111,8 +113,8 @@ def table(results: dict[str, Any]) -> str:
     corrected = dict(zip(compared, statistics.holm([d.p for d in compared.values()]), strict=True))
     lines = [
         f"| method | seeds | accuracy % | against {experiment.against}, points [95 %] | verdict | windows "
-        "| uploads | staleness | density | GB up |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| uploads | staleness | restored, s | density | GB up |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method, of in runs.items():
         mean = statistics.mean([run["accuracy"] for run in of.values()])
@@ -244,6 +246,8 @@ def _means(of: dict[int, dict[str, Any]]) -> Iterator[str]:
     yield f"{mean('windows'):,.0f}"
     yield f"{mean('uploads'):,.0f}"
     yield f"{mean('mean_staleness'):.2f}"
+    spans = [run["restored"] for run in of.values() if run["restored"] is not None]
+    yield " to ".join(f"{seconds:,.0f}" for seconds in np.mean(spans, axis=0)) if spans else ""
     yield f"{mean('final_density'):.2f}"
     yield f"{mean('megabytes_up') / 1000:.1f}"
 
