@@ -122,6 +122,10 @@ class StageLink:
     def keep(self, topic: str, payload: bytes) -> None:
         """Nothing is retained here."""
 
+    def claim(self) -> bool:
+        """Nobody else serves the run."""
+        return True
+
     def start(self) -> None:
         """Nothing to connect to."""
 

@@ -18,7 +18,7 @@ import pytest
 from fedgmr_plugin.errors import ConfigError, HostError
 from fedgmr_plugin.protocol.desk import Desk
 from fedgmr_plugin.protocol.notes import STATUS, StatusNote, sign, to_server
-from fedgmr_plugin.protocol.presence import Presence
+from fedgmr_plugin.protocol.presence import PATIENCE, Presence
 from fedgmr_plugin.runtimes.devices.connection import Broker as Where
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
@@ -362,3 +362,23 @@ def test_what_is_kept_comes_to_whoever_connects_later(where: Where) -> None:
     assert kept == [("t", b"the end")]
     link.stop()
     sender.stop()
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_server_begins_only_once_it_was_connected_all_the_while(
+    supervisor: Supervisor, where: Where, silent: bool
+) -> None:
+    """The broker goes while it waits for others to speak up, with a broken connection or without a word."""
+    (name,) = supervisor.running()
+    link, presence = alone(where, "a")
+    link._client.reconnect_delay_set(1, 1)
+    until(lambda: presence._returned is not None)
+    supervisor.pause(name) if silent else supervisor.stop(name)
+    deadline = time.monotonic() + PATIENCE + 0.5
+    while time.monotonic() < deadline:
+        assert not link.claim()
+        time.sleep(0.05)
+    supervisor.resume(name) if silent else supervisor.restart(name)
+    until(link.claim)
+    assert presence.serves
+    link.stop()

@@ -9,6 +9,7 @@ import queue
 import socket
 import struct
 from collections import OrderedDict
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedgmr_plugin.errors import ConfigError, WireError
+from fedgmr_plugin.errors import ConfigError, HostError, WireError
 from fedgmr_plugin.protocol.fedml_pickle import read_model
 from fedgmr_plugin.protocol.notes import MODEL, MOST_MESSAGE, STATUS, AnswerNote, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
@@ -26,6 +27,7 @@ from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.silos.objects import MOST_OBJECTS, Objects
 
 pytest.importorskip("grpc", reason="grpcio is not installed")
+import grpc
 
 from fedgmr_plugin.runtimes.local.ports import free_port
 from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Outbox, Peer, most_bytes, peers
@@ -233,6 +235,46 @@ def test_a_process_listens_where_its_row_says_and_is_reached_at_its_ingress(tmp_
     with socket.create_connection(("127.0.0.1", found[0].port), timeout=5):
         pass
     server.stop(0.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "who"),
+    [
+        (("127.0.0.1", 0), ("127.0.0.1", 0), "the server of run_id=7"),
+        (("127.0.0.1", 1), ("127.0.0.1", 1), "silo 1 of run_id=7"),
+        (("0.0.0.0", 0), ("127.0.0.1", 0), "the server"),
+        (("127.0.0.1", 0), ("0.0.0.0", 0), "the server"),
+        (("127.0.0.1", 0), ("localhost", 0), "the server"),
+        (("localhost", 0), ("127.0.0.1", 0), "the server"),
+        (None, ("127.0.0.1", 0), "the server"),
+    ],
+)
+def test_a_port_is_of_one_process(first: tuple[str, int] | None, second: tuple[str, int], who: str) -> None:
+    """gRPC would let two share it. The first may be FedML's own, which shares (None)."""
+    port = free_port()
+    if first is None:
+        shared = grpc.server(futures.ThreadPoolExecutor(1))
+        shared.add_insecure_port(f"127.0.0.1:{port}")
+        shared.start()
+        stop = lambda: shared.stop(0).wait()  # noqa: E731
+    else:
+        own = at(*first, port)
+        own.start()
+        stop = lambda: own.stop(0.0)  # noqa: E731
+    with pytest.raises(HostError, match=f"another process listens at {second[0]}:{port}: {who}") as found:
+        at(*second, port).start()
+    assert found.value.code == "GMR-517"
+    stop()
+    again = at(*second, port)
+    again.start()
+    again.stop(0.0)
+
+
+def at(host: str, me: int, port: int) -> GrpcLink:
+    """A process's, at an address; not started."""
+    made = link()
+    made._peers[me], made._me = Peer(host, port), me
+    return made
 
 
 def test_a_silo_without_a_row_is_told_so(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class Connected(Protocol):
     def publish(self, topic: str, payload: bytes) -> None: ...
     def keep(self, topic: str, payload: bytes) -> None: ...
     def start(self) -> None: ...
+    def claim(self) -> bool: ...
     def stop(self, patience: float = 5.0) -> None: ...
 
 
@@ -98,15 +99,12 @@ class LiveRun(RecordedRun):
         """As `RecordedRun.train`, once it is certain that no other process serves this run.
 
         Raises:
-            HostError: GMR-517 if one does; GMR-515 if the broker refuses.
+            HostError: GMR-517 if one does, or has the port; GMR-515 if the broker refuses.
         """
-        if self.presence is None:
-            super().train()
-            return
         self._claim()
         self.link.start()
         try:
-            while not self.presence.begin():
+            while not self.link.claim():
                 self._give_way()
                 time.sleep(_POLL)
             super().train()
@@ -199,8 +197,6 @@ class LiveRun(RecordedRun):
 
     @contextmanager
     def _helped(self) -> Iterator[None]:
-        if self.presence is None:
-            self.link.start()
         self.hands.start()
         try:
             yield

@@ -57,6 +57,7 @@ class MqttLink:
         self._client.on_message = self._on_message
         self._renew_will: Callable[[], None] | None = None
         self._presence: Presence | None = None
+        self._sign_of_life: mqtt.MQTTMessageInfo | None = None
         self._kept: Callable[[str, bytes], None] | None = None
 
     def start(self) -> None:
@@ -77,6 +78,23 @@ class MqttLink:
     def watch(self, presence: Presence) -> None:
         """Ask for other servers after each connect, and answer theirs at once; to be told before `start`."""
         self._presence = presence
+
+    def claim(self) -> bool:
+        """Whether this process serves its run from now on: had anybody said that it does, it would be known.
+
+        The broker acknowledges what it is sent in order. So when it acknowledges what was sent after the wait
+        for others, the connection has lived through all of it.
+        """
+        if self._presence is None or self._presence.serves:
+            return True
+        sent = self._sign_of_life
+        if not self._presence.is_alone():
+            self._sign_of_life = None
+        elif sent is None or sent.rc != mqtt.MQTT_ERR_SUCCESS:
+            self._sign_of_life = self._client.publish(self._presence.topic, b"", qos=_QOS)  # nobody reads it
+        elif sent.is_published():
+            return self._presence.begin()
+        return False
 
     def hear_kept(self, receive: Callable[[str, bytes], None]) -> None:
         """Have `receive` called, in the inbox's owner's thread, with what the broker kept; before `start`."""
@@ -130,6 +148,8 @@ class MqttLink:
 
     def _on_disconnect(self, client: Any, userdata: Any, code: int) -> None:
         self.connected.clear()
+        if self._presence is not None:
+            self._presence.lost()
         if code != 0:
             _log.warning("the broker is gone; reconnecting")
 

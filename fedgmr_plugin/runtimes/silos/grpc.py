@@ -8,10 +8,12 @@ object), and the objects.
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import logging
 import pickle
 import queue
+import socket
 import struct
 import threading
 import time
@@ -50,6 +52,8 @@ _PATIENCE = 60.0
 _PORT_HINT = (
     "End the process that has the port, or change this row of the file that grpc_ipconfig_path names."
 )
+#: gRPC lets processes share a port, and its connections at random, unless it is told not to.
+_EXCLUSIVE = ("grpc.so_reuseport", 0)
 #: Longest head of a frame: a message, and escapes.
 _MOST_HEAD = 4 * MOST_MESSAGE
 _NOTES: dict[object, type[Any]] = {
@@ -177,15 +181,21 @@ class GrpcLink:
         """Listen.
 
         Raises:
-            HostError: GMR-515 if the port cannot be had.
+            HostError: GMR-517 if another process has the port, GMR-515 if it cannot be had.
         """
         options = [
             ("grpc.max_receive_message_length", self._most),
             ("grpc.max_send_message_length", self._most),
-            ("grpc.so_reuseport", 0),
+            _EXCLUSIVE,
         ]
         me = self._peers[self._me]
-        here = f"{me.listens or me.host}:{me.port}"
+        host = me.listens or me.host
+        if _is_taken(host, me.port):
+            who = "the server" if self._me == self._server_id else f"silo {self._me}"
+            problem = (
+                f"another process listens at {host}:{me.port}: {who} of run_id={self._run}, or some other"
+            )
+            raise HostError("GMR-517", problem, hint=_PORT_HINT)
         waiting = max(64, 4 * len(self._peers))  # others are told to come back later
         self._listener = self._grpc.server(
             futures.ThreadPoolExecutor(4), options=options, maximum_concurrent_rpcs=waiting
@@ -194,13 +204,16 @@ class GrpcLink:
             _Servicer(self._arrived, self._messages.CommResponse), self._listener
         )
         try:
-            bound = self._listener.add_insecure_port(here)
+            self._listener.add_insecure_port(f"{host}:{me.port}")
         except RuntimeError as error:
-            raise HostError("GMR-515", f"{here} cannot be listened on", hint=_PORT_HINT) from error
-        if bound == 0:
-            raise HostError("GMR-515", f"{here} cannot be listened on", hint=_PORT_HINT)
+            problem = f"{host}:{me.port} cannot be listened on"
+            raise HostError("GMR-515", problem, hint=_PORT_HINT) from error
         self._listener.start()
         self.connected.set()
+
+    def claim(self) -> bool:
+        """Whether this process serves its run from now on: it has the port, alone."""
+        return True
 
     def say_when_gone(self, topic: str, payload: Callable[[], bytes]) -> None:
         """There is no broker that could say it."""
@@ -223,6 +236,8 @@ class GrpcLink:
 
     def stop(self, patience: float = 5.0) -> None:
         """Stop listening, when what was published has been sent, or after `patience` seconds."""
+        if self._stopped.is_set():
+            return
         deadline = time.monotonic() + patience
         while any(not box.empty() for box in self._outboxes.values()) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -364,6 +379,23 @@ class _Servicer:
     def handleReceiveMessage(self, request: Any, context: Any) -> Any:
         """FedML declares it and does nothing."""
         return self._response()
+
+
+def _is_taken(host: str, port: int) -> bool:
+    """Whether a process listens at one of the addresses of `host`; gRPC is content with one that is free."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return False  # gRPC tells it better
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the past may linger
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return True
+    return False
 
 
 def _parted(data: memoryview) -> tuple[str, str, list[tuple[str, memoryview]]]:
