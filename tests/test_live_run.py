@@ -173,6 +173,21 @@ def test_nothing_of_a_run_is_left_in_the_store(tmp_path: Path) -> None:
     assert sorted(world.store.keys("")) == sorted(kept)
 
 
+def test_a_run_that_sweeps_still_keeps_others_from_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects of another run of this `run_id`, whose names do not tell it, would be swept too."""
+    world, done = World(tmp_path, windows=1), list[str]()
+    run = world.server()
+    monkeypatch.setattr(run.hands, "sweep", lambda *given: done.append("swept"))
+    monkeypatch.setattr(run.link, "stop", lambda: done.append("gone"))
+    devices = [world.device(n) for n in (1, 2)]
+    run.train()
+    for device in devices:
+        device.join(20)
+    assert done[:2] == ["swept", "gone"]
+
+
 def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     store = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s"))
 

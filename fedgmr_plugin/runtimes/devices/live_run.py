@@ -205,9 +205,9 @@ class LiveRun(RecordedRun):
                 self.hands.flush(_FAREWELL)
                 for topic, payload in self.office.farewells():
                     self.link.keep(topic, payload)
-            self.link.stop()
             self.hands.close()
-            self._sweep()
+            self._sweep()  # while the link lives no other server begins whose devices' objects would go too
+            self.link.stop()
             if self.office.journal is not None:
                 self.office.journal.close()
             if self.end is not None:  # written down: nobody goes on with this run
