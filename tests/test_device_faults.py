@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,32 @@ def each_is_once(field: Field) -> None:
 def replayed(field: Field) -> Comparison:
     server, examiner = field.parts()
     return Replay(server, examiner, field.trainer_bench().train).run(json.loads(json.dumps(field.log)))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_server_that_goes_on_takes_no_earlier_answer_again(tmp_path: Path, kept: bool) -> None:
+    """Every earlier message of every device comes once more, be its object still there (the server was killed
+    before it was removed) or not, and numbers that a checkpoint would refuse are heard."""
+    field = start(make(tmp_path, 12))
+    objects: dict[str, bytes] = {}
+    for window in (3, 6, 9):
+        while field.office.server.version < window:
+            field.world.step()
+            objects |= field.world.objects
+        field.kill()
+        field.restart()
+        if kept:
+            field.world.objects = objects | field.world.objects
+        topics = field.office.desk.topics
+        again = [(topic, payload) for topic, payload in field.world.published if topic in topics]
+        office = field.office
+        for n, message in enumerate(again):  # a device may not send all at once
+            field.world.at(field.world.now + 0.01 * n, partial(office.message, *message))
+    field.run()
+    each_is_once(field)
+    assert not field.records("rejected")
+    assert sum(c["GMR-745"] for c in field.office.desk.refused) == 0
+    assert not replayed(field).differences
 
 
 # -- killed at any event -----------------------------------------------------------------------------------
