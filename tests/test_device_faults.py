@@ -26,6 +26,7 @@ from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.history import event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal, read
 from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.runtimes.devices import field as field_module
 from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.field import Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
@@ -115,6 +116,33 @@ def test_a_server_that_goes_on_takes_no_earlier_answer_again(tmp_path: Path, kep
     assert not field.records("rejected")
     assert sum(c["GMR-745"] for c in field.office.desk.refused) == 0
     assert not replayed(field).differences
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_new_run_of_the_same_name_takes_in_who_waits_with_an_answer_to_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    """The last run's server is gone for good; its devices still give their answers, or are started again."""
+    last = start(make(tmp_path / "last"), tmp_path)
+    last.until(lambda: last.office.server.version == 2)
+    last.kill()
+    last.world.at(last.world.now + 20, lambda: None)
+    last.until(lambda: last.world.now > 15)
+    monkeypatch.setattr(field_module, "TOKEN", "f" * 16)
+    new = make(tmp_path / "new", 4)
+    new.world = last.world
+    new.office = new._make_office()
+    new.begin()
+    for n in range(new.count):
+        old = last.devices[n]
+        assert isinstance(old, Device)
+        assert old.memory.update is not None
+        if restarted:
+            last.stop(n)
+            new.device(n, Memory.load(tmp_path / str(n)))
+    new.run()
+    assert {r["client"] for r in new.records("arrival")} == {0, 1, 2}
+    each_is_once(new)
 
 
 # -- killed at any event -----------------------------------------------------------------------------------

@@ -509,7 +509,9 @@ def test_the_end_is_kept_for_whoever_was_away(tmp_path: Path) -> None:
         "nothing",
     ],
 )
-def test_only_the_end_of_its_own_run_is_believed_of_what_is_kept(tmp_path: Path, wrong: str) -> None:
+def test_only_the_end_of_its_own_run_is_believed_of_what_is_kept(
+    tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
     world = World(tmp_path)
     device = world.process(1).device
     assert isinstance(device, Device)
@@ -528,10 +530,12 @@ def test_only_the_end_of_its_own_run_is_believed_of_what_is_kept(tmp_path: Path,
     elif wrong == "nothing":
         payload = b"{}"
     device.kept(topic, payload)
-    assert not device.finished
+    assert not device.finished and not caplog.text
     device._key, device.memory.token = None, "a" * 16
     device.kept(*end_of(world, "a" * 16))
     assert device.finished
+    assert "run_id=7, of which this device had a task before, is over" in caplog.text
+    assert "give it a run_id of its own, or start its server first" in caplog.text
 
 
 def test_a_run_with_fedmls_own_devices_keeps_nothing(tmp_path: Path) -> None:

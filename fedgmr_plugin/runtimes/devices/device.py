@@ -154,6 +154,11 @@ class Device:
             return
         is_end = note is not None and topic == self.hears and message.get("msg_type") == FINISH
         if is_end and (note.run, note.device) == (self.memory.token, self.device):  # type: ignore[union-attr]
+            _log.warning(
+                "run_id=%s, of which this device had a task before, is over: it ended while the device was "
+                "away. If this is to be another run, give it a run_id of its own, or start its server first.",
+                self.run,
+            )
             self._end()
 
     def _end(self) -> None:

@@ -212,6 +212,12 @@ class Office:
         else:
             self._remind(client, note.working)
 
+    def _join(self, client: int, now: float, knows: int | None = None) -> None:
+        """A device gives an answer that is not waited for: it is there, and has nothing to do."""
+        self._remind(client, knows)
+        if client in self.server.away:
+            self._welcome(client, now)
+
     def _welcome(
         self, client: int, now: float, density: float | None = None, samples: int | None = None
     ) -> None:
@@ -230,15 +236,16 @@ class Office:
 
     def _answer(self, client: int, note: AnswerNote, now: float) -> None:
         flight = self.server.flights.get(note.dispatch)
-        if note.run != self.token:
+        if (
+            note.run != self.token
+        ):  # of an earlier run of this name, whose server is gone: it is free for this one
             self.desk.count(client, "GMR-713")
+            self._join(client, now)
         elif flight is not None and flight.client != client:
             self.desk.count(client, "GMR-406")
         elif flight is None:
             self._delete_answers(client, [note.dispatch])  # the device has stored it again
-            self._remind(client, note.dispatch)
-            if client in self.server.away:
-                self._welcome(client, now)
+            self._join(client, now, note.dispatch)
         elif note.update.key != self._answer_key(note.dispatch, client):
             self.desk.count(client, "GMR-747")
         elif note.dispatch in self.server.staged:
