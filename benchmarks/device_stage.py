@@ -174,6 +174,9 @@ class StageHands:
     def undeleted(self) -> list[str]:
         return [key for job in self._jobs if job[0] == "delete" for key in job[1]]
 
+    def is_stuck(self) -> bool:
+        return False
+
     def start(self) -> None:
         """For `LiveRun`."""
 

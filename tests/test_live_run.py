@@ -6,7 +6,7 @@ import errno
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -33,6 +33,7 @@ from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import host, resume
 from fedgmr_plugin.runtimes import progress as progress_module
+from fedgmr_plugin.runtimes.devices import hands as hands_module
 from fedgmr_plugin.runtimes.devices.connection import Bucket
 from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
@@ -373,6 +374,64 @@ def test_an_error_that_nobody_expected_ends_the_run(where: str) -> None:
     with pytest.raises(ZeroDivisionError):
         inbox.get(timeout=5)()
     hands.close()
+
+
+def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_waits_for_the_store_is_not_given_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a night without a store, a device's answer would be stored hundreds of times, its server's
+    reminders by the million fill the memory."""
+    there = threading.Event()
+    puts: list[Piece] = []
+
+    class Away(Objects):
+        def put(self, piece: Piece, content: Any) -> None:
+            if not there.is_set():
+                raise Unreachable("away")
+            puts.append(piece)
+
+    monkeypatch.setattr(hands_module, "_FIRST_WAIT", hands_module._STUCK_WAIT)
+    monkeypatch.setattr(hands_module, "_LONGEST_WAIT", hands_module._STUCK_WAIT)
+    world, now = World(tmp_path), [0.0]
+    world.store = Away()
+    process, run = world.process(1), world.server()
+    run.record = lambda fields: None  # type: ignore[method-assign]
+    device, office = process.device, run.office
+    assert isinstance(device, Device)
+    device.memory.update, device.memory.content = Piece("k", 1, "0" * 64), b"x"
+    device._clock = lambda: now[0]
+    assert not process._hands.is_stuck()
+    for hands in (process._hands, run.hands):
+        hands.start()
+    office.begin(Journal(tmp_path / "journal"))
+    device.begin()
+    until(process._hands.is_stuck)
+    for n in range(100):
+        now[0] += 15.0
+        device.tick()
+        note = StatusNote("7", 1, n, "ONLINE")
+        office.desk._buckets[0].take = lambda now: None  # type: ignore[method-assign]
+        office.message(to_server("7", 1), sign(note, to_server("7", 1), None, {"msg_type": STATUS}))
+        if n == 0:  # it has joined
+            until(run.hands.is_stuck)
+    assert len(process._hands._jobs) == 2 and len(run.hands._jobs) < 8
+    there.set()
+    assert process._hands.flush(20) and run.hands.flush(20)
+    assert not process._hands.is_stuck() and len(puts) == len(set(puts))
+    now[0] += 15.0
+    device.tick()
+    assert process._hands.flush(5)
+    for hands in (process._hands, run.hands):
+        hands.close()
+    assert office.journal is not None
+    office.journal.close()
 
 
 @pytest.mark.parametrize("wrong", [{"client_idx": "x"}, {"client_idx": [1]}, {"model_params": "none"}, {}])

@@ -121,7 +121,11 @@ class Device:
 
     def tick(self) -> None:
         """Repeat what was said last, where it is time."""
-        if self._clock() >= self._next_beat and not self.finished:
+        if self._clock() < self._next_beat or self.finished:
+            return
+        if self._hands.is_stuck():  # what was said last has not left yet
+            self._next_beat = self._clock() + self._heartbeat
+        else:
             self._beat()
 
     def next_tick(self) -> float:

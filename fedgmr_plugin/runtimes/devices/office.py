@@ -69,6 +69,10 @@ class Hands(Protocol):
         """Keys of objects that have not been removed yet."""
         ...
 
+    def is_stuck(self) -> bool:
+        """Whether the store has been away for seconds: what is given only waits, and need not be repeated."""
+        ...
+
 
 @dataclass(frozen=True)
 class Task:
@@ -205,6 +209,8 @@ class Office:
     def _status(self, client: int, note: StatusNote, now: float) -> None:
         if note.state != "ONLINE":
             self._apply([ClientLeft(client, now)])
+        elif self._hands.is_stuck():
+            return  # it will say this again; until then nothing would reach it
         elif self._is_late(client, note.working):
             return  # another dispatch would only wait behind this one, until both are too old
         elif client in self.server.away:

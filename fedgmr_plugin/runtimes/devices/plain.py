@@ -157,7 +157,7 @@ class PlainOffice(Office):
         super().tick()
         now = self._clock()
         wait = max(self.server.config.retry_seconds, _ASK_SECONDS)
-        away = self.server.away if self.end is None else ()
+        away = self.server.away if self.end is None and not self._hands.is_stuck() else ()
         due = [client for client in away if now - self._asked.get(client, now) >= wait]
         for client in sorted(set(due) - self._owing()) if due else ():
             self._ask(client)
