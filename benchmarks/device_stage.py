@@ -8,6 +8,7 @@ the clock stands still until a rule moves it, by multiples of 1/1024 s, so that 
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,6 +116,7 @@ class StageLink:
     """See `fedgmr_plugin.runtimes.devices.live_run.Connected`; `hands` publish."""
 
     refused = None
+    connected = threading.Event()
 
     def publish(self, topic: str, payload: bytes) -> None:
         raise NotImplementedError

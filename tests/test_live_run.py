@@ -425,9 +425,16 @@ def test_what_waits_for_the_store_is_not_given_again_and_again(
     there.set()
     assert process._hands.flush(20) and run.hands.flush(20)
     assert not process._hands.is_stuck() and len(puts) == len(set(puts))
-    now[0] += 15.0
+    process._link.connected.clear()
+    repeats = device._repeats
+    for _ in range(100):
+        now[0] += 15.0
+        device.tick()
+    assert process._hands.flush(5) and device._repeats == repeats and device.next_tick() == now[0] + 1.0
+    process._link.connected.set()
+    now[0] += 1.0
     device.tick()
-    assert process._hands.flush(5)
+    assert process._hands.flush(5) and device._repeats == repeats + 1
     for hands in (process._hands, run.hands):
         hands.close()
     assert office.journal is not None

@@ -54,6 +54,8 @@ _log = logging.getLogger(__name__)
 Train = Callable[[Dispatch, Callable[[LocalUpdate], None]], None]
 #: Heartbeats without an answer after which an update is put into the store again.
 _PUT_AGAIN = 3
+#: Seconds between two looks at whether a way to the server is there again.
+_LOOK_SECONDS = 1.0
 _INCREMENTS: tuple[Kind, ...] = ("increment",)
 
 
@@ -124,7 +126,7 @@ class Device:
         if self._clock() < self._next_beat or self.finished:
             return
         if self._hands.is_stuck():  # what was said last has not left yet
-            self._next_beat = self._clock() + self._heartbeat
+            self._next_beat = self._clock() + _LOOK_SECONDS
         else:
             self._beat()
 

@@ -33,6 +33,8 @@ class Store(Protocol):
 class Link(Protocol):
     """As `MqttLink`."""
 
+    connected: threading.Event
+
     def publish(self, topic: str, payload: bytes) -> None: ...
 
 
@@ -114,7 +116,7 @@ class ThreadedHands:
             return [key for keys in self._undeleted.values() for key in keys]
 
     def is_stuck(self) -> bool:
-        return self._stuck
+        return self._stuck or not self._link.connected.is_set()
 
     def flush(self, patience: float) -> bool:
         """Wait until everything given has been carried out, `patience` seconds at most."""

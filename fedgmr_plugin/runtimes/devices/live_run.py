@@ -8,6 +8,7 @@ import os
 import queue
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,6 +53,7 @@ class Connected(Protocol):
     """A link that can be started and stopped, as `fedgmr_plugin.runtimes.devices.mqtt.MqttLink`."""
 
     refused: HostError | None
+    connected: threading.Event
 
     def publish(self, topic: str, payload: bytes) -> None: ...
     def keep(self, topic: str, payload: bytes) -> None: ...
