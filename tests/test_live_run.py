@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import torch
 from botocore.exceptions import ClientError
 from torch import nn
 
+from fedgmr_plugin.engine.client import BuiltinTrainer
 from fedgmr_plugin.errors import ConfigError, HostError, WireError
 from fedgmr_plugin.protocol.journal import Journal
 from fedgmr_plugin.protocol.notes import (
@@ -40,13 +42,14 @@ from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
 from fedgmr_plugin.runtimes.progress import Progress
 from fedgmr_plugin.runtimes.silos.objects import Objects
+from fedgmr_plugin.runtimes.trainer import FedMLTrainer
 
 host.prepare()
 
 from fedgmr_plugin.runtimes.devices import client as client_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices import live_run as live_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices import server as server_module  # noqa: E402
-from fedgmr_plugin.runtimes.devices.client import DeviceProcess  # noqa: E402
+from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts  # noqa: E402
 from fedgmr_plugin.runtimes.devices.device import Device  # noqa: E402
 from fedgmr_plugin.runtimes.devices.live_run import LiveRun  # noqa: E402
 from fedgmr_plugin.runtimes.devices.plain import PlainOffice  # noqa: E402
@@ -374,6 +377,91 @@ def test_an_error_that_nobody_expected_ends_the_run(where: str) -> None:
     with pytest.raises(ZeroDivisionError):
         inbox.get(timeout=5)()
     hands.close()
+
+
+class Slow:
+    """Samples that take their time."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __len__(self) -> int:
+        return 40
+
+    def take(self, index: Any) -> Any:
+        self.taken += 1
+        time.sleep(0.05)
+        x = torch.zeros(len(index), 6)
+        return x, torch.zeros(len(index), dtype=torch.int64)
+
+
+class Loops:
+    """A user's trainer, which catches whatever its data raise."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def get_model_params(self) -> Any:
+        return self.model.state_dict()
+
+    def set_model_params(self, params: Any) -> None:
+        self.model.load_state_dict(params)
+
+    def train(self, data: Any, device: Any, args: Any) -> None:
+        try:
+            for _ in data:
+                pass
+        except Exception:  # noqa: BLE001
+            self.train(data, device, args)
+
+
+@pytest.mark.parametrize("end", ["finish", "interrupt"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_device_whose_run_is_over_trains_no_more(tmp_path: Path, own: bool, end: str) -> None:
+    """Its process would only end with that training, which may take hours."""
+    world, slow = World(tmp_path, local_steps=400), Slow()
+    trainer: Any = BuiltinTrainer()
+    if own:
+        trainer = FedMLTrainer(Loops(world.model()), world.args)
+    topic = to_device("7", 0, 1)
+    process = DeviceProcess(
+        world.args,
+        1,
+        Parts(lambda client: slow, 40, trainer),
+        world.model(),
+        transport=lambda hears, inbox: (Line(world, [hears], inbox), world.store),
+    )
+    run = world.server()
+
+    def serve() -> None:
+        with suppress(KeyboardInterrupt):
+            run.train()
+
+    server = threading.Thread(target=serve, daemon=True)
+    server.start()
+
+    def over() -> None:
+        until(lambda: slow.taken > 0)
+        if end == "interrupt":
+            process._inbox.put(interrupt)
+        else:
+            note = FinishNote(run.office.token, 1, 2**50)
+            process._inbox.put((topic, sign(note, topic, None, {"msg_type": FINISH})))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    threading.Thread(target=over, daemon=True).start()
+    if end == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            process.run()
+    else:
+        process.run()
+    (thread,) = process._trainer._threads
+    thread.join(2.0)
+    assert not thread.is_alive() and slow.taken < 100
+    run.inbox.put(interrupt)
+    server.join(20)
 
 
 def until(true: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -70,7 +70,7 @@ class Hands(Protocol):
         ...
 
     def is_stuck(self) -> bool:
-        """Whether the store has been away for seconds, or the broker is: what is given only waits for them."""
+        """Whether the store has been away for seconds, or the broker is: what is given only waits for it."""
         ...
 
 
