@@ -8,8 +8,11 @@ import pickle
 import queue
 import socket
 import struct
+import threading
+import time
 from collections import OrderedDict
 from concurrent import futures
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +33,7 @@ pytest.importorskip("grpc", reason="grpcio is not installed")
 import grpc
 
 from fedgmr_plugin.runtimes.local.ports import free_port
+from fedgmr_plugin.runtimes.silos import grpc as grpc_module
 from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Outbox, Peer, most_bytes, peers
 
 host.prepare()
@@ -275,6 +279,43 @@ def at(host: str, me: int, port: int) -> GrpcLink:
     made = link()
     made._peers[me], made._me = Peer(host, port), me
     return made
+
+
+def test_a_large_message_has_the_time_that_a_slow_link_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would be begun anew again and again, and never arrive."""
+    monkeypatch.setattr(grpc_module, "_CALL_SECONDS", 0.5)
+    monkeypatch.setattr(grpc_module, "_PATIENCE", 1.0)
+    receiver, sender = at("127.0.0.1", 0, free_port()), at("127.0.0.1", 1, free_port())
+    receiver.start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        slow = threading.Thread(target=trickle, args=(listener, receiver._peers[0].port), daemon=True)
+        slow.start()
+        sender._peers[0] = Peer("127.0.0.1", listener.getsockname()[1])
+        message = answer(b"x" * 1_500_000, 1, KEYS[1])
+        sender._send(0, message)
+    assert receiver._inbox.qsize() == 1 and not receiver.dropped
+    receiver.stop(0.0)
+    sender.stop(0.0)
+
+
+def trickle(listener: socket.socket, port: int) -> None:
+    """Forward connections, 500 kB/s towards `port`."""
+    while True:
+        try:
+            near, _ = listener.accept()
+        except OSError:
+            return
+        far = socket.create_connection(("127.0.0.1", port))
+
+        def pass_on(source: socket.socket, sink: socket.socket, wait: float) -> None:
+            with suppress(OSError):
+                while data := source.recv(25_000):
+                    sink.sendall(data)
+                    time.sleep(wait)
+                sink.shutdown(socket.SHUT_WR)
+
+        for ends in ((near, far, 0.05), (far, near, 0.0)):
+            threading.Thread(target=pass_on, args=ends, daemon=True).start()
 
 
 def test_a_silo_without_a_row_is_told_so(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ _log = logging.getLogger(__name__)
 _MAGIC = b"FGM1"
 #: Seconds for which a message is tried again while its receiver cannot be reached.
 _PATIENCE = 60.0
+#: Seconds that one try may take, besides those of its bytes at the slowest bandwidth, bytes a second.
+_CALL_SECONDS, _SLOWEST = 30.0, 50_000
 _PORT_HINT = (
     "End the process that has the port, or change this row of the file that grpc_ipconfig_path names."
 )
@@ -262,12 +264,13 @@ class GrpcLink:
             return
         deadline, wait = time.monotonic() + _PATIENCE, 0.25
         options = [("grpc.max_send_message_length", self._most), ("grpc.enable_http_proxy", 0)]
+        seconds = _CALL_SECONDS + len(data) / _SLOWEST
         request = self._messages.CommRequest()
         request.client_id, request.message = self._me, data
         while not self._stopped.is_set():
             with self._grpc.insecure_channel(f"{peer.host}:{peer.port}", options=options) as channel:
                 try:
-                    self._service.gRPCCommManagerStub(channel).sendMessage(request, timeout=30.0)
+                    self._service.gRPCCommManagerStub(channel).sendMessage(request, timeout=seconds)
                     return
                 except self._grpc.RpcError as error:
                     if time.monotonic() > deadline:
