@@ -298,6 +298,41 @@ def test_a_large_message_has_the_time_that_a_slow_link_needs(monkeypatch: pytest
     sender.stop(0.0)
 
 
+def test_what_is_on_its_way_over_a_slow_link_is_not_sent_again() -> None:
+    """A heartbeat repeats an answer, a reminder a task, while the first is still being sent."""
+    receiver, sender = at("127.0.0.1", 0, free_port()), at("127.0.0.1", 1, free_port())
+    receiver.start()
+    topic = to_server("7", 1)
+    sender._objects = Objects()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        slow = threading.Thread(target=trickle, args=(listener, receiver._peers[0].port), daemon=True)
+        slow.start()
+        sender._peers[0] = Peer("127.0.0.1", listener.getsockname()[1])
+        sequence = 0
+
+        def give(dispatch: int) -> None:
+            nonlocal sequence
+            sequence += 1
+            content = bytes([dispatch]) * 500_000
+            piece = piece_of(content, f"answer-{dispatch}")
+            sender._objects.put(piece, content)
+            note = AnswerNote(TOKEN, 1, sequence, dispatch, piece)
+            sender.publish(topic, sign(note, topic, KEYS[1], {"msg_type": MODEL, "receiver": 0}))
+
+        for _ in range(4):
+            give(1)
+            time.sleep(0.1)
+        give(2)
+        give(2)
+        time.sleep(4.0)
+        assert receiver._inbox.qsize() == 2, "one of each"
+        give(2)
+        time.sleep(2.5)
+        assert receiver._inbox.qsize() == 3, "it is heard again when it may have been lost"
+    receiver.stop(0.0)
+    sender.stop(0.0)
+
+
 def trickle(listener: socket.socket, port: int) -> None:
     """Forward connections, 500 kB/s towards `port`."""
     while True:

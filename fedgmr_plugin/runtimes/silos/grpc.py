@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,25 +113,36 @@ class Outbox:
 
     def __init__(self, most: int) -> None:
         self._most, self._bytes = most, 0
-        self._waiting: deque[bytes | None] = deque()
+        self._waiting: deque[tuple[bytes | None, object]] = deque()
+        self._sent: object = None  # what the message is about that was given out last
         self._changed = threading.Condition()
 
-    def put(self, data: bytes | None) -> None:
-        """Add a message; None is the last."""
+    def put(self, data: bytes | None, about: object = None) -> None:
+        """Add a message; None is the last.
+
+        Args:
+            about: what `holds` finds it by; None for nothing.
+        """
         with self._changed:
-            self._waiting.append(data)
+            self._waiting.append((data, about))
             self._bytes += len(data or b"")
             while self._bytes > self._most and len(self._waiting) > 1:
-                self._bytes -= len(self._waiting.popleft() or b"")
+                self._bytes -= len(self._waiting.popleft()[0] or b"")
             self._changed.notify()
 
     def get(self) -> bytes | None:
-        """Wait for the next message."""
+        """Wait for the next message; the last one has been sent, or given up."""
         with self._changed:
+            self._sent = None
             self._changed.wait_for(lambda: self._waiting)
-            data = self._waiting.popleft()
+            data, self._sent = self._waiting.popleft()
             self._bytes -= len(data or b"")
             return data
+
+    def holds(self, about: object) -> bool:
+        """Whether such a message waits, or is on its way."""
+        with self._changed:
+            return about is not None and any(about == a for a in (self._sent, *(a for _, a in self._waiting)))
 
     def empty(self) -> bool:
         """Whether nothing waits."""
@@ -221,17 +232,26 @@ class GrpcLink:
         """There is no broker that could say it."""
 
     def publish(self, topic: str, payload: bytes) -> None:
-        """Send a message to whom its topic names, with the objects that it speaks of."""
+        """Send a message to whom its topic names, with the objects that it speaks of.
+
+        A task or an answer that is on its way already is not sent again: links are slow.
+        """
         message = json.loads(payload)
         receiver = int(message["receiver"])
-        data = self._pickled(message) if self._plain else self._framed(topic, payload, message)
         if receiver not in self._outboxes:
             box = Outbox(self._most)
             self._outboxes[receiver] = box
             threading.Thread(
                 target=self._send_all, args=(receiver, box), name=f"fedgmr-grpc-{receiver}", daemon=True
             ).start()
-        self._outboxes[receiver].put(data)
+        box = self._outboxes[receiver]
+        if self._plain:
+            box.put(self._pickled(message))
+            return
+        note = note_of(message, topic, None, _NOTES[message["msg_type"]])
+        about = (type(note), note.run, note.dispatch) if isinstance(note, (TaskNote, AnswerNote)) else None
+        if not box.holds(about):
+            box.put(self._framed(topic, payload, _announced(note)), about)
 
     def keep(self, topic: str, payload: bytes) -> None:
         """Nothing is kept: there is no broker."""
@@ -295,8 +315,7 @@ class GrpcLink:
             sent.add_params(name, value)
         return pickle.dumps(sent)
 
-    def _framed(self, topic: str, payload: bytes, message: Mapping[str, Any]) -> bytes:
-        pieces = _announced(note_of(message, topic, None, _NOTES[message["msg_type"]]))
+    def _framed(self, topic: str, payload: bytes, pieces: Sequence[Piece]) -> bytes:
         contents = [self._objects.get(piece) for piece in pieces]
         head = {
             "topic": topic,
