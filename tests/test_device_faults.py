@@ -118,6 +118,28 @@ def test_a_server_that_goes_on_takes_no_earlier_answer_again(tmp_path: Path, kep
     assert not replayed(field).differences
 
 
+@pytest.mark.parametrize("hours", [1.0, 1000.0])
+def test_a_server_that_goes_on_with_its_clock_set_back_is_heard(tmp_path: Path, hours: float) -> None:
+    """On another machine, or before its clock is set."""
+    field = start(make(tmp_path, 9))
+    make_office = field._make_office
+
+    def late() -> Office:
+        office = make_office()
+        office.desk._wall = lambda: int((field.world.now - 3600 * hours) * 1000)
+        return office
+
+    field._make_office = late  # type: ignore[method-assign]
+    for version in (3, 6):
+        field.until(lambda v=version: field.office.server.version >= v)  # type: ignore[misc]
+        field.kill()
+        field.restart()
+    field.run(60)
+    each_is_once(field)
+    refused = sum(device.refused["GMR-744"] for device in field.devices.values())  # type: ignore[union-attr]
+    assert refused <= 4, "what the servers that were killed said last"
+
+
 @pytest.mark.parametrize("restarted", [True, False])
 def test_a_new_run_of_the_same_name_takes_in_who_waits_with_an_answer_to_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool

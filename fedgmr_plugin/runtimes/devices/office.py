@@ -26,7 +26,7 @@ from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.desk import Desk, PlainAnswer, PlainStatus
 from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
-from fedgmr_plugin.protocol.history import entry_of, event_of
+from fedgmr_plugin.protocol.history import SEQUENCE, entry_of, event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.messages import PayloadOrder, upload
 from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote, to_device
@@ -148,8 +148,11 @@ class Office:
             self._hands.put(piece, content)
         if self.server.phase == "ready":
             self.end = self.live.start()
+        sequence = 0
         for entry in entries:
+            sequence = int(entry.head.get(SEQUENCE, 0))
             self._take(event_of(entry))
+        self.desk.go_on_above(sequence)
         self.journal = journal
         for piece, content in self._past.values():
             self._hands.put(piece, content)
@@ -351,7 +354,8 @@ class Office:
 
     def _entry(self, event: LiveEvent) -> Entry:
         """An event as it is written down."""
-        return entry_of(event)
+        entry = entry_of(event)
+        return Entry({**entry.head, SEQUENCE: self.desk.sequence}, entry.payload)
 
     def _recorded(self, fields: dict[str, Any]) -> None:
         """A record of the run log; refusals are counted for their device, wherever they were found."""
