@@ -303,6 +303,36 @@ def test_tls_files_that_cannot_be_used_are_told(tmp_path: Path, wrong: str) -> N
         MqttLink(Where("localhost", 1, ca=str(path)), [], Inbox())
 
 
+def test_a_broker_that_lets_a_process_hear_nothing_is_told(
+    where: Where, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mosquitto with a file of rights grants every subscription; other brokers do not."""
+    real = Paho._handle_suback
+
+    def denied(client: Any) -> Any:
+        client._in_packet["packet"][2:] = bytes([128] * len(client._in_packet["packet"][2:]))
+        return real(client)
+
+    link = MqttLink(where, ["t", "u"], Inbox())
+    link.start()
+    until(link.connected.is_set)
+    time.sleep(0.5)
+    assert link.refused is None
+    link.stop()
+    monkeypatch.setattr(Paho, "_handle_suback", denied)
+    link, _ = alone(where, "a")  # what only servers hear of one another may be denied
+    until(link.connected.is_set)
+    time.sleep(0.5)
+    assert link.refused is None and not link._asked
+    link.stop()
+    link = MqttLink(where, ["t", "u"], Inbox())
+    link.start()
+    until(lambda: link.refused is not None)
+    assert link.refused is not None and link.refused.code == "GMR-515"
+    assert "does not let this process hear its topics" in str(link.refused)
+    link.stop()
+
+
 # -- one server, and what the broker keeps -----------------------------------------------------------------
 
 
