@@ -177,6 +177,19 @@ def test_nothing_of_a_run_is_left_in_the_store(tmp_path: Path) -> None:
     assert sorted(world.store.keys("")) == sorted(kept)
 
 
+def test_a_server_that_is_refused_its_place_begins_nothing(tmp_path: Path) -> None:
+    """As one whose gRPC port is another's."""
+    run = World(tmp_path).server()
+
+    def refuse() -> None:
+        raise HostError("GMR-517", "another process listens there")
+
+    run.link.start = refuse  # type: ignore[method-assign]
+    with pytest.raises(HostError, match="GMR-517"):
+        run.train()
+    assert list((tmp_path / "live").iterdir()) == [] and not run.hands._thread.is_alive()
+
+
 def test_a_run_that_sweeps_still_keeps_others_from_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
