@@ -8,6 +8,7 @@ the clock stands still until a rule moves it, by multiples of 1/1024 s, so that 
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,12 +116,17 @@ class StageLink:
     """See `fedgmr_plugin.runtimes.devices.live_run.Connected`; `hands` publish."""
 
     refused = None
+    connected = threading.Event()
 
     def publish(self, topic: str, payload: bytes) -> None:
         raise NotImplementedError
 
     def keep(self, topic: str, payload: bytes) -> None:
         """Nothing is retained here."""
+
+    def claim(self) -> bool:
+        """Nobody else serves the run."""
+        return True
 
     def start(self) -> None:
         """Nothing to connect to."""
@@ -169,6 +175,9 @@ class StageHands:
 
     def undeleted(self) -> list[str]:
         return [key for job in self._jobs if job[0] == "delete" for key in job[1]]
+
+    def is_stuck(self) -> bool:
+        return False
 
     def start(self) -> None:
         """For `LiveRun`."""

@@ -292,10 +292,10 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-517": CatalogueEntry(
         "run served twice",
-        "Another process serves the run of this `run_id` and `server_id` at the same broker. Two would send "
-        "the same devices to and fro.",
-        "Stop the other process, or give this run a `run_id` of its own. A server that was killed is no "
-        "other: `fedgmr resume` goes on with its run at once.",
+        "Another process serves the run of this `run_id` and `server_id` at the same broker, or over gRPC "
+        "listens where this one would. Two would send the same devices to and fro.",
+        "Stop the other process, or give this run a `run_id`, over gRPC a port, of its own. A server that "
+        "was killed is no other: `fedgmr resume` goes on with its run at once.",
     ),
     "GMR-518": CatalogueEntry(
         "server gone",

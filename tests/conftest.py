@@ -36,7 +36,7 @@ _getaddrinfo = socket.getaddrinfo
 
 
 def _local_addresses_only(host: Any, *rest: Any, **keywords: Any) -> Any:
-    if host not in (None, "", "localhost", "127.0.0.1", "::1", b"localhost", b"127.0.0.1"):
+    if host not in (None, "", "localhost", "127.0.0.1", "0.0.0.0", "::1", b"localhost", b"127.0.0.1"):
         raise OSError(f"tests may not use the network, and this one looked up {host!r}")
     return _getaddrinfo(host, *rest, **keywords)
 

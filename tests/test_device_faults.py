@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.history import event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal, read
 from fedgmr_plugin.protocol.pieces import Piece
+from fedgmr_plugin.runtimes.devices import field as field_module
 from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.field import Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
@@ -88,6 +90,81 @@ def each_is_once(field: Field) -> None:
 def replayed(field: Field) -> Comparison:
     server, examiner = field.parts()
     return Replay(server, examiner, field.trainer_bench().train).run(json.loads(json.dumps(field.log)))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_server_that_goes_on_takes_no_earlier_answer_again(tmp_path: Path, kept: bool) -> None:
+    """Every earlier message of every device comes once more, be its object still there (the server was killed
+    before it was removed) or not, and numbers that a checkpoint would refuse are heard."""
+    field = start(make(tmp_path, 12))
+    objects: dict[str, bytes] = {}
+    for window in (3, 6, 9):
+        while field.office.server.version < window:
+            field.world.step()
+            objects |= field.world.objects
+        field.kill()
+        field.restart()
+        if kept:
+            field.world.objects = objects | field.world.objects
+        topics = field.office.desk.topics
+        again = [(topic, payload) for topic, payload in field.world.published if topic in topics]
+        office = field.office
+        for n, message in enumerate(again):  # a device may not send all at once
+            field.world.at(field.world.now + 0.01 * n, partial(office.message, *message))
+    field.run()
+    each_is_once(field)
+    assert not field.records("rejected")
+    assert sum(c["GMR-745"] for c in field.office.desk.refused) == 0
+    assert not replayed(field).differences
+
+
+@pytest.mark.parametrize("hours", [1.0, 1000.0])
+def test_a_server_that_goes_on_with_its_clock_set_back_is_heard(tmp_path: Path, hours: float) -> None:
+    """On another machine, or before its clock is set."""
+    field = start(make(tmp_path, 9))
+    make_office = field._make_office
+
+    def late() -> Office:
+        office = make_office()
+        office.desk._wall = lambda: int((field.world.now - 3600 * hours) * 1000)
+        return office
+
+    field._make_office = late  # type: ignore[method-assign]
+    for version in (3, 6):
+        field.until(lambda v=version: field.office.server.version >= v)  # type: ignore[misc]
+        field.kill()
+        field.restart()
+    field.run(60)
+    each_is_once(field)
+    refused = sum(device.refused["GMR-744"] for device in field.devices.values())  # type: ignore[union-attr]
+    assert refused <= 4, "what the servers that were killed said last"
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_new_run_of_the_same_name_takes_in_who_waits_with_an_answer_to_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    """The last run's server is gone for good; its devices still give their answers, or are started again."""
+    last = start(make(tmp_path / "last"), tmp_path)
+    last.until(lambda: last.office.server.version == 2)
+    last.kill()
+    last.world.at(last.world.now + 20, lambda: None)
+    last.until(lambda: last.world.now > 15)
+    monkeypatch.setattr(field_module, "TOKEN", "f" * 16)
+    new = make(tmp_path / "new", 4)
+    new.world = last.world
+    new.office = new._make_office()
+    new.begin()
+    for n in range(new.count):
+        old = last.devices[n]
+        assert isinstance(old, Device)
+        assert old.memory.update is not None
+        if restarted:
+            last.stop(n)
+            new.device(n, Memory.load(tmp_path / str(n)))
+    new.run()
+    assert {r["client"] for r in new.records("arrival")} == {0, 1, 2}
+    each_is_once(new)
 
 
 # -- killed at any event -----------------------------------------------------------------------------------

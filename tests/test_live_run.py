@@ -6,7 +6,8 @@ import errno
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import torch
 from botocore.exceptions import ClientError
 from torch import nn
 
+from fedgmr_plugin.engine.client import BuiltinTrainer
 from fedgmr_plugin.errors import ConfigError, HostError, WireError
 from fedgmr_plugin.protocol.journal import Journal
 from fedgmr_plugin.protocol.notes import (
@@ -33,19 +35,21 @@ from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import host, resume
 from fedgmr_plugin.runtimes import progress as progress_module
+from fedgmr_plugin.runtimes.devices import hands as hands_module
 from fedgmr_plugin.runtimes.devices.connection import Bucket
 from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
 from fedgmr_plugin.runtimes.progress import Progress
 from fedgmr_plugin.runtimes.silos.objects import Objects
+from fedgmr_plugin.runtimes.trainer import FedMLTrainer
 
 host.prepare()
 
 from fedgmr_plugin.runtimes.devices import client as client_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices import live_run as live_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices import server as server_module  # noqa: E402
-from fedgmr_plugin.runtimes.devices.client import DeviceProcess  # noqa: E402
+from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts  # noqa: E402
 from fedgmr_plugin.runtimes.devices.device import Device  # noqa: E402
 from fedgmr_plugin.runtimes.devices.live_run import LiveRun  # noqa: E402
 from fedgmr_plugin.runtimes.devices.plain import PlainOffice  # noqa: E402
@@ -75,6 +79,8 @@ class Line:
     def say_when_gone(self, topic: str, payload: Any) -> None: ...
     def start(self) -> None: ...
     def stop(self, patience: float = 5.0) -> None: ...
+    def claim(self) -> bool:
+        return True
 
 
 class World:
@@ -169,6 +175,34 @@ def test_nothing_of_a_run_is_left_in_the_store(tmp_path: Path) -> None:
         device.join(20)
     assert read_run(tmp_path / "live").end is not None
     assert sorted(world.store.keys("")) == sorted(kept)
+
+
+def test_a_server_that_is_refused_its_place_begins_nothing(tmp_path: Path) -> None:
+    """As one whose gRPC port is another's."""
+    run = World(tmp_path).server()
+
+    def refuse() -> None:
+        raise HostError("GMR-517", "another process listens there")
+
+    run.link.start = refuse  # type: ignore[method-assign]
+    with pytest.raises(HostError, match="GMR-517"):
+        run.train()
+    assert list((tmp_path / "live").iterdir()) == [] and not run.hands._thread.is_alive()
+
+
+def test_a_run_that_sweeps_still_keeps_others_from_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects of another run of this `run_id`, whose names do not tell it, would be swept too."""
+    world, done = World(tmp_path, windows=1), list[str]()
+    run = world.server()
+    monkeypatch.setattr(run.hands, "sweep", lambda *given: done.append("swept"))
+    monkeypatch.setattr(run.link, "stop", lambda: done.append("gone"))
+    devices = [world.device(n) for n in (1, 2)]
+    run.train()
+    for device in devices:
+        device.join(20)
+    assert done[:2] == ["swept", "gone"]
 
 
 def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +392,156 @@ def test_an_error_that_nobody_expected_ends_the_run(where: str) -> None:
     hands.close()
 
 
+class Slow:
+    """Samples that take their time."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __len__(self) -> int:
+        return 40
+
+    def take(self, index: Any) -> Any:
+        self.taken += 1
+        time.sleep(0.05)
+        x = torch.zeros(len(index), 6)
+        return x, torch.zeros(len(index), dtype=torch.int64)
+
+
+class Loops:
+    """A user's trainer, which catches whatever its data raise."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def get_model_params(self) -> Any:
+        return self.model.state_dict()
+
+    def set_model_params(self, params: Any) -> None:
+        self.model.load_state_dict(params)
+
+    def train(self, data: Any, device: Any, args: Any) -> None:
+        try:
+            for _ in data:
+                pass
+        except Exception:  # noqa: BLE001
+            self.train(data, device, args)
+
+
+@pytest.mark.parametrize("end", ["finish", "interrupt"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_device_whose_run_is_over_trains_no_more(tmp_path: Path, own: bool, end: str) -> None:
+    """Its process would only end with that training, which may take hours."""
+    world, slow = World(tmp_path, local_steps=400), Slow()
+    trainer: Any = BuiltinTrainer()
+    if own:
+        trainer = FedMLTrainer(Loops(world.model()), world.args)
+    topic = to_device("7", 0, 1)
+    process = DeviceProcess(
+        world.args,
+        1,
+        Parts(lambda client: slow, 40, trainer),
+        world.model(),
+        transport=lambda hears, inbox: (Line(world, [hears], inbox), world.store),
+    )
+    run = world.server()
+
+    def serve() -> None:
+        with suppress(KeyboardInterrupt):
+            run.train()
+
+    server = threading.Thread(target=serve, daemon=True)
+    server.start()
+
+    def over() -> None:
+        until(lambda: slow.taken > 0)
+        if end == "interrupt":
+            process._inbox.put(interrupt)
+        else:
+            note = FinishNote(run.office.token, 1, 2**50)
+            process._inbox.put((topic, sign(note, topic, None, {"msg_type": FINISH})))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    threading.Thread(target=over, daemon=True).start()
+    if end == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            process.run()
+    else:
+        process.run()
+    (thread,) = process._trainer._threads
+    thread.join(2.0)
+    assert not thread.is_alive() and slow.taken < 100
+    run.inbox.put(interrupt)
+    server.join(20)
+
+
+def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_waits_for_the_store_is_not_given_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a night without a store, a device's answer would be stored hundreds of times, its server's
+    reminders by the million fill the memory."""
+    there = threading.Event()
+    puts: list[Piece] = []
+
+    class Away(Objects):
+        def put(self, piece: Piece, content: Any) -> None:
+            if not there.is_set():
+                raise Unreachable("away")
+            puts.append(piece)
+
+    monkeypatch.setattr(hands_module, "_FIRST_WAIT", hands_module._STUCK_WAIT)
+    monkeypatch.setattr(hands_module, "_LONGEST_WAIT", hands_module._STUCK_WAIT)
+    world, now = World(tmp_path), [0.0]
+    world.store = Away()
+    process, run = world.process(1), world.server()
+    run.record = lambda fields: None  # type: ignore[method-assign]
+    device, office = process.device, run.office
+    assert isinstance(device, Device)
+    device.memory.update, device.memory.content = Piece("k", 1, "0" * 64), b"x"
+    device._clock = lambda: now[0]
+    assert not process._hands.is_stuck()
+    for hands in (process._hands, run.hands):
+        hands.start()
+    office.begin(Journal(tmp_path / "journal"))
+    device.begin()
+    until(process._hands.is_stuck)
+    for n in range(100):
+        now[0] += 15.0
+        device.tick()
+        note = StatusNote("7", 1, n, "ONLINE")
+        office.desk._buckets[0].take = lambda now: None  # type: ignore[method-assign]
+        office.message(to_server("7", 1), sign(note, to_server("7", 1), None, {"msg_type": STATUS}))
+        if n == 0:  # it has joined
+            until(run.hands.is_stuck)
+    assert len(process._hands._jobs) == 2 and len(run.hands._jobs) < 8
+    there.set()
+    assert process._hands.flush(20) and run.hands.flush(20)
+    assert not process._hands.is_stuck() and len(puts) == len(set(puts))
+    process._link.connected.clear()
+    repeats = device._repeats
+    for _ in range(100):
+        now[0] += 15.0
+        device.tick()
+    assert process._hands.flush(5) and device._repeats == repeats and device.next_tick() == now[0] + 1.0
+    process._link.connected.set()
+    now[0] += 1.0
+    device.tick()
+    assert process._hands.flush(5) and device._repeats == repeats + 1
+    for hands in (process._hands, run.hands):
+        hands.close()
+    assert office.journal is not None
+    office.journal.close()
+
+
 @pytest.mark.parametrize("wrong", [{"client_idx": "x"}, {"client_idx": [1]}, {"model_params": "none"}, {}])
 def test_what_anybody_may_send_does_not_end_a_device_that_checks_no_signature(
     tmp_path: Path, wrong: dict[str, Any]
@@ -492,7 +676,9 @@ def test_the_end_is_kept_for_whoever_was_away(tmp_path: Path) -> None:
         "nothing",
     ],
 )
-def test_only_the_end_of_its_own_run_is_believed_of_what_is_kept(tmp_path: Path, wrong: str) -> None:
+def test_only_the_end_of_its_own_run_is_believed_of_what_is_kept(
+    tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
     world = World(tmp_path)
     device = world.process(1).device
     assert isinstance(device, Device)
@@ -511,10 +697,12 @@ def test_only_the_end_of_its_own_run_is_believed_of_what_is_kept(tmp_path: Path,
     elif wrong == "nothing":
         payload = b"{}"
     device.kept(topic, payload)
-    assert not device.finished
+    assert not device.finished and not caplog.text
     device._key, device.memory.token = None, "a" * 16
     device.kept(*end_of(world, "a" * 16))
     assert device.finished
+    assert "run_id=7, of which this device had a task before, is over" in caplog.text
+    assert "give it a run_id of its own, or start its server first" in caplog.text
 
 
 def test_a_run_with_fedmls_own_devices_keeps_nothing(tmp_path: Path) -> None:

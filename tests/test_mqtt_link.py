@@ -18,7 +18,7 @@ import pytest
 from fedgmr_plugin.errors import ConfigError, HostError
 from fedgmr_plugin.protocol.desk import Desk
 from fedgmr_plugin.protocol.notes import STATUS, StatusNote, sign, to_server
-from fedgmr_plugin.protocol.presence import Presence
+from fedgmr_plugin.protocol.presence import PATIENCE, Presence
 from fedgmr_plugin.runtimes.devices.connection import Broker as Where
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
@@ -303,6 +303,36 @@ def test_tls_files_that_cannot_be_used_are_told(tmp_path: Path, wrong: str) -> N
         MqttLink(Where("localhost", 1, ca=str(path)), [], Inbox())
 
 
+def test_a_broker_that_lets_a_process_hear_nothing_is_told(
+    where: Where, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mosquitto with a file of rights grants every subscription; other brokers do not."""
+    real = Paho._handle_suback
+
+    def denied(client: Any) -> Any:
+        client._in_packet["packet"][2:] = bytes([128] * len(client._in_packet["packet"][2:]))
+        return real(client)
+
+    link = MqttLink(where, ["t", "u"], Inbox())
+    link.start()
+    until(link.connected.is_set)
+    time.sleep(0.5)
+    assert link.refused is None
+    link.stop()
+    monkeypatch.setattr(Paho, "_handle_suback", denied)
+    link, _ = alone(where, "a")  # what only servers hear of one another may be denied
+    until(link.connected.is_set)
+    time.sleep(0.5)
+    assert link.refused is None and not link._asked
+    link.stop()
+    link = MqttLink(where, ["t", "u"], Inbox())
+    link.start()
+    until(lambda: link.refused is not None)
+    assert link.refused is not None and link.refused.code == "GMR-515"
+    assert "does not let this process hear its topics" in str(link.refused)
+    link.stop()
+
+
 # -- one server, and what the broker keeps -----------------------------------------------------------------
 
 
@@ -362,3 +392,23 @@ def test_what_is_kept_comes_to_whoever_connects_later(where: Where) -> None:
     assert kept == [("t", b"the end")]
     link.stop()
     sender.stop()
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_server_begins_only_once_it_was_connected_all_the_while(
+    supervisor: Supervisor, where: Where, silent: bool
+) -> None:
+    """The broker goes while it waits for others to speak up, with a broken connection or without a word."""
+    (name,) = supervisor.running()
+    link, presence = alone(where, "a")
+    link._client.reconnect_delay_set(1, 1)
+    until(lambda: presence._returned is not None)
+    supervisor.pause(name) if silent else supervisor.stop(name)
+    deadline = time.monotonic() + PATIENCE + 0.5
+    while time.monotonic() < deadline:
+        assert not link.claim()
+        time.sleep(0.05)
+    supervisor.resume(name) if silent else supervisor.restart(name)
+    until(link.claim)
+    assert presence.serves
+    link.stop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -25,9 +26,11 @@ from torch import Tensor, nn
 from fedgmr_plugin.config import FedGMRConfig, parse
 from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
 from fedgmr_plugin.errors import ConfigError, WireError
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.protocol.desk import Desk, PlainAnswer
+from fedgmr_plugin.protocol.journal import Journal
 from fedgmr_plugin.protocol.notes import CHECK, INIT, MODEL, SYNC, to_device, to_server
 from fedgmr_plugin.runtimes.devices import field as field_module
 from fedgmr_plugin.runtimes.devices.field import Field, Problem
@@ -341,6 +344,82 @@ def test_a_server_that_goes_on_credits_what_was_trained(
     right += field.office.credited  # type: ignore[attr-defined]
     assert all(is_right for _, is_right in right)
     assert sum(n == 0 for n, _ in right) > 50 and sum(n == 1 for n, _ in right) >= 12
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("checkpoint", [True, False])
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_server_that_goes_on_takes_no_earlier_answer_again(
+    make: Callable[..., Field], repeats: bool, checkpoint: bool, kept: bool
+) -> None:
+    """Every earlier answer comes once more, be its object still there (the server was killed before it was
+    removed) or not: none is merged, and none costs a device what it is training now."""
+    field = make(lost_after=30.0)
+    field.seconds = lambda n: (0.5, 3.0)[n]
+    for n in range(2):
+        field.plain_device(n, repeats=repeats)
+    objects: dict[str, bytes] = {}
+    right: list[tuple[int, bool]] = []
+    for _ in range(3):
+        until = field.world.now + 20
+        while field.world.now < until and field.world.step():
+            objects |= field.world.objects
+        while not field.devices[1]._busy:  # type: ignore[union-attr]
+            field.world.step()
+        right += field.office.credited  # type: ignore[attr-defined]
+        field.kill()
+        resumed(field) if checkpoint else field.restart()
+        if kept:
+            field.world.objects = objects | field.world.objects
+        answers = [
+            (topic, payload)
+            for topic, payload in field.world.published
+            if topic.count("_") == 2 and json.loads(payload)["msg_type"] == MODEL
+        ]
+        assert len(answers) > 20
+        office = field.office
+        for topic, payload in answers[-50:]:  # no more than one device may send at once
+            field.world.at(field.world.now + 0.1, partial(office.message, topic, payload))
+        go(field, 8)
+    right += field.office.credited  # type: ignore[attr-defined]
+    assert all(is_right for _, is_right in right)
+    assert not field.records("rejected")
+    arrivals = [r["dispatch"] for r in field.records("arrival")]
+    assert len(arrivals) == len(set(arrivals))
+
+
+def test_an_answer_that_was_not_written_down_may_be_heard_again(make: Callable[..., Field]) -> None:
+    """The server is killed while it fetches it, behind a checkpoint."""
+    field = make(lost_after=30.0)
+    field.seconds = lambda n: (0.5, 3.0)[n]
+    device = field.plain_device(1, repeats=False)
+    while not field.office._fetching:
+        field.world.step()
+    objects = dict(field.world.objects)
+    field.kill()
+    resumed(field)
+    field.world.objects = objects
+    answers = [p for t, p in field.world.published if t == device.speaks and b"model_params" in p]
+    for answer in (*answers, *answers):
+        field.office.message(device.speaks, answer)
+    go(field, 1)
+    assert credited(field) == [True] and len(field.records("arrival")) == 1
+
+
+def resumed(field: Field) -> None:
+    """Another server goes on from a checkpoint of the one that was killed, and no journal."""
+    state = json.loads(json.dumps(field.office.state()))
+    meta, tensors = snapshot_live(field.office.live)
+    tensors.update(field.office.tensors())
+    assert field.office.journal is not None
+    field.log.clear()
+    field.journal.unlink()
+    field.office = field._make_office()
+    restore_live(field.office.live, Snapshot(json.loads(json.dumps(meta)), tensors))
+    field.office.load_state(state, tensors)
+    field._behind = field.world.now - field.office.live.now
+    field.office.resume([], Journal(field.journal), [])
+    field._open()
 
 
 @pytest.mark.parametrize("numbered", [True, False])

@@ -212,7 +212,33 @@ def test_where_nobody_may_hear_it_a_server_goes_on(caplog: pytest.LogCaptureFixt
     now[0] += UNHEARD - 1
     assert not own.is_alone()
     now[0] += 1
-    assert own.is_alone() and "another one would not be seen" in caplog.text
+    assert own.is_alone() and own.begin() and own.begin()
+    assert caplog.text.count("another server would not be seen") == 1
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_wait_that_the_connection_does_not_outlast_is_begun_anew(returned: bool) -> None:
+    now = [0.0]
+    own = Presence("7", 0, KEYS, "here", clock=lambda: now[0])
+    wait = PATIENCE if returned else UNHEARD
+
+    def asks() -> None:
+        question = own.ask()
+        if returned:
+            own.heard(question)
+
+    asks()
+    now[0] += wait - 1
+    own.lost()
+    now[0] += 100
+    assert not own.is_alone()
+    asks()
+    now[0] += wait - 1
+    assert not own.begin()
+    now[0] += 1
+    assert own.begin()
+    own.lost()
+    assert own.begin(), "who serves goes on"
 
 
 def test_questions_are_answered_with_questions_so_often_only() -> None:

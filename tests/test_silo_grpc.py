@@ -8,7 +8,11 @@ import pickle
 import queue
 import socket
 import struct
+import threading
+import time
 from collections import OrderedDict
+from concurrent import futures
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedgmr_plugin.errors import ConfigError, WireError
+from fedgmr_plugin.errors import ConfigError, HostError, WireError
 from fedgmr_plugin.protocol.fedml_pickle import read_model
 from fedgmr_plugin.protocol.notes import MODEL, MOST_MESSAGE, STATUS, AnswerNote, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
@@ -26,8 +30,10 @@ from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.silos.objects import MOST_OBJECTS, Objects
 
 pytest.importorskip("grpc", reason="grpcio is not installed")
+import grpc
 
 from fedgmr_plugin.runtimes.local.ports import free_port
+from fedgmr_plugin.runtimes.silos import grpc as grpc_module
 from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, Outbox, Peer, most_bytes, peers
 
 host.prepare()
@@ -233,6 +239,118 @@ def test_a_process_listens_where_its_row_says_and_is_reached_at_its_ingress(tmp_
     with socket.create_connection(("127.0.0.1", found[0].port), timeout=5):
         pass
     server.stop(0.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "who"),
+    [
+        (("127.0.0.1", 0), ("127.0.0.1", 0), "the server of run_id=7"),
+        (("127.0.0.1", 1), ("127.0.0.1", 1), "silo 1 of run_id=7"),
+        (("0.0.0.0", 0), ("127.0.0.1", 0), "the server"),
+        (("127.0.0.1", 0), ("0.0.0.0", 0), "the server"),
+        (("127.0.0.1", 0), ("localhost", 0), "the server"),
+        (("localhost", 0), ("127.0.0.1", 0), "the server"),
+        (None, ("127.0.0.1", 0), "the server"),
+    ],
+)
+def test_a_port_is_of_one_process(first: tuple[str, int] | None, second: tuple[str, int], who: str) -> None:
+    """gRPC would let two share it. The first may be FedML's own, which shares (None)."""
+    port = free_port()
+    if first is None:
+        shared = grpc.server(futures.ThreadPoolExecutor(1))
+        shared.add_insecure_port(f"127.0.0.1:{port}")
+        shared.start()
+        stop = lambda: shared.stop(0).wait()  # noqa: E731
+    else:
+        own = at(*first, port)
+        own.start()
+        stop = lambda: own.stop(0.0)  # noqa: E731
+    with pytest.raises(HostError, match=f"another process listens at {second[0]}:{port}: {who}") as found:
+        at(*second, port).start()
+    assert found.value.code == "GMR-517"
+    stop()
+    again = at(*second, port)
+    again.start()
+    again.stop(0.0)
+
+
+def at(host: str, me: int, port: int) -> GrpcLink:
+    """A process's, at an address; not started."""
+    made = link()
+    made._peers[me], made._me = Peer(host, port), me
+    return made
+
+
+def test_a_large_message_has_the_time_that_a_slow_link_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would be begun anew again and again, and never arrive."""
+    monkeypatch.setattr(grpc_module, "_CALL_SECONDS", 0.5)
+    monkeypatch.setattr(grpc_module, "_PATIENCE", 1.0)
+    receiver, sender = at("127.0.0.1", 0, free_port()), at("127.0.0.1", 1, free_port())
+    receiver.start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        slow = threading.Thread(target=trickle, args=(listener, receiver._peers[0].port), daemon=True)
+        slow.start()
+        sender._peers[0] = Peer("127.0.0.1", listener.getsockname()[1])
+        message = answer(b"x" * 1_500_000, 1, KEYS[1])
+        sender._send(0, message)
+    assert receiver._inbox.qsize() == 1 and not receiver.dropped
+    receiver.stop(0.0)
+    sender.stop(0.0)
+
+
+def test_what_is_on_its_way_over_a_slow_link_is_not_sent_again() -> None:
+    """A heartbeat repeats an answer, a reminder a task, while the first is still being sent."""
+    receiver, sender = at("127.0.0.1", 0, free_port()), at("127.0.0.1", 1, free_port())
+    receiver.start()
+    topic = to_server("7", 1)
+    sender._objects = Objects()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        slow = threading.Thread(target=trickle, args=(listener, receiver._peers[0].port), daemon=True)
+        slow.start()
+        sender._peers[0] = Peer("127.0.0.1", listener.getsockname()[1])
+        sequence = 0
+
+        def give(dispatch: int) -> None:
+            nonlocal sequence
+            sequence += 1
+            content = bytes([dispatch]) * 500_000
+            piece = piece_of(content, f"answer-{dispatch}")
+            sender._objects.put(piece, content)
+            note = AnswerNote(TOKEN, 1, sequence, dispatch, piece)
+            sender.publish(topic, sign(note, topic, KEYS[1], {"msg_type": MODEL, "receiver": 0}))
+
+        for _ in range(4):
+            give(1)
+            time.sleep(0.1)
+        give(2)
+        give(2)
+        time.sleep(4.0)
+        assert receiver._inbox.qsize() == 2, "one of each"
+        give(2)
+        time.sleep(2.5)
+        assert receiver._inbox.qsize() == 3, "it is heard again when it may have been lost"
+    receiver.stop(0.0)
+    sender.stop(0.0)
+
+
+def trickle(listener: socket.socket, port: int) -> None:
+    """Forward connections, 500 kB/s towards `port`."""
+    while True:
+        try:
+            near, _ = listener.accept()
+        except OSError:
+            return
+        far = socket.create_connection(("127.0.0.1", port))
+
+        def pass_on(source: socket.socket, sink: socket.socket, wait: float) -> None:
+            with suppress(OSError):
+                while data := source.recv(25_000):
+                    sink.sendall(data)
+                    time.sleep(wait)
+                sink.shutdown(socket.SHUT_WR)
+
+        for ends in ((near, far, 0.05), (far, near, 0.0)):
+            threading.Thread(target=pass_on, args=ends, daemon=True).start()
 
 
 def test_a_silo_without_a_row_is_told_so(tmp_path: Path) -> None:

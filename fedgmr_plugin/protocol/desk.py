@@ -32,6 +32,8 @@ from fedgmr_plugin.protocol.notes import (
     to_server,
 )
 
+#: Numbers that a server may have used since it wrote one down: a minute's worth, where they follow the clock.
+RESERVED = 60_000
 #: Replay window: sequence numbers this far below the highest one are refused unread.
 WINDOW = 64
 
@@ -234,10 +236,20 @@ class Desk:
 
     # -- writing --------------------------------------------------------------------------------------
 
+    @property
+    def sequence(self) -> int:
+        """Number of the server's last message."""
+        return self._sequence
+
     def next_sequence(self) -> int:
         """Number of the server's next message."""
         self._sequence = max(self._sequence + 1, self._wall())
         return self._sequence
+
+    def go_on_above(self, sequence: int) -> None:
+        """After a restart: devices know numbers up to `sequence` and some more, whatever the clock says."""
+        known = max(self._sequence, sequence)
+        self._sequence = known + RESERVED if known and self._wall() <= known + RESERVED else known
 
     def write(self, note: TaskNote | FinishNote, client: int, fields: Mapping[str, Any]) -> tuple[str, bytes]:
         """Topic and bytes of a message to a client.

@@ -24,9 +24,12 @@ _NAMES = {kind: name for name, kind in _EVENTS.items()}
 _TYPES = {"<f4": torch.float32, "<f8": torch.float64}
 
 
-#: What an upload's entry says besides its event, of clients that know nothing of masks: whether its client
-#: numbers its answers.
-NUMBERED = "numbered"
+#: What the entry of an upload, and of a refused one, says besides its event, of clients that know nothing of
+#: masks: whether its client numbers its answers, and the name of this one.
+NUMBERED, ANSWER = "numbered", "answer"
+#: What every entry says besides: the number of the server's last message.
+SEQUENCE = "sequence"
+_BESIDES = frozenset({NUMBERED, ANSWER, SEQUENCE})
 
 
 def entry_of(event: LiveEvent) -> Entry:
@@ -45,7 +48,7 @@ def event_of(entry: Entry) -> LiveEvent:
     Raises:
         RunLogError: GMR-607 if it is none.
     """
-    head = {name: value for name, value in entry.head.items() if name != NUMBERED}
+    head = {name: value for name, value in entry.head.items() if name not in _BESIDES}
     try:
         kind = _EVENTS[head.pop("event")]
         if kind is UploadArrived:

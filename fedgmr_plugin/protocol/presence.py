@@ -12,6 +12,8 @@ serve since it asked, and hears it of one that had not: it says ``here`` in turn
 other exactly one goes on. A nonce is drawn by each process anew, so what the broker retained, what was
 recorded, and what the same run's server said before it was killed, moves nobody; and a process that is
 dead says nothing, so another may follow it at once.
+
+Silence counts only while the own connection lives: a wait that it does not outlast is begun anew (`lost`).
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class Presence:
         self._asked: float | None = None  # seconds
         self._returned: float | None = None
         self._answered: set[str] = set()
-        self._warned = False
+        self._warned = self._told = False
         self._lock = threading.RLock()
 
     def ask(self) -> bytes:
@@ -82,6 +84,11 @@ class Presence:
         with self._lock:
             self._asked, self._returned = self._clock(), None
             return self._sign({"kind": "ask", "nonce": self._nonce, "serves": self.serves})
+
+    def lost(self) -> None:
+        """The connection is gone: what others said since it was asked may have been missed."""
+        with self._lock:
+            self._asked = self._returned = None
 
     def heard(self, payload: bytes) -> bytes | None:
         """What is to be published in answer to a message on the topic; None for nothing."""
@@ -134,6 +141,9 @@ class Presence:
         """
         with self._lock:
             self.serves = self.serves or self._is_alone()
+            if self.serves and self._returned is None and not self._told:
+                _log.warning("the broker lets nobody hear %s: another server would not be seen", self.topic)
+                self._told = True
             return self.serves
 
     def _is_alone(self) -> bool:
@@ -142,10 +152,7 @@ class Presence:
         now = self._clock()
         if self._returned is not None:
             return now - self._returned >= PATIENCE
-        if now - self._asked < UNHEARD:
-            return False
-        _log.warning("the broker lets this server not hear %s: another one would not be seen", self.topic)
-        return True
+        return now - self._asked >= UNHEARD
 
     def _sign(self, fields: dict[str, Any]) -> bytes:
         return signed(fields, self.topic, self._key)

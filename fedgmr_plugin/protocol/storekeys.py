@@ -11,6 +11,11 @@ them (``docs/self-hosting.md``). What a device may read and write begins alike t
     fedml_{run}_{server}_{device}-...               or, with the Android SDK, this
 
 FedML's own devices take a key for the name of a file, so theirs have no slash.
+
+Probes and answers of FedML's own devices name no token. Those of two runs of one ``run_id`` are told apart by
+time: a server sweeps while others still hear that it is there (`fedgmr_plugin.protocol.presence`), so what it
+finds is of its own run or of an earlier one, unless the other server is at another broker, or has other keys,
+with the same bucket, or its devices have started before it: such a device does without a measured bandwidth.
 """
 
 from __future__ import annotations
@@ -54,7 +59,8 @@ def is_of_run(key: str, run: str, token: str, devices: Container[int], server: i
     """Whether `key` is of this run, and of no other with its ``run_id`` as far as names tell."""
     answer = re.fullmatch(rf"fedml_{re.escape(run)}/answers/\d+/(.+)-\d+", key)
     is_answer = answer is not None and answer[1] == token
-    is_probe = key.startswith(f"fedml_{run}/probes/")
+    probe = re.fullmatch(rf"fedml_{re.escape(run)}/probes/(\d{{1,18}})/[0-9a-f]+", key)
+    is_probe = probe is not None and int(probe[1]) in devices
     return is_sent(key, run, token) or is_answer or is_probe or is_file_answer(key, run, devices, server)
 
 

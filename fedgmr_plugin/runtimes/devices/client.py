@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +45,10 @@ _log = logging.getLogger(__name__)
 PROBE_BYTES = 1_000_000
 #: Seconds between two turns of the loop beyond which the process has stood still, and heard nobody.
 _STOOD_STILL = 60.0
+
+
+class _Over(BaseException):
+    """The run is: what is being trained is of no use. No `Exception`, which a user's trainer may catch."""
 
 
 class Parts(NamedTuple):
@@ -110,6 +115,7 @@ class DeviceProcess:
         self._threads, self._clients = config.cpu_threads, keys.clients
         self._patience, self._run = config.server_patience, here.run
         self._inbox = Inbox()
+        self._over = threading.Event()
         self._trainer = ThreadPoolExecutor(1, thread_name_prefix="fedgmr-training")
         hears = to_device(here.run, here.server, device_id)
         if transport is None:
@@ -163,6 +169,7 @@ class DeviceProcess:
                     self._next()
             self._hands.flush(10.0)
         finally:
+            self._over.set()  # a training that goes on would keep the process
             self._trainer.shutdown(wait=False, cancel_futures=True)
             self._link.stop()
             self._hands.close()
@@ -220,7 +227,12 @@ class DeviceProcess:
         def trained(done: Future[LocalUpdate]) -> None:
             self._inbox.put(lambda: then(done.result()))  # raises here what training raised there
 
-        self._trainer.submit(self._bench.train, sent).add_done_callback(trained)
+        self._trainer.submit(self._bench.train, sent, self._go_on).add_done_callback(trained)
+
+    def _go_on(self) -> None:
+        """In the training thread, before each step."""
+        if self._over.is_set():
+            raise _Over
 
 
 def _claimed(folder: Path) -> int | None:

@@ -54,6 +54,8 @@ _log = logging.getLogger(__name__)
 Train = Callable[[Dispatch, Callable[[LocalUpdate], None]], None]
 #: Heartbeats without an answer after which an update is put into the store again.
 _PUT_AGAIN = 3
+#: Seconds between two looks at whether a way to the server is there again.
+_LOOK_SECONDS = 1.0
 _INCREMENTS: tuple[Kind, ...] = ("increment",)
 
 
@@ -121,7 +123,11 @@ class Device:
 
     def tick(self) -> None:
         """Repeat what was said last, where it is time."""
-        if self._clock() >= self._next_beat and not self.finished:
+        if self._clock() < self._next_beat or self.finished:
+            return
+        if self._hands.is_stuck():  # what was said last has not left yet
+            self._next_beat = self._clock() + _LOOK_SECONDS
+        else:
             self._beat()
 
     def next_tick(self) -> float:
@@ -154,6 +160,11 @@ class Device:
             return
         is_end = note is not None and topic == self.hears and message.get("msg_type") == FINISH
         if is_end and (note.run, note.device) == (self.memory.token, self.device):  # type: ignore[union-attr]
+            _log.warning(
+                "run_id=%s, of which this device had a task before, is over: it ended while the device was "
+                "away. If this is to be another run, give it a run_id of its own, or start its server first.",
+                self.run,
+            )
             self._end()
 
     def _end(self) -> None:

@@ -17,6 +17,8 @@ from fedgmr_plugin.runtimes.devices.store import Unreachable
 
 _log = logging.getLogger(__name__)
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 15.0
+#: Seconds between two tries from which on the store counts as away.
+_STUCK_WAIT = 2.0
 
 
 class Store(Protocol):
@@ -30,6 +32,8 @@ class Store(Protocol):
 
 class Link(Protocol):
     """As `MqttLink`."""
+
+    connected: threading.Event
 
     def publish(self, topic: str, payload: bytes) -> None: ...
 
@@ -51,6 +55,7 @@ class ThreadedHands:
         self._changed = threading.Condition()
         self._stopped = threading.Event()
         self._orders = 0
+        self._stuck = False
         self._pool = ThreadPoolExecutor(fetches, thread_name_prefix="fedgmr-fetch")
         self._thread = threading.Thread(target=self._work, name="fedgmr-outbox", daemon=True)
 
@@ -64,7 +69,7 @@ class ThreadedHands:
             self._unsent[number] = piece, content
 
         def store() -> None:
-            self._patiently(lambda: self._store.put(piece, content))
+            self._patiently(lambda: self._store.put(piece, content), in_order=True)
             with self._changed:
                 del self._unsent[number]
 
@@ -81,7 +86,7 @@ class ThreadedHands:
             self._undeleted[number] = list(keys)
 
         def delete() -> None:
-            self._patiently(lambda: self._store.delete(list(keys)))
+            self._patiently(lambda: self._store.delete(list(keys)), in_order=True)
             with self._changed:
                 del self._undeleted[number]
 
@@ -109,6 +114,9 @@ class ThreadedHands:
     def undeleted(self) -> list[str]:
         with self._changed:
             return [key for keys in self._undeleted.values() for key in keys]
+
+    def is_stuck(self) -> bool:
+        return self._stuck or not self._link.connected.is_set()
 
     def flush(self, patience: float) -> bool:
         """Wait until everything given has been carried out, `patience` seconds at most."""
@@ -177,8 +185,12 @@ class ThreadedHands:
 
         self._inbox.put(fail)
 
-    def _patiently(self, action: Callable[[], None]) -> None:
-        """Do something until it works, ever more rarely."""
+    def _patiently(self, action: Callable[[], None], *, in_order: bool = False) -> None:
+        """Do something until it works, ever more rarely.
+
+        Args:
+            in_order: whether everything that is given later waits for it.
+        """
         wait = 0.0
         while not self._stopped.is_set():
             try:
@@ -187,8 +199,11 @@ class ThreadedHands:
                 if wait == 0.0:
                     _log.warning("the store cannot be reached, trying again: %s", error)
                 wait = min(max(2 * wait, _FIRST_WAIT), _LONGEST_WAIT)
+                self._stuck = self._stuck or (in_order and wait >= _STUCK_WAIT)
                 self._stopped.wait(wait)
                 continue
+            if in_order:
+                self._stuck = False
             if wait:
                 _log.warning("the store can be reached again")
             return

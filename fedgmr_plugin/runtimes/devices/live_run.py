@@ -8,6 +8,7 @@ import os
 import queue
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,10 +53,12 @@ class Connected(Protocol):
     """A link that can be started and stopped, as `fedgmr_plugin.runtimes.devices.mqtt.MqttLink`."""
 
     refused: HostError | None
+    connected: threading.Event
 
     def publish(self, topic: str, payload: bytes) -> None: ...
     def keep(self, topic: str, payload: bytes) -> None: ...
     def start(self) -> None: ...
+    def claim(self) -> bool: ...
     def stop(self, patience: float = 5.0) -> None: ...
 
 
@@ -98,15 +101,12 @@ class LiveRun(RecordedRun):
         """As `RecordedRun.train`, once it is certain that no other process serves this run.
 
         Raises:
-            HostError: GMR-517 if one does; GMR-515 if the broker refuses.
+            HostError: GMR-517 if one does, or has the port; GMR-515 if the broker refuses.
         """
-        if self.presence is None:
-            super().train()
-            return
         self._claim()
         self.link.start()
         try:
-            while not self.presence.begin():
+            while not self.link.claim():
                 self._give_way()
                 time.sleep(_POLL)
             super().train()
@@ -199,8 +199,6 @@ class LiveRun(RecordedRun):
 
     @contextmanager
     def _helped(self) -> Iterator[None]:
-        if self.presence is None:
-            self.link.start()
         self.hands.start()
         try:
             yield
@@ -209,9 +207,9 @@ class LiveRun(RecordedRun):
                 self.hands.flush(_FAREWELL)
                 for topic, payload in self.office.farewells():
                     self.link.keep(topic, payload)
-            self.link.stop()
             self.hands.close()
-            self._sweep()
+            self._sweep()  # while the link lives no other server begins whose devices' objects would go too
+            self.link.stop()
             if self.office.journal is not None:
                 self.office.journal.close()
             if self.end is not None:  # written down: nobody goes on with this run

@@ -143,6 +143,9 @@ class LoopbackHands:
     def undeleted(self) -> list[str]:
         return []
 
+    def is_stuck(self) -> bool:
+        return False
+
 
 def announced(piece: Piece, content: Content | None) -> WireError | None:
     """Why `content` is not the object that was announced; None if it is."""

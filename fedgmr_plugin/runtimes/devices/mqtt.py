@@ -22,6 +22,8 @@ from fedgmr_plugin.runtimes.devices.connection import Broker
 _log = logging.getLogger(__name__)
 #: At least once: the protocol does not mind duplicates, and half the packets of FedML's "exactly once".
 _QOS = 1
+#: Return code of a subscription that is refused (MQTT 3.1.1, section 3.9.3).
+_DENIED = 128
 _REFUSALS = {1: "protocol version", 2: "client identifier", 4: "user or password", 5: "not authorised"}
 
 
@@ -55,8 +57,11 @@ class MqttLink:
         self._client.on_broken = self._failed
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
+        self._client.on_subscribe = self._on_subscribe
+        self._asked: set[int | None] = set()  # subscriptions without which this process waits in vain
         self._renew_will: Callable[[], None] | None = None
         self._presence: Presence | None = None
+        self._sign_of_life: mqtt.MQTTMessageInfo | None = None
         self._kept: Callable[[str, bytes], None] | None = None
 
     def start(self) -> None:
@@ -77,6 +82,23 @@ class MqttLink:
     def watch(self, presence: Presence) -> None:
         """Ask for other servers after each connect, and answer theirs at once; to be told before `start`."""
         self._presence = presence
+
+    def claim(self) -> bool:
+        """Whether this process serves its run from now on: had anybody said that it does, it would be known.
+
+        The broker acknowledges what it is sent in order. So when it acknowledges what was sent after the wait
+        for others, the connection has lived through all of it.
+        """
+        if self._presence is None or self._presence.serves:
+            return True
+        sent = self._sign_of_life
+        if not self._presence.is_alone():
+            self._sign_of_life = None
+        elif sent is None or sent.rc != mqtt.MQTT_ERR_SUCCESS:
+            self._sign_of_life = self._client.publish(self._presence.topic, b"", qos=_QOS)  # nobody reads it
+        elif sent.is_published():
+            return self._presence.begin()
+        return False
 
     def hear_kept(self, receive: Callable[[str, bytes], None]) -> None:
         """Have `receive` called, in the inbox's owner's thread, with what the broker kept; before `start`."""
@@ -103,7 +125,8 @@ class MqttLink:
     def _on_connect(self, client: Any, userdata: Any, flags: Any, code: int) -> None:
         if code == 0:
             for start in range(0, len(self._topics), 100):
-                client.subscribe([(topic, _QOS) for topic in self._topics[start : start + 100]])
+                _, mid = client.subscribe([(topic, _QOS) for topic in self._topics[start : start + 100]])
+                self._asked.add(mid)
             if self._presence is not None:
                 client.subscribe(self._presence.topic, _QOS)
                 client.publish(self._presence.topic, self._presence.ask(), qos=_QOS)
@@ -118,6 +141,14 @@ class MqttLink:
                 "GMR-515", f"the broker at {self._broker.host}:{self._broker.port} refuses: {_REFUSALS[code]}"
             )
 
+    def _on_subscribe(self, client: Any, userdata: Any, mid: int, granted: Sequence[int]) -> None:
+        if mid in self._asked and any(quality >= _DENIED for quality in granted):
+            there = f"the broker at {self._broker.host}:{self._broker.port}"
+            self.refused = HostError(
+                "GMR-515", f"{there} does not let this process hear its topics: its rights"
+            )
+        self._asked.discard(mid)
+
     def _failed(self, error: BaseException | None) -> None:
         """A connection was not made, or broke."""
         problem = _problem(error)
@@ -130,6 +161,8 @@ class MqttLink:
 
     def _on_disconnect(self, client: Any, userdata: Any, code: int) -> None:
         self.connected.clear()
+        if self._presence is not None:
+            self._presence.lost()
         if code != 0:
             _log.warning("the broker is gone; reconnecting")
 

@@ -26,7 +26,7 @@ from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.desk import Desk, PlainAnswer, PlainStatus
 from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
-from fedgmr_plugin.protocol.history import entry_of, event_of
+from fedgmr_plugin.protocol.history import SEQUENCE, entry_of, event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.messages import PayloadOrder, upload
 from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote, to_device
@@ -67,6 +67,10 @@ class Hands(Protocol):
 
     def undeleted(self) -> list[str]:
         """Keys of objects that have not been removed yet."""
+        ...
+
+    def is_stuck(self) -> bool:
+        """Whether the store has been away for seconds, or the broker is: what is given only waits for it."""
         ...
 
 
@@ -144,8 +148,11 @@ class Office:
             self._hands.put(piece, content)
         if self.server.phase == "ready":
             self.end = self.live.start()
+        sequence = 0
         for entry in entries:
+            sequence = int(entry.head.get(SEQUENCE, 0))
             self._take(event_of(entry))
+        self.desk.go_on_above(sequence)
         self.journal = journal
         for piece, content in self._past.values():
             self._hands.put(piece, content)
@@ -205,12 +212,20 @@ class Office:
     def _status(self, client: int, note: StatusNote, now: float) -> None:
         if note.state != "ONLINE":
             self._apply([ClientLeft(client, now)])
+        elif self._hands.is_stuck():
+            return  # it will say this again; until then nothing would reach it
         elif self._is_late(client, note.working):
             return  # another dispatch would only wait behind this one, until both are too old
         elif client in self.server.away:
             self._welcome(client, now, self._measured(note.up, note.down), note.samples)
         else:
             self._remind(client, note.working)
+
+    def _join(self, client: int, now: float, knows: int | None = None) -> None:
+        """A device gives an answer that is not waited for: it is there, and has nothing to do."""
+        self._remind(client, knows)
+        if client in self.server.away:
+            self._welcome(client, now)
 
     def _welcome(
         self, client: int, now: float, density: float | None = None, samples: int | None = None
@@ -230,15 +245,16 @@ class Office:
 
     def _answer(self, client: int, note: AnswerNote, now: float) -> None:
         flight = self.server.flights.get(note.dispatch)
-        if note.run != self.token:
+        if (
+            note.run != self.token
+        ):  # of an earlier run of this name, whose server is gone: it is free for this one
             self.desk.count(client, "GMR-713")
+            self._join(client, now)
         elif flight is not None and flight.client != client:
             self.desk.count(client, "GMR-406")
         elif flight is None:
             self._delete_answers(client, [note.dispatch])  # the device has stored it again
-            self._remind(client, note.dispatch)
-            if client in self.server.away:
-                self._welcome(client, now)
+            self._join(client, now, note.dispatch)
         elif note.update.key != self._answer_key(note.dispatch, client):
             self.desk.count(client, "GMR-747")
         elif note.dispatch in self.server.staged:
@@ -338,7 +354,8 @@ class Office:
 
     def _entry(self, event: LiveEvent) -> Entry:
         """An event as it is written down."""
-        return entry_of(event)
+        entry = entry_of(event)
+        return Entry({**entry.head, SEQUENCE: self.desk.sequence}, entry.payload)
 
     def _recorded(self, fields: dict[str, Any]) -> None:
         """A record of the run log; refusals are counted for their device, wherever they were found."""

@@ -5,7 +5,8 @@ devices do (``android/fedmlsdk``, ClientManager and TrainingExecutor; ``cross_si
 
 (a) A phone repeats the ``client_idx`` of the message that it trained for, does not use it otherwise, and
     reads it when the download is complete. A silo uses it to choose its data, and repeats nothing.
-(b) Each training gives a file of a new name: a name that comes twice is one answer, delivered twice.
+(b) Each training gives a file of a new name: a name that comes twice is one answer, delivered twice. So the
+    names of the last `REMEMBERED` answers of each device are in journal and checkpoint.
 (c) A second message of type 1 is ignored. Others are trained one after the other, where a phone keeps only
     the newest that waits: not every message is answered, so answers cannot be counted off against messages.
 (d) Whatever trains when the process ends is lost. A started process says ``ONLINE``, and again whenever
@@ -48,7 +49,7 @@ from fedgmr_plugin.errors import ModelError, WireError
 from fedgmr_plugin.kernels.blocks import sum_sq
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.protocol.desk import PlainAnswer, PlainStatus
-from fedgmr_plugin.protocol.history import NUMBERED
+from fedgmr_plugin.protocol.history import ANSWER, NUMBERED
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.notes import CHECK, FINISH, INIT, SYNC, StatusNote, plain_message, to_device
 from fedgmr_plugin.protocol.pieces import Piece
@@ -60,7 +61,7 @@ _MOST_INDEX = 2**31
 #: Deadlines after which what was not answered is lost, where `lost_after` is not given.
 _LOST = 3
 #: Names of each device's last answers that are remembered.
-_REMEMBERED = 8
+REMEMBERED = 64
 #: Seconds between two questions to one device whether it is there, at least.
 _ASK_SECONDS = 1.0
 
@@ -107,6 +108,7 @@ class PlainOffice(Office):
         self._restarted: set[int] = set()  # numbering ones that began anew since they were told theirs
         self._unanswered: Counter[int] = Counter()  # client to how often it was asked, and has not replied
         self._heard: dict[int, list[str]] = {}  # client to the names of its last answers
+        self._names: dict[int, str] = {}  # dispatch to the name of its answer
         self._files: dict[tuple[int, str, int], Piece] = {}  # (version, ranking, rung) to its file
         self.values: dict[tuple[int, str, int], Tensor] = {}  # and to what it holds [S]
         self._asked: dict[int, float] = {}  # client to the second at which it was asked whether it is there
@@ -121,8 +123,10 @@ class PlainOffice(Office):
         self._told = dict.fromkeys(self.server.flights, now)
 
     def _learning(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        """The same entries; who numbers its answers is learnt from them."""
+        """The same entries; who numbers its answers, and which were heard, is learnt from them."""
         for entry in entries:
+            if ANSWER in entry.head:
+                self._remember(int(entry.head["client"]), str(entry.head[ANSWER]))
             if NUMBERED in entry.head:
                 self._learn(int(entry.head["client"]), bool(entry.head[NUMBERED]))
             yield entry
@@ -132,11 +136,17 @@ class PlainOffice(Office):
         is_it.add(client)
         is_not.discard(client)
 
+    def _remember(self, client: int, name: str) -> None:
+        self._heard[client] = [*self._heard.get(client, ()), name][-REMEMBERED:]
+
     def _entry(self, event: LiveEvent) -> Entry:
         entry = super()._entry(event)
-        if not isinstance(event, UploadArrived):
-            return entry
-        return Entry({**entry.head, NUMBERED: event.client in self._numbering}, entry.payload)
+        head = dict(entry.head)
+        if isinstance(event, (UploadArrived, UploadRefused)) and event.dispatch in self._names:
+            head[ANSWER] = self._names[event.dispatch]
+        if isinstance(event, UploadArrived):
+            head[NUMBERED] = event.client in self._numbering
+        return Entry(head, entry.payload)
 
     def hello(self) -> None:
         """Ask everybody whether they are there: who came first was not heard."""
@@ -147,7 +157,7 @@ class PlainOffice(Office):
         super().tick()
         now = self._clock()
         wait = max(self.server.config.retry_seconds, _ASK_SECONDS)
-        away = self.server.away if self.end is None else ()
+        away = self.server.away if self.end is None and not self._hands.is_stuck() else ()
         due = [client for client in away if now - self._asked.get(client, now) >= wait]
         for client in sorted(set(due) - self._owing()) if due else ():
             self._ask(client)
@@ -201,7 +211,8 @@ class PlainOffice(Office):
         flight = self.server.flights[dispatch]
         most = self._codec.most_bytes(flight.ranking, flight.rung)
         self._fetching.add(dispatch)
-        self._heard[client] = [*self._heard.get(client, ()), said.key][-_REMEMBERED:]
+        self._names[dispatch] = said.key
+        self._remember(client, said.key)
         self._hands.fetch(
             Piece(said.key, most, ""), lambda content: self._got(client, dispatch, said, content)
         )
@@ -217,8 +228,12 @@ class PlainOffice(Office):
     def _outstanding(self, client: int) -> list[int]:
         """A client's dispatches that are not answered, be the answer merged or yet to be written down."""
         flights, staged = self.server.flights, self.server.staged
-        answered = {e.dispatch for e in self.waiting if isinstance(e, (UploadArrived, UploadRefused))}
+        answered = self._unwritten()
         return [d for d, f in flights.items() if f.client == client and d not in staged and d not in answered]
+
+    def _unwritten(self) -> set[int]:
+        """Dispatches whose answers wait until they can be written down."""
+        return {e.dispatch for e in self.waiting if isinstance(e, (UploadArrived, UploadRefused))}
 
     def _index(self, dispatch: int) -> int:
         """``client_idx`` of a dispatch: its client modulo their number, FedML's index, and which it is."""
@@ -316,6 +331,7 @@ class PlainOffice(Office):
         used = {(f.version, f.ranking.digest, f.rung) for f in self.server.flights.values()}
         gone = [key for key in self._files if key not in used]
         self._told = {d: told for d, told in self._told.items() if d in self.server.flights}
+        self._names = {d: name for d, name in self._names.items() if d in self.server.flights}
         for key in gone:
             del self.values[key]
         return [self._files.pop(key).key for key in gone]
@@ -328,7 +344,10 @@ class PlainOffice(Office):
     def state(self) -> dict[str, Any]:
         files = [[*key, piece] for key, piece in self._files.items()]
         known = {"numbering": sorted(self._numbering), "silent": sorted(self._silent)}
-        return {**super().state(), "files": files, **known}
+        # What is not written down yet is to be heard again.
+        lost = {self._names[d] for d in (*self._fetching, *self._unwritten())}
+        heard = [[client, [n for n in names if n not in lost]] for client, names in self._heard.items()]
+        return {**super().state(), "files": files, **known, "heard": heard}
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"sent.{v}.{digest}.{rung}": t for (v, digest, rung), t in self.values.items()}
@@ -338,3 +357,4 @@ class PlainOffice(Office):
         self._files = {(v, digest, rung): Piece(*p) for v, digest, rung, p in state["files"]}
         self.values = {key: tensors["sent.{}.{}.{}".format(*key)] for key in self._files}
         self._numbering, self._silent = set(state["numbering"]), set(state["silent"])
+        self._heard = {client: list(names) for client, names in state.get("heard", [])}

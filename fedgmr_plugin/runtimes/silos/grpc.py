@@ -8,16 +8,18 @@ object), and the objects.
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import logging
 import pickle
 import queue
+import socket
 import struct
 import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,9 +49,13 @@ _log = logging.getLogger(__name__)
 _MAGIC = b"FGM1"
 #: Seconds for which a message is tried again while its receiver cannot be reached.
 _PATIENCE = 60.0
+#: Seconds that one try may take, besides those of its bytes at the slowest bandwidth, bytes a second.
+_CALL_SECONDS, _SLOWEST = 30.0, 50_000
 _PORT_HINT = (
     "End the process that has the port, or change this row of the file that grpc_ipconfig_path names."
 )
+#: gRPC lets processes share a port, and its connections at random, unless it is told not to.
+_EXCLUSIVE = ("grpc.so_reuseport", 0)
 #: Longest head of a frame: a message, and escapes.
 _MOST_HEAD = 4 * MOST_MESSAGE
 _NOTES: dict[object, type[Any]] = {
@@ -107,25 +113,36 @@ class Outbox:
 
     def __init__(self, most: int) -> None:
         self._most, self._bytes = most, 0
-        self._waiting: deque[bytes | None] = deque()
+        self._waiting: deque[tuple[bytes | None, object]] = deque()
+        self._sent: object = None  # what the message is about that was given out last
         self._changed = threading.Condition()
 
-    def put(self, data: bytes | None) -> None:
-        """Add a message; None is the last."""
+    def put(self, data: bytes | None, about: object = None) -> None:
+        """Add a message; None is the last.
+
+        Args:
+            about: what `holds` finds it by; None for nothing.
+        """
         with self._changed:
-            self._waiting.append(data)
+            self._waiting.append((data, about))
             self._bytes += len(data or b"")
             while self._bytes > self._most and len(self._waiting) > 1:
-                self._bytes -= len(self._waiting.popleft() or b"")
+                self._bytes -= len(self._waiting.popleft()[0] or b"")
             self._changed.notify()
 
     def get(self) -> bytes | None:
-        """Wait for the next message."""
+        """Wait for the next message; the last one has been sent, or given up."""
         with self._changed:
+            self._sent = None
             self._changed.wait_for(lambda: self._waiting)
-            data = self._waiting.popleft()
+            data, self._sent = self._waiting.popleft()
             self._bytes -= len(data or b"")
             return data
+
+    def holds(self, about: object) -> bool:
+        """Whether such a message waits, or is on its way."""
+        with self._changed:
+            return about is not None and any(about == a for a in (self._sent, *(a for _, a in self._waiting)))
 
     def empty(self) -> bool:
         """Whether nothing waits."""
@@ -177,15 +194,21 @@ class GrpcLink:
         """Listen.
 
         Raises:
-            HostError: GMR-515 if the port cannot be had.
+            HostError: GMR-517 if another process has the port, GMR-515 if it cannot be had.
         """
         options = [
             ("grpc.max_receive_message_length", self._most),
             ("grpc.max_send_message_length", self._most),
-            ("grpc.so_reuseport", 0),
+            _EXCLUSIVE,
         ]
         me = self._peers[self._me]
-        here = f"{me.listens or me.host}:{me.port}"
+        host = me.listens or me.host
+        if _is_taken(host, me.port):
+            who = "the server" if self._me == self._server_id else f"silo {self._me}"
+            problem = (
+                f"another process listens at {host}:{me.port}: {who} of run_id={self._run}, or some other"
+            )
+            raise HostError("GMR-517", problem, hint=_PORT_HINT)
         waiting = max(64, 4 * len(self._peers))  # others are told to come back later
         self._listener = self._grpc.server(
             futures.ThreadPoolExecutor(4), options=options, maximum_concurrent_rpcs=waiting
@@ -194,35 +217,49 @@ class GrpcLink:
             _Servicer(self._arrived, self._messages.CommResponse), self._listener
         )
         try:
-            bound = self._listener.add_insecure_port(here)
+            self._listener.add_insecure_port(f"{host}:{me.port}")
         except RuntimeError as error:
-            raise HostError("GMR-515", f"{here} cannot be listened on", hint=_PORT_HINT) from error
-        if bound == 0:
-            raise HostError("GMR-515", f"{here} cannot be listened on", hint=_PORT_HINT)
+            problem = f"{host}:{me.port} cannot be listened on"
+            raise HostError("GMR-515", problem, hint=_PORT_HINT) from error
         self._listener.start()
         self.connected.set()
+
+    def claim(self) -> bool:
+        """Whether this process serves its run from now on: it has the port, alone."""
+        return True
 
     def say_when_gone(self, topic: str, payload: Callable[[], bytes]) -> None:
         """There is no broker that could say it."""
 
     def publish(self, topic: str, payload: bytes) -> None:
-        """Send a message to whom its topic names, with the objects that it speaks of."""
+        """Send a message to whom its topic names, with the objects that it speaks of.
+
+        A task or an answer that is on its way already is not sent again: links are slow.
+        """
         message = json.loads(payload)
         receiver = int(message["receiver"])
-        data = self._pickled(message) if self._plain else self._framed(topic, payload, message)
         if receiver not in self._outboxes:
             box = Outbox(self._most)
             self._outboxes[receiver] = box
             threading.Thread(
                 target=self._send_all, args=(receiver, box), name=f"fedgmr-grpc-{receiver}", daemon=True
             ).start()
-        self._outboxes[receiver].put(data)
+        box = self._outboxes[receiver]
+        if self._plain:
+            box.put(self._pickled(message))
+            return
+        note = note_of(message, topic, None, _NOTES[message["msg_type"]])
+        about = (type(note), note.run, note.dispatch) if isinstance(note, (TaskNote, AnswerNote)) else None
+        if not box.holds(about):
+            box.put(self._framed(topic, payload, _announced(note)), about)
 
     def keep(self, topic: str, payload: bytes) -> None:
         """Nothing is kept: there is no broker."""
 
     def stop(self, patience: float = 5.0) -> None:
         """Stop listening, when what was published has been sent, or after `patience` seconds."""
+        if self._stopped.is_set():
+            return
         deadline = time.monotonic() + patience
         while any(not box.empty() for box in self._outboxes.values()) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -247,12 +284,13 @@ class GrpcLink:
             return
         deadline, wait = time.monotonic() + _PATIENCE, 0.25
         options = [("grpc.max_send_message_length", self._most), ("grpc.enable_http_proxy", 0)]
+        seconds = _CALL_SECONDS + len(data) / _SLOWEST
         request = self._messages.CommRequest()
         request.client_id, request.message = self._me, data
         while not self._stopped.is_set():
             with self._grpc.insecure_channel(f"{peer.host}:{peer.port}", options=options) as channel:
                 try:
-                    self._service.gRPCCommManagerStub(channel).sendMessage(request, timeout=30.0)
+                    self._service.gRPCCommManagerStub(channel).sendMessage(request, timeout=seconds)
                     return
                 except self._grpc.RpcError as error:
                     if time.monotonic() > deadline:
@@ -277,8 +315,7 @@ class GrpcLink:
             sent.add_params(name, value)
         return pickle.dumps(sent)
 
-    def _framed(self, topic: str, payload: bytes, message: Mapping[str, Any]) -> bytes:
-        pieces = _announced(note_of(message, topic, None, _NOTES[message["msg_type"]]))
+    def _framed(self, topic: str, payload: bytes, pieces: Sequence[Piece]) -> bytes:
         contents = [self._objects.get(piece) for piece in pieces]
         head = {
             "topic": topic,
@@ -364,6 +401,23 @@ class _Servicer:
     def handleReceiveMessage(self, request: Any, context: Any) -> Any:
         """FedML declares it and does nothing."""
         return self._response()
+
+
+def _is_taken(host: str, port: int) -> bool:
+    """Whether a process listens at one of the addresses of `host`; gRPC is content with one that is free."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return False  # gRPC tells it better
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the past may linger
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return True
+    return False
 
 
 def _parted(data: memoryview) -> tuple[str, str, list[tuple[str, memoryview]]]:
