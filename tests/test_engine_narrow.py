@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedgmr_plugin.engine import client
+from fedgmr_plugin.engine import client, narrow
 from fedgmr_plugin.engine.client import BatchList, BuiltinTrainer, LocalStats, TensorSamples, parameter_masks
 from fedgmr_plugin.engine.narrow import without_absent_units
 from fedgmr_plugin.engine.objectives import PLAIN, Context
 from fedgmr_plugin.kernels import build_layout, rank, scores
+from fedgmr_plugin.kernels.channels import axes
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.width import rank_widths
 
@@ -92,6 +93,7 @@ def trained(
     options=st.sampled_from(TRAINERS),
     ordered_dropout=st.booleans(),
     some_classes=st.booleans(),
+    theta=st.sampled_from([None, 0.05]),
     seed=st.integers(0, 2**31),
 )
 def test_training_without_absent_units_is_training_under_masks(
@@ -101,6 +103,7 @@ def test_training_without_absent_units_is_training_under_masks(
     options: dict[str, Any],
     ordered_dropout: bool,
     some_classes: bool,
+    theta: float | None,
     seed: int,
 ) -> None:
     """In float64 to 1e-10, and masked coordinates are exactly 0.
@@ -117,6 +120,8 @@ def test_training_without_absent_units_is_training_under_masks(
         context = context._replace(
             narrower=[parameter_masks(layout, ranking.mask(r)) for r in range(rung + 1)]
         )
+    elif theta is not None:
+        context = context._replace(threshold=theta, pruned=frozenset(dict(model.named_parameters())))
     if some_classes:
         context = context._replace(classes=torch.tensor([True, False, True, True, False]))
     wide, wide_stats = trained(model, masks, batches_of(seed), context, seed, narrow=False, **options)
@@ -237,6 +242,55 @@ def test_weights_chosen_one_by_one_are_trained_under_masks() -> None:
     masks = parameter_masks(layout, rank(layout, w_D, scores("magnitude", layout, w_D), LADDER).mask(0))
     with without_absent_units(model, masks, PLAIN) as (same, _):
         assert same is masks
+
+
+def bias_free() -> nn.Module:
+    norm = nn.InstanceNorm2d(8)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, bias=False), norm, nn.ReLU(), nn.Conv2d(8, 6, 3, bias=False), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(96, 5)),
+    )
+
+
+def test_without_biases_a_glance_tells_widths_from_weights_chosen_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The only bias, of the last layer, is never masked."""
+    model = bias_free()
+    layout = build_layout(model)
+    w_D = layout.gather(model)
+    chosen = rank(layout, w_D, scores("magnitude", layout, w_D), LADDER).mask(2)
+    read = []
+    monkeypatch.setattr(narrow, "axes", lambda m: read.append(m) or axes(m))
+    with without_absent_units(model, parameter_masks(layout, chosen), PLAIN):
+        assert not read
+    for first in (0, 7):
+        mask_D = rank_widths(model, layout, LADDER, first).mask(1)
+        with without_absent_units(model, parameter_masks(layout, mask_D), PLAIN):
+            assert sum(p.numel() for p in model.parameters()) == int(mask_D.sum())
+    assert len(read) == 2
+
+
+def test_the_model_is_itself_if_the_smaller_one_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may end at any parameter."""
+    model, layout = model_of(1, 5)
+    masks = parameter_masks(layout, rank_widths(model, layout, LADDER).mask(0))
+    before, w_D, text = dict(model.named_parameters()), layout.gather(model).clone(), repr(model)
+    cut = narrow.Box.cut
+    for most in range(5):
+        calls = iter(range(most))
+
+        def failing(self: narrow.Box, whole: Tensor, calls: Any = calls) -> Tensor:
+            if next(calls, None) is None:
+                raise MemoryError
+            return cut(self, whole)
+
+        monkeypatch.setattr(narrow.Box, "cut", failing)
+        with pytest.raises(MemoryError), without_absent_units(model, masks, PLAIN):
+            pass
+    after = dict(model.named_parameters())
+    assert all(before[n] is after[n] for n in before) and repr(model) == text
+    assert torch.equal(layout.gather(model), w_D)
 
 
 def test_who_watches_a_training_sees_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,33 +62,35 @@ def without_absent_units(
         model: holds x_0.
         masks: parameter name to bool mask, for parameters with a masked coordinate.
     """
-    known = _smaller(model, masks) if masks and _may_lack_units(model, masks) else None
+    known = _smaller(model, masks) if masks and _may_lack_units(masks) else None
     if known is None or masks is None:
         yield masks, context
         return
     boxes, units = known
     held = {name: model.get_parameter(name) for name in boxes}
+    parts = {
+        name: nn.Parameter(boxes[name].cut(whole.detach()), requires_grad=whole.requires_grad)
+        for name, whole in held.items()
+    }
     stated = [(layer, key, getattr(layer, key)) for layer, key, _ in units]
     narrower = [cut and _masks_of(cut, boxes) for cut in context.narrower]
+    inside = _masks_of(masks, boxes), context._replace(narrower=narrower)
     try:
-        for name, whole in held.items():
-            part = nn.Parameter(boxes[name].cut(whole.detach()), requires_grad=whole.requires_grad)
-            _set(model, name, part)
-        for layer, key, count in units:
-            setattr(layer, key, count)
-        yield _masks_of(masks, boxes), context._replace(narrower=narrower)
+        _place(model, parts, units)
+        yield inside
     finally:
-        for name, whole in held.items():
-            boxes[name].put(model.get_parameter(name).detach(), whole.detach())
-            _set(model, name, whole)
-        for layer, key, count in stated:
-            setattr(layer, key, count)
+        _place(model, held, stated)
+        for name, part in parts.items():
+            boxes[name].put(part.detach(), held[name].detach())
 
 
-def _may_lack_units(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
-    """Whether a bias, or a norm's entry, is masked, or there are none: a glance before the model is read."""
-    vectors = [name for name, parameter in model.named_parameters() if parameter.dim() == 1]
-    return not vectors or any(name in masks for name in vectors)
+def _may_lack_units(masks: Mapping[str, Tensor]) -> bool:
+    """Whether a bias or a norm's entry is masked, or the smallest matrix lacks a row or a column: a glance
+    before the model is read."""
+    if any(mask.dim() == 1 for mask in masks.values()):
+        return True
+    smallest = min(masks.values(), key=Tensor.numel)
+    return not all(bool(smallest.transpose(0, axis).flatten(1).any(1).all()) for axis in (0, 1))
 
 
 #: How many units a layer states: the layer, the attribute, the number.
@@ -174,6 +176,10 @@ def _masks_of(masks: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> Masks:
     return Masks((name, part) for name, part in parts if not bool(part.all()))
 
 
-def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, key = name.rpartition(".")
-    model.get_submodule(owner)._parameters[key] = parameter
+def _place(model: nn.Module, parameters: Mapping[str, nn.Parameter], stated: Stated) -> None:
+    """Give `model` these parameters, and its layers the numbers that belong to them."""
+    for name, parameter in parameters.items():
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._parameters[key] = parameter
+    for layer, key, count in stated:
+        setattr(layer, key, count)
