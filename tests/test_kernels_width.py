@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import weakref
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -20,9 +22,10 @@ from fedgmr_plugin.engine.client import parameter_masks
 from fedgmr_plugin.engine.narrow import without_absent_units
 from fedgmr_plugin.engine.objectives import PLAIN
 from fedgmr_plugin.errors import ModelError
-from fedgmr_plugin.kernels import build_layout
+from fedgmr_plugin.kernels import build_layout, channels
 from fedgmr_plugin.kernels.chain import is_chain, layers
 from fedgmr_plugin.kernels.channels import Axis, axes
+from fedgmr_plugin.kernels.steps import traced_steps
 from fedgmr_plugin.kernels.width import narrow, prunable_kept, rank_widths, widths
 from fedgmr_plugin.runtimes.host import define_torchvision_schemas, torchvision_usable
 
@@ -342,21 +345,72 @@ def test_a_trace_leaves_nothing_in_the_model() -> None:
 
 
 class Calls(nn.Module):
-    """Two layers and what stands between them."""
+    """Two layers and what stands between them, and behind the second."""
 
-    def __init__(self, between: Callable[..., Any], images: bool = False) -> None:
+    def __init__(self, between: Callable[..., Any], images: bool = False, inputs: int = 0) -> None:
         super().__init__()
-        self.between = between
+        self.between, self.behind = between, lambda own, z, y: z
         kind: Any = partial(nn.Conv2d, kernel_size=1) if images else nn.Linear
-        self.a, self.b = kind(3, 4), kind(4, 2)
+        self.a = kind(3, 4)
+        self.b = nn.Linear(inputs, 2) if inputs else kind(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.between(self.a(x), x))  # type: ignore[no-any-return]
+        y = self.a(x)
+        return self.behind(self, self.b(self.between(y, x)), y)  # type: ignore[no-any-return]
+
+
+def behind(function: Callable[..., Any]) -> Calls:
+    """A model whose output depends on its hidden layer beside the last one."""
+    model = Calls(lambda y, _: y.relu())
+    model.behind = function
+    return model
+
+
+class Optional(nn.Module):
+    """Other functions where other arguments are given, or in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, scale: float = 2.0, *, on: bool = True
+    ) -> Tensor:
+        y = self.a(x) * scale if gate is None and on else self.a(x).softmax(1)
+        return self.b(y)  # type: ignore[no-any-return]
+
+
+class Gated(Optional):
+    def forward(self, x: Tensor, gate: Tensor | None = None, *_: Any) -> Tensor:
+        return self.b(self.a(x).softmax(1) if gate is None else self.a(x))  # type: ignore[no-any-return]
+
+
+class OtherwiseEvaluated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return self.c(y if self.training else y + x)  # type: ignore[no-any-return]
 
 
 def hooked() -> nn.Module:
     model = perceptron()
     model[1].register_forward_hook(lambda *_: None)
+    return model
+
+
+def patched(name: str) -> nn.Module:
+    """A layer, or the whole, computes something else than its class."""
+    model = Calls(lambda y, _: y)
+    model.get_submodule(name).forward = lambda x: x  # type: ignore[method-assign]
+    return model
+
+
+def wider() -> nn.Module:
+    model = Calls(lambda y, _: y)
+    model.a.register_parameter("scale", nn.Parameter(torch.ones(2)))
     return model
 
 
@@ -387,7 +441,7 @@ C, L, F = nn.Conv2d, nn.Linear, nn.Flatten
         (bottleneck(groups=2), "it has groups=2"),
         (nn.Sequential(C(1, 4, 1), L(3, 2)), "a Flatten is missing"),
         (nn.Sequential(C(1, 4, 1), F(2), L(4, 2)), "layer 1 (Flatten)"),
-        (nn.Sequential(C(1, 4, 1), F(), L(35, 2)), "4 channels do not divide"),
+        (nn.Sequential(C(1, 4, 1), F(), L(35, 2)), "its 35 inputs are not those of the 4 units"),
         (nn.Sequential(L(3, 4), C(4, 2, 1)), "behind a Linear"),
         (nn.Sequential(C(1, 4, 1), nn.BatchNorm2d(4), C(4, 2, 1)), "track_running_stats=False"),
         (nn.Sequential(C(1, 4, 1), nn.GroupNorm(2, 4), C(4, 2, 1)), "units one by one"),
@@ -405,6 +459,26 @@ C, L, F = nn.Conv2d, nn.Linear, nn.Flatten
         (Calls(lambda y, x: y.view(-1, 4)), "which calls view, has no width"),
         (Calls(lambda y, x: functional.linear(y, torch.ones(4, 4))), "which calls linear, has no width"),
         (Calls(lambda y, x: torch.add(y, y.relu(), alpha=2)), "which calls add, has no width"),
+        (nn.Sequential(L(3, 4), F(), L(20, 2)), "its 20 inputs are not those of the 4 units"),
+        (Calls(lambda y, x: y.flatten(1), inputs=20), "its 20 inputs are not those of the 4 units"),
+        (Calls(lambda y, x: torch.flatten(y, end_dim=1), True, 4), "which calls flatten, has no width"),
+        (Calls(lambda y, x: y.view(-1), True, 4), "which calls view, has no width"),
+        (Calls(lambda y, x: y.view(-1, x.size(0)), True, 4), "which calls view, has no width"),
+        (Calls(lambda y, x: y.view(x.size(0) * 2, -1), True, 4), "which calls view, has no width"),
+        (Calls(lambda y, x: y.view(y.size(1), -1), True, 4), "which calls size, has no width"),
+        (Calls(lambda y, x: y.view(x.size(0), y.size(1), -1), True, 4), "no width"),
+        (Calls(lambda y, x: y.mean((2, 3))), "which calls mean, has no width"),
+        (behind(lambda m, z, y: z / y.shape[1]), "which calls getitem, has no width"),
+        (behind(lambda m, z, y: z / y.numel()), "which calls numel, has no width"),
+        (behind(lambda m, z, y: z + m.a.weight.mean()), "itself (a.weight)"),
+        (behind(lambda m, z, y: z / m.b.weight.shape[1]), "itself (b.weight)"),
+        (behind(lambda m, z, y: z + sum(p.mean() for p in m.parameters())), "works with parameters"),
+        (behind(lambda m, z, y: z / m.b.in_features), "no attribute 'in_features'"),
+        (Gated(), "which calls softmax, has no width"),
+        (OtherwiseEvaluated(), "its units are others in training"),
+        (patched(""), "a forward that is not its class's"),
+        (patched("a"), "a forward that is not its class's"),
+        (wider(), "layer a (Linear) has no width: its parameters are not its weight and bias"),
     ],
 )
 def test_other_models_are_refused(model: nn.Module, said: str) -> None:
@@ -412,6 +486,62 @@ def test_other_models_are_refused(model: nn.Module, said: str) -> None:
         axes(model)
     assert caught.value.code == "GMR-207"
     assert said in str(caught.value)
+
+
+def test_arguments_that_are_not_given_are_their_defaults() -> None:
+    assert axes(Optional()).parameters["a.weight"][0].hidden
+
+
+def test_a_shape_may_be_taken_apart_for_the_number_of_samples() -> None:
+    def flattened(y: Tensor, x: Tensor) -> Tensor:
+        b, _, _, _ = y.shape
+        return y.reshape((b, -1))
+
+    cut = axes(Calls(flattened, images=True, inputs=36)).parameters
+    assert cut["b.weight"][1] == cut["a.weight"][0]._replace(block=9)
+
+
+def test_a_refusal_is_remembered_and_does_not_keep_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = []
+    monkeypatch.setattr(channels, "traced_steps", lambda *a: traced.append(0) or traced_steps(*a))
+    model = Calls(lambda y, x: torch.softmax(y, 1))
+    for _ in range(3):
+        with pytest.raises(ModelError, match="calls softmax"):
+            axes(model)
+    assert len(traced) == 1
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_model_that_gets_a_hook_later_is_refused() -> None:
+    model = Calls(lambda y, _: y)
+    axes(model)
+    handle = model.a.register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match="hooks"):
+        axes(model)
+    handle.remove()
+    axes(model)
+    model.b = nn.Identity()
+    with pytest.raises(ModelError, match="no hidden"):
+        axes(model)
+
+
+def test_a_convolution_of_groups_with_several_outputs_each_stays_whole() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.groups, self.a, self.b = nn.Conv2d(2, 4, 1, groups=2), nn.Conv2d(2, 6, 1), nn.Conv2d(6, 3, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.groups(x), self.b(self.a(x))
+
+    model = Two()
+    x = torch.randn(1, 2, 3, 3)
+    small = narrow(model, build_layout(model), Fraction(1, 2)).model
+    torch.testing.assert_close(small(x)[0], model(x)[0], atol=0, rtol=0)
+    assert repr(small.groups) == repr(model.groups)
 
 
 def test_layers_are_listed_as_they_are_called() -> None:

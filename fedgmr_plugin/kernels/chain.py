@@ -11,11 +11,17 @@ def is_chain(model: nn.Module) -> bool:
     """Whether `model` is torch's own layers in sequence, without hooks: no code but theirs sees a weight."""
     return all(
         type(m).__module__.startswith("torch.nn.modules.")
-        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         and (type(m) is nn.Sequential or not any(True for _ in m.children()))
-        and "forward" not in m.__dict__
+        and not is_intercepted(m)
         for m in model.modules()
     )
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether other code than its class's ``forward`` runs when `module` is called."""
+    m = module
+    hooks = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+    return any(hooks) or "forward" in m.__dict__
 
 
 def layers(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -2,31 +2,29 @@
 
 A layer's output units are the input units of the layers that read it, and of everything that is added to its
 output. Units that reach neither the model's input nor its output are *hidden*: they can be cut, everywhere at
-once, and a smaller model of the same kind is left.
-
-Plain stacks are read as they stand; other models are traced (``torch.fx``), on a copy, so that nothing that
-their ``forward`` leaves behind is left in the model.
+once, and a smaller model of the same kind is left. Steps come from `fedgmr_plugin.kernels.steps`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedgmr_plugin.errors import ModelError
-from fedgmr_plugin.kernels.chain import is_chain, layers
+from fedgmr_plugin.kernels.chain import is_chain, is_intercepted
+from fedgmr_plugin.kernels.steps import OUTPUT, Step, refusal, stack_steps, traced_steps
 
 _WEIGHTED = (nn.Conv2d, nn.Linear)
 _IMAGE_NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d)
+_NORMS = {"image": _IMAGE_NORMS, "flattened": (nn.BatchNorm1d,), "vectors": (nn.BatchNorm1d,)}
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)
 _POINTWISE = (
@@ -41,6 +39,11 @@ _POINTWISE_CALLS: set[Any] = {
     *("relu", "relu_", "tanh", "sigmoid", "contiguous", "clone"),
 }
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_FLATTENING = ((OUTPUT, 1), (OUTPUT, 1, -1), (OUTPUT, ("start_dim", 1)))
+_VIEWS = ((OUTPUT, OUTPUT, -1), (OUTPUT, (OUTPUT, -1)))  # x.view(n, -1)
+_MEANS = tuple(
+    (OUTPUT, axes) for pair in ((2, 3), (-2, -1), (-1, -2)) for axes in (pair, ("dim", pair))
+)  # over both axes of an image
 
 
 class Axis(NamedTuple):
@@ -87,73 +90,67 @@ def axes(model: nn.Module) -> Axes:
     """The axes that can be cut of every parameter.
 
     Models are of ``Conv2d`` (plain or depthwise) and ``Linear``, with pointwise layers, pooling, additions,
-    ``Flatten`` and norms of single channels without running statistics between them.
+    ``Flatten`` and norms of single channels without running statistics between them. They are called as
+    ``model(x)``. A ``Linear`` may work on vectors with other axes before their last one, but the second axis
+    must be that of the units where a ``BatchNorm1d`` follows, which is not looked at.
 
     Raises:
         ModelError: GMR-207, `model` is none.
     """
-    form = [(name, p.shape) for name, p in model.named_parameters()]
-    if model in _known and _known[model][0] == form:
-        return _known[model][1]
-    found = _Follower(model).follow()
-    if not is_chain(model):  # to read a stack again costs less than to be wrong about one that was changed
-        _known[model] = form, found
+    if is_chain(model):  # to read a stack again costs less than to be wrong about one that was changed
+        return _Follower(model).follow(stack_steps(model))
+    layers = [(name, type(m), is_intercepted(m)) for name, m in model.named_modules()]
+    sizes = [(name, t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())]
+    if model not in _known or _known[model].form != (layers, sizes):
+        _known[model] = _Known((layers, sizes), _axes_or_message(model))
+    found = _known[model].found
+    if isinstance(found, str):
+        raise ModelError("GMR-207", found, where=type(model).__name__)
     return found
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[list[Any], Axes]] = WeakKeyDictionary()
+class _Known(NamedTuple):
+    """What was found of a model that looked like `form`, or why it was refused."""
+
+    form: tuple[list[Any], list[Any]]
+    found: Axes | str
 
 
-class _Step(NamedTuple):
-    """One operation: a layer, or a function of tensors.
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
-    Attributes:
-        name: of the layer or the function.
-        does: the layer, the function, or a method's name; None for an input.
-        inputs: numbers of the steps whose outputs it takes.
-        given: its other arguments.
-    """
 
-    name: str
-    does: Any
-    inputs: tuple[int, ...] = ()
-    given: tuple[Any, ...] = ()
+def _axes_or_message(model: nn.Module) -> Axes | str:
+    try:
+        return _axes_of_traces(model)
+    except ModelError as error:
+        return error.message  # an error that is kept would keep the model
+
+
+def _axes_of_traces(model: nn.Module) -> Axes:
+    if any(is_intercepted(m) for m in model.modules()):
+        raise refusal(model, "it has hooks, or a forward that is not its class's")
+    trained, evaluated = (_Follower(model).follow(traced_steps(model, mode)) for mode in (True, False))
+    if (trained.parameters, trained.norms) != (evaluated.parameters, evaluated.norms):
+        raise refusal(model, "its units are others in training than in evaluation")
+    return trained._replace(draws=trained.draws or evaluated.draws)
 
 
 class _Value(NamedTuple):
-    """Output of a step: units of `group` (None: the model's input, or no tensor), with image axes or not."""
+    """Output of a step.
 
-    group: int | None
-    flat: bool
+    Attributes:
+        group: of the units that it has, or is made of; None if there are none that could be cut.
+        form: where they are: an ``image`` [b, units, ...], one that is ``flattened`` [b, units * block],
+            ``vectors`` [..., units]; what is put in is ``input`` [b, ...]; a ``shape`` is that of any of
+            these, and the number b in it that of ``samples``.
+    """
 
+    group: int | None = None
+    form: Literal["image", "flattened", "vectors", "shape", "input", "samples", "other"] = "other"
 
-def _stack_steps(model: nn.Module) -> Iterator[_Step]:
-    yield _Step("", None)
-    for number, (name, layer) in enumerate(layers(model)):
-        yield _Step(name, layer, (number,))
-
-
-def _traced_steps(model: nn.Module) -> Iterator[_Step]:
-    if any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in model.modules()
-    ):
-        raise _refusal(model, "it has hooks")
-    try:
-        graph = fx.Tracer().trace(copy.deepcopy(model))
-    except Exception as error:  # whatever a user's forward raises
-        raise _refusal(model, f"it cannot be traced: {error}") from error
-    number_of: dict[fx.Node, int] = {}
-    for number, node in enumerate(graph.nodes):
-        number_of[node] = number
-        inputs = tuple(number_of[n] for n in node.all_input_nodes)
-        given = tuple(a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, fx.Node))
-        if node.op == "call_module":
-            yield _Step(node.target, model.get_submodule(node.target), inputs, given)
-        elif node.op in ("call_function", "call_method"):
-            yield _Step(getattr(node.target, "__name__", str(node.target)), node.target, inputs, given)
-        else:  # an input; the output, which takes everything that leaves; a parameter or buffer by itself
-            yield _Step(node.op, None, inputs)
+    def flatten(self) -> _Value:
+        """All but the first axis as one."""
+        return self._replace(form="flattened") if self.form == "image" else self
 
 
 class _Follower:
@@ -174,14 +171,17 @@ class _Follower:
         self._norms: dict[str, Axis] = {}
         self._draws = False
 
-    def follow(self) -> Axes:
-        """The axes of the model."""
+    def follow(self, steps: Iterable[Step]) -> Axes:
+        """The axes of the model that takes these steps."""
         values: list[_Value] = []
-        read = _stack_steps if is_chain(self._model) else _traced_steps
-        for step in read(self._model):
-            values.append(self._visit(step, [values[i] for i in step.inputs]))
-        if is_chain(self._model):
-            self._fix(values[-1:])
+        for step in steps:
+            inputs = [values[i] for i in step.inputs]
+            output = self._visit(step, inputs)
+            if output is None:
+                for value in inputs:
+                    self._oppose(value.group, step, "it is not known to treat units one by one")
+                output = _Value(inputs[0].group) if inputs else _Value()
+            values.append(output)
         return self._result()
 
     def _result(self) -> Axes:
@@ -190,12 +190,10 @@ class _Follower:
             if self._root(group) not in fixed:
                 raise problem
         for name, _ in self._model.named_buffers():
-            raise _refusal(self._model, f"it has a buffer, {name}")
+            raise refusal(self._model, f"it has a buffer, {name}")
         for name in self._parameters:
             if name not in self._found:
-                raise _refusal(
-                    self._model, f"parameter {name} is of no Conv2d, Linear or norm that is called"
-                )
+                raise refusal(self._model, f"parameter {name} is of no Conv2d, Linear or norm that is called")
 
         def final(axis: Axis) -> Axis:
             if axis.group < 0:
@@ -205,78 +203,110 @@ class _Follower:
 
         found = {name: tuple(final(axis) for axis in of) for name, of in self._found.items()}
         if not any(axis.hidden for of in found.values() for axis in of):
-            raise _refusal(self._model, "it has no hidden Conv2d or Linear layer")
+            raise refusal(self._model, "it has no hidden Conv2d or Linear layer")
         return Axes(found, {name: final(axis) for name, axis in self._norms.items()}, self._draws)
 
-    # -- steps ----------------------------------------------------------------------------------------------
+    # -- steps: each gives the output, or None if it is not known to treat units one by one -----------------
 
-    def _visit(self, step: _Step, inputs: Sequence[_Value]) -> _Value:
-        """The output of a step."""
-        if step.does is None:
+    def _visit(self, step: Step, inputs: Sequence[_Value]) -> _Value | None:
+        does = step.does
+        if does in (None, "input", "output"):
             self._fix(inputs)
-            return _Value(None, False)
-        is_layer = isinstance(step.does, nn.Module)
-        if len(inputs) == 1 and type(step.does) in _WEIGHTED:
-            return self._weighted(step, *inputs)
-        if len(inputs) == 1 and is_layer and _is_norm(step.does, inputs[0]):
-            return self._norm(step, *inputs)
-        if len(inputs) == 2 and not is_layer and step.does in _ADDITIONS and not step.given:
+            return _Value(form="input") if does == "input" else _Value()
+        if isinstance(does, nn.Module):
+            return self._layer(step, *inputs) if len(inputs) == 1 else None
+        if len(inputs) == 2 and does in _ADDITIONS and step.given == (OUTPUT, OUTPUT):
             return self._addition(step, *inputs)
-        if len(inputs) == 1 and (_same_units if is_layer else _same_units_call)(step, inputs[0]):
-            self._draws |= type(step.does) in _DROPOUTS or (not is_layer and step.does in _DROPOUT_CALLS)
-            return inputs[0]
-        if inputs and (_flattens if is_layer else _flattens_call)(step):
-            return _Value(inputs[0].group, True)
-        if _asks_for_shape(step, inputs):
-            return _Value(None, False)
-        for value in inputs:
-            self._oppose(value.group, step, "it is not known to treat units one by one")
-        return inputs[0] if inputs else _Value(None, False)
+        if len(inputs) == 2 and does in ("view", "reshape", torch.reshape) and step.given in _VIEWS:
+            return inputs[0].flatten() if inputs[1].form == "samples" else None
+        return self._call(step, *inputs) if len(inputs) == 1 else None
 
-    def _weighted(self, step: _Step, value: _Value) -> _Value:
+    def _layer(self, step: Step, value: _Value) -> _Value | None:
+        layer, kind = step.does, type(step.does)
+        if kind in _WEIGHTED:
+            return self._weighted(step, value)
+        if kind in _NORMS.get(value.form, (*_IMAGE_NORMS, nn.BatchNorm1d)):
+            return self._norm(step, value)
+        if kind is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
+            return value.flatten()
+        self._draws |= kind in _DROPOUTS and value.group is not None
+        is_pool = kind in _POOLS and value.form == "image" and not getattr(layer, "return_indices", False)
+        return value if is_pool or kind in _POINTWISE else None
+
+    def _call(self, step: Step, value: _Value) -> _Value | None:
+        """The output of a function or method of one tensor, or of its shape."""
+        does, given = step.does, step.given
+        if value.form == "shape":
+            return _Value(form="samples") if does is operator.getitem and given == (OUTPUT, 0) else None
+        if value.form in ("samples", "other"):
+            return None
+        if does == "dim":
+            return _Value()
+        if does == "size" and given == (OUTPUT, 0):
+            return _Value(form="samples")
+        if (does, *given) in (("size", OUTPUT), (getattr, OUTPUT, "shape")):
+            return _Value(value.group, "shape")
+        if does in (torch.flatten, "flatten") and given in _FLATTENING:
+            return value.flatten()
+        if does in (torch.mean, "mean") and given in _MEANS and value.form == "image":
+            return _Value(value.group, "vectors")
+        self._draws |= does in _DROPOUT_CALLS and value.group is not None
+        by_number = does in {*_ADDITIONS, operator.mul, operator.truediv} and all(
+            a is OUTPUT or isinstance(a, int | float) for a in given
+        )
+        is_pool = does in _POOL_CALLS and value.form == "image"
+        return value if by_number or is_pool or does in _POINTWISE_CALLS | _DROPOUT_CALLS else None
+
+    def _weighted(self, step: Step, value: _Value) -> _Value:
         layer = step.does
+        self._demand_own_parameters(step)
+        units, size = layer.weight.shape[:2]
         conv = type(layer) is nn.Conv2d
-        depthwise = conv and layer.groups == layer.in_channels == layer.out_channels > 1
-        if depthwise and value.group is not None:
-            own = self._axis(step, value, layer.out_channels)
+        if conv and value.form in ("flattened", "vectors"):
+            self._oppose(value.group, step, "it stands behind a Linear or Flatten")
+        elif not conv and value.form == "image":
+            self._oppose(value.group, step, "it works on images: a Flatten is missing before it")
+        groups = layer.groups if conv else 1
+        if is_depthwise(layer) and value.group is not None:
+            own = self._axis(step, value, units)
             self._add(step, (own,), (own,))
             return value
-        group = self._new_group(len(layer.weight))
-        if conv and value.flat:
-            self._oppose(value.group, step, "it stands behind a Linear or Flatten")
-        elif not conv and not value.flat:
-            self._oppose(value.group, step, "it works on images: a Flatten is missing before it")
-        if conv and layer.groups != 1:
-            for each in (group, value.group):
-                self._oppose(each, step, f"it has groups={layer.groups}")
-            inputs = Axis(layer.weight.shape[1])
+        group = self._new_group(units)
+        if groups == 1:
+            inputs = self._axis(step, value, size)
         else:
-            inputs = self._axis(step, value, layer.weight.shape[1])
-        units = Axis(len(layer.weight), group=group)
-        self._add(step, (units, inputs), (units,))
-        return _Value(group, not conv)
+            inputs = Axis(size)
+            for each in (group, value.group):
+                self._oppose(each, step, f"it has groups={groups}")
+        own = Axis(units, group=group)
+        self._add(step, (own, inputs), (own,))
+        return _Value(group, "image" if conv else "vectors")
 
-    def _norm(self, step: _Step, value: _Value) -> _Value:
-        axis = self._axis(step, value, step.does.num_features)
+    def _norm(self, step: Step, value: _Value) -> _Value:
         if step.does.running_mean is not None:
-            raise _layer_refusal(
-                step, self._model, "it has running statistics: give it track_running_stats=False"
-            )
-        if step.name in self._norms and self._norms[step.name] != axis:
-            self._oppose(value.group, step, "it is called for several layers")
-        self._norms[step.name] = axis
+            reason = "it has running statistics: give it track_running_stats=False"
+            raise refusal(self._model, reason, step)
+        self._demand_own_parameters(step)
+        axis = self._axis(step, value, step.does.num_features)
+        before = self._norms.setdefault(step.name, axis)
+        if before != axis:
+            for each in (before.group, axis.group):
+                self._oppose(each, step, "it is called for several layers")
         self._add(step, (axis,), (axis,))
         return value
 
-    def _addition(self, step: _Step, one: _Value, other: _Value) -> _Value:
+    def _addition(self, step: Step, one: _Value, other: _Value) -> _Value | None:
         if one.group is None or other.group is None:
             self._fix((one, other))
-        elif one.flat != other.flat or self._counts[one.group] != self._counts[other.group]:
+            return one if one.group is not None else other
+        forms = {one.form, other.form}
+        is_alike = len(forms) == 1 or forms == {"flattened", "vectors"}
+        if not is_alike or "shape" in forms or self._counts[one.group] != self._counts[other.group]:
             for value in (one, other):
                 self._oppose(value.group, step, "what it adds has other units")
-        else:
-            self._parents[self._root(other.group)] = self._root(one.group)
-        return one if one.group is not None else other
+            return _Value()
+        self._parents[self._root(other.group)] = self._root(one.group)
+        return one if one.form == "vectors" else other
 
     # -- groups ---------------------------------------------------------------------------------------------
 
@@ -293,81 +323,35 @@ class _Follower:
     def _fix(self, values: Iterable[_Value]) -> None:
         self._fixed.update(value.group for value in values if value.group is not None)
 
-    def _axis(self, step: _Step, value: _Value, size: int) -> Axis:
+    def _axis(self, step: Step, value: _Value, size: int) -> Axis:
         """The axis of `size` entries that an input has."""
         if value.group is None:
             return Axis(size)
         units = self._counts[value.group]
-        if size % units:
-            reason = f"it has {size} inputs, which {units} channels do not divide"
-            self._oppose(value.group, step, reason)
+        block, rest = divmod(size, units)
+        if rest or (block > 1 and value.form != "flattened"):
+            self._oppose(value.group, step, f"its {size} inputs are not those of the {units} units before it")
             return Axis(size)
-        return Axis(units, size // units, group=value.group)
+        return Axis(units, block, group=value.group)
 
-    def _add(self, step: _Step, weight: tuple[Axis, ...], bias: tuple[Axis, ...]) -> None:
+    def _demand_own_parameters(self, step: Step) -> None:
+        if set(step.does._parameters) != {"weight", "bias"}:
+            raise refusal(self._model, "its parameters are not its weight and bias", step)
+
+    def _add(self, step: Step, weight: tuple[Axis, ...], bias: tuple[Axis, ...]) -> None:
         prefix = f"{step.name}." if step.name else ""
         for key, parameter in step.does._parameters.items():
             if parameter is None:
                 continue
             if self._parameters.get(prefix + key) is not parameter or prefix + key in self._found:
-                raise _refusal(self._model, "layers share parameters")
+                raise refusal(self._model, "layers share parameters")
             self._found[prefix + key] = weight if key == "weight" else bias
 
-    def _oppose(self, group: int | None, step: _Step, reason: str) -> None:
-        if group is not None:
-            self._obstacles.append((group, _layer_refusal(step, self._model, reason)))
+    def _oppose(self, group: int | None, step: Step, reason: str) -> None:
+        if group is not None and group >= 0:
+            self._obstacles.append((group, refusal(self._model, reason, step)))
 
 
-def _is_norm(layer: nn.Module, value: _Value) -> bool:
-    return type(layer) is nn.BatchNorm1d if value.flat else type(layer) in _IMAGE_NORMS
-
-
-def _same_units(step: _Step, value: _Value) -> bool:
-    """Whether a layer without weights gives its units what it makes of each by itself."""
-    pool = type(step.does) in _POOLS and not value.flat and not getattr(step.does, "return_indices", False)
-    return pool or type(step.does) in _POINTWISE
-
-
-def _same_units_call(step: _Step, value: _Value) -> bool:
-    if step.does in _POOL_CALLS:
-        return not value.flat
-    by_number = step.does in {*_ADDITIONS, operator.mul, operator.truediv} and all(
-        isinstance(a, int | float) for a in step.given
-    )
-    return by_number or step.does in _POINTWISE_CALLS or step.does in _DROPOUT_CALLS
-
-
-def _flattens(step: _Step) -> bool:
-    return type(step.does) is nn.Flatten and (step.does.start_dim, step.does.end_dim) == (1, -1)
-
-
-def _flattens_call(step: _Step) -> bool:
-    if step.does in (torch.flatten, "flatten"):
-        return step.given in ((1,), (1, -1))
-    if step.does in ("view", "reshape", torch.reshape):
-        return step.given in ((-1,), ((-1,),))  # x.view(n, -1), where n comes from a step
-    if step.does in (torch.mean, "mean"):
-        return len(step.given) == 1 and sorted(_numbers(step.given[0])) in ([2, 3], [-2, -1])
-    return False
-
-
-def _asks_for_shape(step: _Step, inputs: Sequence[_Value]) -> bool:
-    """Whether a step's output is about a tensor's form, or part of such an output."""
-    if step.does is operator.getitem:
-        return inputs[0].group is None
-    return step.does in ("size", "dim") or (step.does is getattr and step.given == ("shape",))
-
-
-def _numbers(given: Any) -> list[int]:
-    return list(given) if isinstance(given, Sequence) else [given]
-
-
-def _layer_refusal(step: _Step, model: nn.Module, reason: str) -> ModelError:
-    kind = type(step.does).__name__ if isinstance(step.does, nn.Module) else ""
-    what = f"layer {step.name} ({kind})" if kind else f"{type(model).__name__}, which calls {step.name},"
-    return ModelError("GMR-207", f"{what} has no width: {reason}", where=type(model).__name__)
-
-
-def _refusal(model: nn.Module, reason: str) -> ModelError:
-    name = type(model).__name__
-    return ModelError("GMR-207", f"{name} has no width: {reason}", where=name)
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution of single channels."""
+    return type(layer) is nn.Conv2d and layer.groups == layer.in_channels == layer.out_channels > 1

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedgmr_plugin.kernels.channels import Axes, Axis, axes
+from fedgmr_plugin.kernels.channels import Axes, Axis, axes, is_depthwise
 from fedgmr_plugin.kernels.layout import Entry, ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking
 
@@ -125,7 +125,7 @@ def _declare_sizes(small: nn.Module, cut: Axes, width: Fraction) -> None:
     """Give the layers of `small`, which has its tensors already, the sizes that their attributes state."""
     for layer in small.modules():
         if type(layer) is nn.Conv2d:
-            if layer.groups == layer.in_channels > 1:
+            if is_depthwise(layer):
                 layer.groups = len(layer.weight)
             layer.out_channels, layer.in_channels = len(layer.weight), layer.weight.shape[1] * layer.groups
         elif type(layer) is nn.Linear:
