@@ -459,6 +459,7 @@ C, L, F = nn.Conv2d, nn.Linear, nn.Flatten
         (Calls(lambda y, x: y.view(-1, 4)), "which calls view, has no width"),
         (Calls(lambda y, x: functional.linear(y, torch.ones(4, 4))), "which calls linear, has no width"),
         (Calls(lambda y, x: torch.add(y, y.relu(), alpha=2)), "which calls add, has no width"),
+        (Calls(lambda y, x: 1 / y), "which calls truediv, has no width"),
         (nn.Sequential(L(3, 4), F(), L(20, 2)), "its 20 inputs are not those of the 4 units"),
         (Calls(lambda y, x: y.flatten(1), inputs=20), "its 20 inputs are not those of the 4 units"),
         (Calls(lambda y, x: torch.flatten(y, end_dim=1), True, 4), "which calls flatten, has no width"),

@@ -251,8 +251,10 @@ class _Follower:
         if does in (torch.mean, "mean") and given in _MEANS and value.form == "image":
             return _Value(value.group, "vectors")
         self._draws |= does in _DROPOUT_CALLS and value.group is not None
-        by_number = does in {*_ADDITIONS, operator.mul, operator.truediv} and all(
-            a is OUTPUT or isinstance(a, int | float) for a in given
+        by_number = (
+            does in {*_ADDITIONS, operator.mul, operator.truediv}
+            and all(a is OUTPUT or isinstance(a, int | float) for a in given)
+            and (given[0] is OUTPUT or does is not operator.truediv)  # 1 / 0 of a masked unit is not finite
         )
         is_pool = does in _POOL_CALLS and value.form == "image"
         return value if by_number or is_pool or does in _POINTWISE_CALLS | _DROPOUT_CALLS else None
