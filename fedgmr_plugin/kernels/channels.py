@@ -2,7 +2,7 @@
 
 A layer's output units are the input units of the layers that read it, and of everything that is added to its
 output. Units that reach neither the model's input nor its output are *hidden*: they can be cut, everywhere at
-once, and a smaller model of the same kind is left. Steps come from `fedgmr_plugin.kernels.steps`.
+once, and a smaller model of the same kind is left. Steps come from ``kernels/steps.py``.
 """
 
 from __future__ import annotations
