@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from benchmarks import (
     bench,
@@ -20,7 +21,7 @@ from benchmarks import (
     triggers,
 )
 
-OMNIGLOT = "benchmarks/results/reduced/omniglot.json"
+REDUCED = "benchmarks/results/reduced"
 
 
 def test_the_fashion_mnist_tables_of_the_docs_are_generated(repository: Path) -> None:
@@ -31,14 +32,42 @@ def test_the_fashion_mnist_tables_of_the_docs_are_generated(repository: Path) ->
 
 def test_the_tables_of_the_methods_are_generated(repository: Path) -> None:
     page = (repository / "docs" / "results.md").read_text(encoding="utf-8")
-    found = json.loads((repository / OMNIGLOT).read_text(encoding="utf-8"))
+    file = f"{REDUCED}/omniglot.json"
+    found = json.loads((repository / file).read_text(encoding="utf-8"))
     for table in (
         collect.table(found),
         collect.pairs(found),
         collect.horizons(found),
         collect.beside_the_paper(found, "femnist"),
     ):
-        assert table in page, f"`python -m benchmarks.collect --table {OMNIGLOT} --paper femnist`"
+        assert table in page, f"`python -m benchmarks.collect --table {file} --paper femnist`"
+
+
+def test_the_tables_of_the_ablations_are_generated(repository: Path) -> None:
+    page = (repository / "docs" / "results.md").read_text(encoding="utf-8")
+    file = f"{REDUCED}/omniglot_ablations.json"
+    found = json.loads((repository / file).read_text(encoding="utf-8"))
+    for table in (collect.table(found), collect.horizons(found)):
+        assert table in page, f"`python -m benchmarks.collect --table {file}`"
+
+
+@pytest.mark.parametrize(
+    ("names", "methods"),
+    [
+        (["omniglot", "fashion_mnist", "cifar10_small"], ["fedgmr", "fedgmr_decoupled"]),
+    ],
+)
+def test_the_tables_of_several_problems_are_generated(
+    repository: Path, names: list[str], methods: list[str]
+) -> None:
+    page = (repository / "docs" / "results.md").read_text(encoding="utf-8")
+    files = [f"{REDUCED}/{name}.json" for name in names]
+    found = {
+        name: json.loads((repository / file).read_text(encoding="utf-8"))
+        for name, file in zip(names, files, strict=True)
+    }
+    command = f"`python -m benchmarks.collect --across {' '.join(files)} --methods {','.join(methods)}`"
+    assert collect.across(found, methods) in page, command
 
 
 def test_the_trigger_tables_of_the_docs_are_generated(repository: Path) -> None:
