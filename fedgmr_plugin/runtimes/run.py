@@ -164,7 +164,6 @@ def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | Non
     megabytes = dense_megabytes(config, setup.layout)
     sizes = MessageSizes(PAYLOAD_TYPES[config.payload_dtype])
     resumed = resume.take()
-    directory = resumed or run_directory(config)
     run: Run
     simulation = Simulation(
         server,
@@ -176,6 +175,7 @@ def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | Non
         evaluate=evaluate,
         sizes=sizes if config.payload_rule == "encoded" else lambda sent: None,
     )
+    directory = resumed or run_directory(config)  # nothing is refused from here on
     header = run_header(setup, directory.name, megabytes, hooked=hooked)
     report = fedml_metrics(setup.args)
     run = Run(

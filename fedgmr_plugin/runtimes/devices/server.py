@@ -109,10 +109,10 @@ def assemble_live(
     here = connection(args)
     server, evaluate, hooked = serving(setup, server_aggregator)
     resumed = resume.take()
-    directory = resumed or run_directory(config)
-    token = token_of(directory, resumed is not None)
     where = getattr(args, "yaml_config_file", "") or "args"
     desk = Desk(here.run, here.server, here.devices, device_keys(config, here.devices, where))
+    directory = resumed or run_directory(config)
+    token = token_of(directory, resumed is not None)
     inbox = Inbox()
     link, store = transport(desk, inbox)
     hands = ThreadedHands(store, link, inbox)
