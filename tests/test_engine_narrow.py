@@ -307,3 +307,13 @@ def test_who_watches_a_training_sees_the_whole_model(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(client, "without_absent_units", lambda *a: entered.append(a))
     BuiltinTrainer().train(model, watched, masks, learning_rate=0.1, client=0, context=PLAIN)
     assert seen == [layout.size] * 2 and not entered
+
+
+def test_who_only_interrupts_a_training_does_not_watch_it() -> None:
+    (x, y), *_ = batches_of(4, 1)
+    calls: list[int] = []
+    batches = BatchList(TensorSamples(x, y), [torch.arange(6)] * 3, interrupt=lambda: calls.append(1))
+    assert not batches.watched and not batches[1:].watched
+    assert len(list(batches)) == len(calls) == 3
+    list(batches[1:])
+    assert len(calls) == 5

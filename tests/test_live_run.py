@@ -424,7 +424,7 @@ class Loops:
         try:
             for _ in data:
                 pass
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001  # a user's trainer that catches everything
             self.train(data, device, args)
 
 

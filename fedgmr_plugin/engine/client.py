@@ -385,15 +385,18 @@ def train_dispatch(
     learning_rate: float,
     form: Literal["delta", "replacement"],
     on_step: Callable[[], None] | None = None,
+    interrupt: Callable[[], None] | None = None,
     recent: RecentMasks | None = None,
     payload_dtype: torch.dtype | None = None,
     context: Callable[[Dispatch, nn.Module, RecentMasks], Context] | None = None,
 ) -> LocalUpdate:
     """Carry out one dispatch on `model` (overwritten).
 
-    `on_step` is called before each batch is read; with the built-in trainer `model` then holds x_k. `recent`
-    shares masks among calls. `payload_dtype` is the type in which the update travels. `context` makes that of
-    the local objective from a model that holds x_0; the objective is the plain one without it.
+    `on_step` is called before each batch is read; with the built-in trainer `model` then holds x_k.
+    `interrupt` is called then, too, and does not look at the model; what it raises ends the training.
+    `recent` shares masks among calls. `payload_dtype` is the type in which the update travels. `context`
+    makes that of the local objective from a model that holds x_0; the objective is the plain one without
+    it.
 
     The result depends on `sent`, the client's samples, the plan and the seed only: all global random
     generators are seeded for this dispatch and restored afterwards.
@@ -403,7 +406,9 @@ def train_dispatch(
     recent = recent or RecentMasks(layout)
     masks = recent(sent.ranking, sent.rung)
     beside = {} if context is None else {"context": context(sent, model, recent)}
-    batches = BatchList(samples, list(plan.batches(sent.client, len(samples), sent.count)), on_step)
+    batches = BatchList(
+        samples, list(plan.batches(sent.client, len(samples), sent.count)), on_step, interrupt
+    )
     with isolated_rng(derive(plan.seed, "training", sent.client, sent.count)):
         stats = trainer.train(
             model,
@@ -432,13 +437,18 @@ class BatchList(Sequence[Batch]):
     """Batches that are read when asked for, in order or by position."""
 
     def __init__(
-        self, samples: Samples, indices: list[Index], on_read: Callable[[], None] | None = None
+        self,
+        samples: Samples,
+        indices: list[Index],
+        on_read: Callable[[], None] | None = None,
+        interrupt: Callable[[], None] | None = None,
     ) -> None:
-        self._samples, self._indices, self._on_read = samples, indices, on_read
+        self._samples, self._indices = samples, indices
+        self._on_read, self._interrupt = on_read, interrupt
 
     @property
     def watched(self) -> bool:
-        """Whether somebody is called before each batch is read."""
+        """Whether somebody who looks at the model is called before each batch is read."""
         return self._on_read is not None
 
     def __len__(self) -> int:
@@ -446,10 +456,11 @@ class BatchList(Sequence[Batch]):
 
     def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
-            return BatchList(self._samples, self._indices[position], self._on_read)
+            return BatchList(self._samples, self._indices[position], self._on_read, self._interrupt)
         index = self._indices[position]
-        if self._on_read is not None:
-            self._on_read()
+        for call in (self._interrupt, self._on_read):
+            if call is not None:
+                call()
         return self._samples.take(index)
 
 

@@ -140,8 +140,13 @@ class Workbench:
         self._modes = [module.training for module in model.modules()]
         self._masks = RecentMasks(layout)
 
-    def train(self, sent: Dispatch, on_step: Callable[[], None] | None = None) -> LocalUpdate:
-        """Train one dispatch; `on_step` is called before each local step."""
+    def train(
+        self,
+        sent: Dispatch,
+        on_step: Callable[[], None] | None = None,
+        interrupt: Callable[[], None] | None = None,
+    ) -> LocalUpdate:
+        """Train one dispatch; `on_step` and `interrupt` as for `train_dispatch`."""
         self.reset()
         return train_dispatch(
             sent,
@@ -153,6 +158,7 @@ class Workbench:
             learning_rate=self.training.learning_rate,
             form=self.config.update_form,
             on_step=on_step,
+            interrupt=interrupt,
             recent=self._masks,
             payload_dtype=PAYLOAD_TYPES[self.config.payload_dtype],
             context=self._context if self._has_objective else None,

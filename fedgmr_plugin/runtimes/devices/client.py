@@ -227,7 +227,7 @@ class DeviceProcess:
         def trained(done: Future[LocalUpdate]) -> None:
             self._inbox.put(lambda: then(done.result()))  # raises here what training raised there
 
-        self._trainer.submit(self._bench.train, sent, self._go_on).add_done_callback(trained)
+        self._trainer.submit(self._bench.train, sent, interrupt=self._go_on).add_done_callback(trained)
 
     def _go_on(self) -> None:
         """In the training thread, before each step."""
