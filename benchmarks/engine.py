@@ -152,10 +152,10 @@ def print_memory() -> None:
     run.start()
     payloads = 0
     for _ in range(30):
-        waiting = dict(run.pending)
-        down = {id(p.values_S): p.values_S.nbytes for p in waiting.values()}
+        down = {id(sent.values_S): sent.values_S.nbytes for sent in run.pending.values()}
+        sizes = {number: sent.values_S.nbytes for number, sent in run.pending.items()}
         run.step()
-        up = sum(p.values_S.nbytes for number, p in waiting.items() if number not in run.pending)
+        up = sum(size for number, size in sizes.items() if number not in run.pending)
         payloads = max(payloads, sum(down.values()) + up)
     vector = 4 * run.layout.size
     print(_memory("VmHWM") - before - payloads - vector, vector)

@@ -724,7 +724,8 @@ def test_recent_masks_are_equal_and_the_oldest_is_forgotten(monkeypatch: pytest.
         return parameter_masks(layout_, mask_D)
 
     monkeypatch.setattr(client, "parameter_masks", spy)
-    recent = RecentMasks(layout, most=2)
+    monkeypatch.setattr(client, "_KEPT_BYTES", 3 * layout.size - 1)
+    recent = RecentMasks(layout)
     first = recent(ranking, 0)
     for rung in (0, 1, 0, 1):
         masks, wanted = recent(ranking, rung), parameter_masks(layout, ranking.mask(rung))
@@ -740,6 +741,12 @@ def test_recent_masks_are_equal_and_the_oldest_is_forgotten(monkeypatch: pytest.
     assert first is not None
     first.clear()
     assert recent(ranking, 0) and len(made) == 4
+
+    monkeypatch.setattr(client, "_KEPT_BYTES", 1)
+    only = RecentMasks(layout)
+    for rung in (0, 0, 1, 1, 0):
+        only(ranking, rung)
+    assert len(made) == 7
 
 
 # -- formats ---------------------------------------------------------------------------------------

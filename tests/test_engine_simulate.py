@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from fedgmr_plugin.engine.events import Dispatch, UploadArrived
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
-from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.simulate import InTurn, Simulation
 from fedgmr_plugin.engine.snapshot import Snapshot, restore, snapshot
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.errors import WireError
@@ -866,3 +867,47 @@ def test_seeds_of_measuring_do_not_change_between_evaluations() -> None:
     first = world.simulation.bench.measure(world.server.w_D, batches)
     torch.manual_seed(derive(0, "elsewhere"))
     assert world.simulation.bench.measure(world.server.w_D, batches) == first
+
+
+# -- memory ----------------------------------------------------------------------------------------------
+
+
+class Inventory(BuiltinTrainer):
+    """Notes which vectors as long as the model exist while a client trains."""
+
+    def train(self, model: nn.Module, *args: Any, **options: Any) -> LocalStats:
+        size = build_layout(model).size
+        tensors = [o for o in gc.get_objects() if type(o) is Tensor and o.shape == (size,)]
+        seen.append({t.untyped_storage().data_ptr() for t in tensors if t.dtype == torch.float32})
+        return super().train(model, *args, **options)
+
+
+seen: list[set[int]] = []
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_interval": 2}, {"update_form": "replacement"}])
+def test_a_training_takes_no_vector_but_the_global_one_and_the_next_merges_room(
+    options: dict[str, Any],
+) -> None:
+    world = World((0.5, 0.2, 0.1), trainer=Inventory(), windows=7, test_interval=2, **options)
+    own: list[set[int]] = []
+
+    def noted(dispatch: Dispatch) -> LocalUpdate:
+        own.append({v.data_ptr() for v in (world.server.ranked_D, world.server.spare_D) if v is not None})
+        return world.simulation.bench.train(dispatch)
+
+    world.simulation._executor = InTurn(noted)
+    seen.clear()
+    gc.collect()
+    world.run()
+    assert len(seen) == len(own) > 9
+    assert all(len(mine) == 2 and there <= mine for there, mine in zip(seen, own, strict=True))
+
+
+def test_a_training_in_a_lent_vector_gives_the_same_bits() -> None:
+    alone, lent = World(), World()
+    room_D = torch.full((lent.layout.size,), float("nan"))
+    alone.simulation.bench.room = lambda: None
+    lent.simulation.bench.room = lambda: room_D
+    assert alone.run() == lent.run()
+    assert not room_D.isnan().any()

@@ -33,6 +33,9 @@ from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.kernels.rounding import travelled
 
+#: Masks are kept for the next client of their density up to this many bytes; making them is a pass over D.
+_KEPT_BYTES = 2**24
+
 Batch = tuple[Any, Any]
 Index = NDArray[np.int64]
 
@@ -387,6 +390,7 @@ def train_dispatch(
     on_step: Callable[[], None] | None = None,
     interrupt: Callable[[], None] | None = None,
     recent: RecentMasks | None = None,
+    room_D: Tensor | None = None,
     payload_dtype: torch.dtype | None = None,
     context: Callable[[Dispatch, nn.Module, RecentMasks], Context] | None = None,
 ) -> LocalUpdate:
@@ -394,14 +398,18 @@ def train_dispatch(
 
     `on_step` is called before each batch is read; with the built-in trainer `model` then holds x_k.
     `interrupt` is called then, too, and does not look at the model; what it raises ends the training.
-    `recent` shares masks among calls. `payload_dtype` is the type in which the update travels. `context`
+    `recent` shares masks among calls. `room_D` is a vector [D] to be overwritten, instead of a new one.
+    `payload_dtype` is the type in which the update travels. `context`
     makes that of the local objective from a model that holds x_0; the objective is the plain one without
     it.
 
     The result depends on `sent`, the client's samples, the plan and the seed only: all global random
     generators are seeded for this dispatch and restored afterwards.
     """
-    x_D = torch.zeros(layout.size, dtype=layout.dtype, device=sent.values_S.device)
+    if room_D is None:
+        x_D = torch.zeros(layout.size, dtype=layout.dtype, device=sent.values_S.device)
+    else:
+        x_D = room_D.zero_()
     layout.scatter(model, sent.ranking.place(sent.values_S, x_D))
     recent = recent or RecentMasks(layout)
     masks = recent(sent.ranking, sent.rung)
@@ -475,19 +483,22 @@ def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> dict[str, Tensor] | 
 
 
 class RecentMasks:
-    """`parameter_masks` of the rungs used last: clients of one density share the work."""
+    """`parameter_masks` of the rungs used last: clients of one density share the work.
 
-    def __init__(self, layout: ModelLayout, most: int = 8) -> None:
-        self._layout, self._most = layout, most
+    Kept are up to eight of one layout's, fewer of a large one (`_KEPT_BYTES`), at least the last.
+    """
+
+    def __init__(self, layout: ModelLayout) -> None:
+        self._layout, self._most = layout, min(max(_KEPT_BYTES // layout.size, 1), 8)
         self._known: OrderedDict[tuple[str, int], dict[str, Tensor] | None] = OrderedDict()
 
     def __call__(self, ranking: Ranking, rung: int) -> dict[str, Tensor] | None:
         """The masks of a rung; the dict is the caller's own."""
         key = ranking.digest, rung
         if key not in self._known:
+            while len(self._known) >= self._most:
+                self._known.popitem(last=False)
             self._known[key] = parameter_masks(self._layout, ranking.mask(rung))
         self._known.move_to_end(key)
-        if len(self._known) > self._most:
-            self._known.popitem(last=False)
         masks = self._known[key]
         return None if masks is None else masks.copy()

@@ -94,7 +94,7 @@ class Examiner:
         self, batches: Callable[[], Iterable[Batch]], evaluate: Evaluator | None = None
     ) -> dict[Which, Metrics]:
         """Metrics of w and of the coverage-scaled model."""
-        plain = self.bench.measure(self.server.w_D, batches(), evaluate)
+        plain = self.bench.measure(self.server.model("global"), batches(), evaluate)
         if min(self.server.gmr.densities) >= 1.0:
             return {"global": plain, "scaled": plain}
         return {

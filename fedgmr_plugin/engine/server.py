@@ -139,7 +139,8 @@ class Server:
         self._densities_mean: tuple[tuple[float, ...], float] = ((), 0.0)
         self.ranked_D: Tensor = w_D  # in no ranking's order before the first
         self._flat_D: Tensor | None = w_D
-        self._spare_D: Tensor | None = None
+        #: Room for the next merge [D]; between merges anybody may overwrite it.
+        self.spare_D: Tensor | None = None
         self.put(w_D, self._rank())
 
     @property
@@ -152,7 +153,7 @@ class Server:
     def put(self, w_D: Tensor, ranking: Ranking) -> None:
         """Make `w_D` [D], in the layout's order, the global vector, and `ranking` its ranking."""
         self.ranking, self._flat_D = ranking, None
-        self.ranked_D, self._spare_D = ranking.ranked(w_D, out=self._spare_D), self.ranked_D
+        self.ranked_D, self.spare_D = ranking.ranked(w_D, out=self.spare_D), self.ranked_D
         is_other_D = torch.zeros_like(w_D, dtype=torch.bool)
         for entry in self.layout.entries:
             if entry.kind in ("dense", "bias"):
@@ -354,7 +355,7 @@ class Server:
                 buffers=self._buffers,
                 server_step=self.config.server_step,
                 participation=len(arrived) / len(self.counts) if self.config.mixing else 1.0,
-                out=self._spare_D,
+                out=self.spare_D,
             )
             new_D, coverage = result.w_D, result.coverage
             if self.after_merge is not None:
@@ -362,7 +363,7 @@ class Server:
             moved = step_sq(self.ranked_D, new_D, self.ranking, self._buffers)
             if not math.isfinite(moved):
                 return self._refuse_window(arrived, event)
-            self._spare_D, self.ranked_D, self._flat_D = self.ranked_D, new_D, None
+            self.spare_D, self.ranked_D, self._flat_D = self.ranked_D, new_D, None
             self.buffer = latest
             if self.config.update_scope == "arrivals" and len(updates) == len(arrived):
                 shares = list(coverage.shares)
@@ -512,6 +513,7 @@ class Server:
             self.dispatches += 1
             self.counts[client] += 1
             effects += [records.dispatch(sent, self.time, prunable, parameters), sent]
+        self._flat_D = None  # nobody asks for it while clients train, who need the memory
         return effects
 
     def _payload(self, rung: int) -> Tensor:
@@ -539,16 +541,21 @@ class Server:
 
     def coverage(self) -> Tensor:
         """float32 [D]: share of the clients, weighted by their samples, that hold a coordinate."""
-        weight_R = [0.0] * len(self.ranking.densities)
+        return self.ranking.coverage(self._samples_of_rungs())
+
+    def _samples_of_rungs(self) -> list[float]:
+        """Samples of the clients whose sub-model is of that rung [R]."""
+        samples_R = [0.0] * len(self.ranking.densities)
         for density, samples in zip(self.gmr.densities, self.samples, strict=True):
-            weight_R[self.ranking.rung(density)] += samples
-        return self.ranking.coverage(weight_R)
+            samples_R[self.ranking.rung(density)] += samples
+        return samples_R
 
     def model(self, which: Literal["global", "scaled"]) -> Tensor:
         """The global vector [D], or the same scaled per coordinate by its coverage (a new tensor)."""
-        if which == "global" or min(self.gmr.densities) >= 1.0:
-            return self.w_D.clone()
-        return self.w_D * self.coverage().to(self.w_D.dtype)
+        model_D = self.ranking.flat(self.ranked_D) if self._flat_D is None else self._flat_D.clone()
+        if which == "scaled" and min(self.gmr.densities) < 1.0:
+            self.ranking.scale_by_coverage(model_D, self._samples_of_rungs())
+        return model_D
 
 
 #: Nobody holds anything: no update was merged.

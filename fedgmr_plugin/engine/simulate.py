@@ -87,6 +87,7 @@ class Simulation(Course):
         super().__init__(server, Examiner(server, bench, test_batches, evaluate), record)
         self.network = network
         self.clients, self.training = bench.clients, bench.training
+        bench.room = lambda: server.spare_D
         self._executor = executor or InTurn(bench.train)
         self._sizes = sizes
         config = self.config

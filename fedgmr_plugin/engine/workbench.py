@@ -124,6 +124,9 @@ class Workbench:
             of every training.
         clients: training and validation data.
         training: trainer, batch plan, learning rate.
+
+    Attributes:
+        room: lends a vector [D] that a training may overwrite, or None, if it has one.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class Workbench:
         self.fixed = {n: b.clone() for n, b in model.named_buffers() if n not in layout.by_name}
         self._modes = [module.training for module in model.modules()]
         self._masks = RecentMasks(layout)
+        self.room: Callable[[], Tensor | None] = lambda: None
 
     def train(
         self,
@@ -160,6 +164,7 @@ class Workbench:
             on_step=on_step,
             interrupt=interrupt,
             recent=self._masks,
+            room_D=self.room(),
             payload_dtype=PAYLOAD_TYPES[self.config.payload_dtype],
             context=self._context if self._has_objective else None,
         )

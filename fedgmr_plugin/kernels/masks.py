@@ -141,10 +141,16 @@ class Ranking:
         Args:
             weight_R: total weight of the clients whose sub-model is of that rung [R].
         """
+        return self.scale_by_coverage(torch.ones(self.rung_D.shape, device=self.rung_D.device), weight_R)
+
+    def scale_by_coverage(self, flat_D: Tensor, weight_R: Sequence[float]) -> Tensor:
+        """Multiply a vector [D] in the layout's order by `coverage`, in place; returns it."""
         weight = np.asarray(weight_R, dtype=np.float64)
         at_least = np.concatenate([weight[::-1].cumsum()[::-1], [0.0]]) / weight.sum()
-        table = torch.from_numpy(at_least.astype(np.float32)).to(self.rung_D.device)
-        return table[self.rung_D.to(torch.int64)]
+        table = torch.from_numpy(at_least.astype(np.float32)).to(self.rung_D.device, flat_D.dtype)
+        for at in blocks(0, len(flat_D), flat_D):
+            flat_D[at] *= table.index_select(0, self.rung_D[at].to(torch.int32))
+        return flat_D
 
 
 def prunable_values(layout: ModelLayout, flat_D: Tensor) -> Tensor:
