@@ -270,6 +270,13 @@ class FedGMRConfig(BaseModel):
         "The model's bits do not depend on it. Needs the built-in trainer on the CPU and `cpu_threads: 1`. "
         "With `backend: MPI` or `NCCL` the ranks train instead.",
     )
+    batch_clients: int = Field(
+        1,
+        ge=1,
+        description="Clients of a window that the built-in trainer trains together, at most; 1 trains one "
+        "after another. For GPUs that a small model's step leaves idle (slower on a CPU). Equal to one after "
+        "another up to rounding, with so many copies of the model in memory.",
+    )
     cpu_threads: int = Field(
         1,
         ge=0,

@@ -154,6 +154,12 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "A layer of the model has no counterpart in a device's model file (.mnn), or the other way round.",
         "Use the layers that the message lists.",
     ),
+    "GMR-211": CatalogueEntry(
+        "model that cannot be stacked",
+        "`batch_clients` trains several clients at once through torch.func.vmap, which does not know "
+        "something that the model does (recurrent layers, decisions that depend on values).",
+        "Leave `batch_clients` out: clients then train one after another.",
+    ),
     "GMR-301": CatalogueEntry(
         "client without training data",
         "A client has no training sample (or none is left after the validation split).",

@@ -608,6 +608,12 @@ def test_fedmls_own_devices_know_no_proximal_term(
         world.server()
 
 
+@pytest.mark.parametrize("option", ["workers", "batch_clients"])
+def test_a_server_of_devices_trains_nobody(tmp_path: Path, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"GMR-106 .*{option}=2: devices train"):
+        World(tmp_path, **{option: 2}).server()
+
+
 def test_mask_aware_devices_train_with_the_proximal_term(tmp_path: Path) -> None:
     """The longer the training, the more it holds back; 0 is FedAvg."""
     trainers = [World(tmp_path, proximal=mu).process(1)._bench.training.trainer for mu in (0.0, 0.25)]

@@ -653,12 +653,17 @@ def test_targets_below_0_are_no_classes() -> None:
     assert known_classes(samples, 4).tolist() == [True, False, True, False]
 
 
-def test_a_users_trainer_has_no_other_objective(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{"method": "fedprox"}, {"batch_clients": 2}], ids=["proximal=0.01", "batch_clients=2"]
+)
+def test_a_users_trainer_is_not_given_what_it_cannot_do(
+    tmp_path: Path, options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
     x, y, parts = iid()
     dataset = fedml_dataset((x, y), blobs(2, 100), parts, BATCH, classes=SIZES[-1])
     args = SimpleNamespace(
         **{**KEYS, "client_num_in_total": CLIENTS, "client_num_per_round": CLIENTS, "comm_round": 2,
-           "random_seed": 0, "fedgmr_args": {"method": "fedprox", "output_dir": str(tmp_path)}}
+           "random_seed": 0, "fedgmr_args": {"output_dir": str(tmp_path), **options}}
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"GMR-106.*proximal=0.01 needs the built-in trainer"):
+    with pytest.raises(ConfigError, match=f"GMR-106.*{request.node.callspec.id} needs the built-in trainer"):
         prepare(args, "cpu", dataset, perceptron(), object())

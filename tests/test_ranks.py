@@ -541,11 +541,12 @@ def test_a_rank_of_nobody_is_refused(job: Job) -> None:
     assert "Traceback" not in output
 
 
-def test_workers_besides_ranks_are_refused_before_anything_is_built(job: Job) -> None:
-    job.configure("NCCL", workers=2)
+@pytest.mark.parametrize("option", ["workers", "batch_clients"])
+def test_others_who_train_besides_ranks_are_refused_before_anything_is_built(job: Job, option: str) -> None:
+    job.configure("NCCL", **{option: 2})
     (job.folder / "main.py").write_text("raise SystemExit('the script has begun')\n")
     status, output = job.run(launcher("NCCL", 1))
-    assert status != 0 and "GMR-106 workers=2: with backend='NCCL' the ranks train" in output
+    assert status != 0 and f"GMR-106 {option}=2: with backend='NCCL' the ranks train" in output
     assert "the script has begun" not in output
 
 

@@ -199,6 +199,7 @@ WAYS: list[dict[str, Any]] = [
     {"trigger": "gradient"},
     {"trigger": "mixed", "density_step": "fixed", "warmup_windows": 6, "evaluate": "validation"},
     {"workers": 2},
+    {"batch_clients": 3},
 ]
 
 

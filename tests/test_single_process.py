@@ -309,6 +309,39 @@ def test_workers_are_refused_where_they_cannot_stand_in(tmp_path: Path) -> None:
         run(arguments(tmp_path, {"workers": 2, "cpu_threads": 2}))
 
 
+def test_clients_trained_together_make_the_same_run_up_to_rounding(tmp_path: Path) -> None:
+    """Groups of three and what is left of a window; a repetition has the same bits."""
+    logs, models = [], []
+    for most in (1, 3, 3, 8):
+        finished = run(arguments(tmp_path, {"batch_clients": most}), model=network())
+        log = read_run(finished.directory)
+        logs.append([(r["client"], r["density"], r["time"]) for r in log.records("dispatch")])
+        models.append(load_file(str(finished.directory / "model.safetensors")))
+    assert logs[0] == logs[1] == logs[2] == logs[3]
+    for name, one_after_another in models[0].items():
+        assert torch.equal(models[1][name], models[2][name])
+        for other in models[1], models[3]:
+            torch.testing.assert_close(other[name], one_after_another, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": 2},
+        {"label_masks": True},
+        {"probe": True, "probe_interval": 2},
+        {"local_objective": "straight_through"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_clients_are_not_trained_together_where_somebody_looks_at_one(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"GMR-106 batch_clients=2 .* {next(iter(options))}"):
+        run(arguments(tmp_path, {"batch_clients": 2, **options}))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_s_name_does_not_change_it(tmp_path: Path) -> None:
     """Not even where the bytes of messages make the clock."""
     ends = []

@@ -93,7 +93,8 @@ OPTIONS: dict[str, Rule] = {
          "retry_seconds", "proximal"), SIZE,
     ),
     **dict.fromkeys(
-        ("interval", "patience", "top_k", "min_updates", "jitter_draws", "probe_samples", "clients_at_start"),
+        ("interval", "patience", "top_k", "min_updates", "jitter_draws", "probe_samples", "clients_at_start",
+         "batch_clients"),
         POSITIVE,
     ),
     **dict.fromkeys(("warmup_windows", "cpu_threads"), COUNT),
@@ -120,6 +121,7 @@ LATER: dict[str, Any] = {
     "evaluation_seconds": None,
     "payload_dtype": "model",
     "workers": 1,
+    "batch_clients": 1,
     "staleness_limit": None,
     "norm_bound": None,
     "trim": 0.0,

@@ -251,7 +251,7 @@ class BuiltinTrainer:
         drift = torch.zeros((), dtype=torch.float64, device=self.device)
         samples = steps = 0
         with fast_formats(model), leaves_of(model, masks, watched=watched, whole=limited) as leaves:
-            step = self._optimizer([leaf.tensor for leaf in leaves], learning_rate)
+            step = self.optimizer_of([leaf.tensor for leaf in leaves], learning_rate)
             for x, y in batches:
                 if steps:
                     drift += drift_sq(leaves)
@@ -312,7 +312,7 @@ class BuiltinTrainer:
         one_hot = F.one_hot(y, output.shape[1]).movedim(-1, 1).to(output.dtype)
         return F.binary_cross_entropy_with_logits(output, one_hot)
 
-    def _optimizer(self, tensors: list[Tensor], learning_rate: float) -> Callable[[], object]:
+    def optimizer_of(self, tensors: list[Tensor], learning_rate: float) -> Callable[[], object]:
         """One step of the optimizer on the gradients of `tensors`."""
         if self.optimizer == "sgd":
             return SGD(tensors, learning_rate, self.momentum, self.weight_decay).step
@@ -426,7 +426,19 @@ def train_dispatch(
             client=sent.client,
             **beside,
         )
-    values_S = sent.ranking.cut(layout.gather(model, out=x_D), sent.rung)
+    return cut_update(sent, layout.gather(model, out=x_D), layout, form, payload_dtype, stats)
+
+
+def cut_update(
+    sent: Dispatch,
+    x_D: Tensor,
+    layout: ModelLayout,
+    form: Literal["delta", "replacement"],
+    payload_dtype: torch.dtype | None,
+    stats: LocalStats,
+) -> LocalUpdate:
+    """The update of a dispatch whose training ended at x_K = `x_D` [D]."""
+    values_S = sent.ranking.cut(x_D, sent.rung)
     stop = sent.ranking.ends[0]
     first_buffer = stop - (layout.size - layout.parameters)
     if form == "delta":

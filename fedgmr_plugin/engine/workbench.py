@@ -126,6 +126,7 @@ class Workbench:
         training: trainer, batch plan, learning rate.
 
     Attributes:
+        masks: those of the rungs used last.
         room: lends a vector [D] that a training may overwrite, or None, if it has one.
     """
 
@@ -141,7 +142,7 @@ class Workbench:
         self.clients, self.training = clients, training
         self.fixed = {n: b.clone() for n, b in model.named_buffers() if n not in layout.by_name}
         self._modes = [module.training for module in model.modules()]
-        self._masks = RecentMasks(layout)
+        self.masks = RecentMasks(layout)
         self.room: Callable[[], Tensor | None] = lambda: None
 
     def train(
@@ -163,7 +164,7 @@ class Workbench:
             form=self.config.update_form,
             on_step=on_step,
             interrupt=interrupt,
-            recent=self._masks,
+            recent=self.masks,
             room_D=self.room(),
             payload_dtype=PAYLOAD_TYPES[self.config.payload_dtype],
             context=self._context if self._has_objective else None,

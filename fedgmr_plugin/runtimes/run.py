@@ -26,7 +26,7 @@ from fedgmr_plugin.engine.network import VirtualNetwork
 from fedgmr_plugin.engine.restricted import Shares, rows_of
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import MaskFamily, Plan, Server
-from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.simulate import Executor, Simulation
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_simulation, snapshot_simulation
 from fedgmr_plugin.engine.workbench import Evaluator
 from fedgmr_plugin.errors import ConfigError
@@ -57,11 +57,11 @@ class Run(RecordedRun):
 
     Attributes:
         sizes: what dispatches move.
-        workers: who trains, where it is not this process alone.
+        executor: who trains; this process, one client after another, where None.
     """
 
     sizes: MessageSizes = field(default_factory=MessageSizes)
-    workers: Workers | None = None
+    executor: Executor | None = None
 
     @property
     def simulation(self) -> Simulation:
@@ -93,8 +93,8 @@ class Run(RecordedRun):
             yield
             patience = None
         finally:
-            if self.workers is not None:
-                self.workers.close(patience)
+            if isinstance(self.executor, Workers):
+                self.executor.close(patience)
 
 
 class Serving(NamedTuple):
@@ -149,12 +149,12 @@ def serving(setup: Setup, server_aggregator: Any = None) -> Serving:
     return Serving(server, evaluate if bridge.user_defined else None, hooks is not None)
 
 
-def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | None = None) -> Run:
+def assemble(setup: Setup, server_aggregator: Any = None, executor: Executor | None = None) -> Run:
     """The run, with its server in this process.
 
     Args:
         server_aggregator: a user's own, honoured.
-        workers: who trains; this process where None.
+        executor: who trains; this process, one client after another, where None.
 
     Raises:
         ConfigError, HostError: what the aggregator is refused for, or a directory that is taken.
@@ -171,7 +171,7 @@ def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | Non
         setup.bench,
         lambda: data.test,
         lambda fields: run.record(fields),
-        executor=workers,
+        executor=executor,
         evaluate=evaluate,
         sizes=sizes if config.payload_rule == "encoded" else lambda sent: None,
     )
@@ -187,7 +187,7 @@ def assemble(setup: Setup, server_aggregator: Any = None, workers: Workers | Non
         next_run(),
         resumed=resumed is not None,
         sizes=sizes,
-        workers=workers,
+        executor=executor,
     )
     return run
 

@@ -176,6 +176,7 @@ def refuse_for_trainer(config: FedGMRConfig) -> None:
         f"local_objective={config.local_objective}": config.local_objective != "plain",
         f"proximal={config.proximal:g}": config.proximal > 0,
         "label_masks=true": config.label_masks,
+        f"batch_clients={config.batch_clients}": config.batch_clients > 1,
     }
     for key, is_asked in asked.items():
         if is_asked:

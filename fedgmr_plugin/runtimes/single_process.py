@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.batched import Batched
 from fedgmr_plugin.engine.client import BuiltinTrainer, LocalTrainer
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.runtimes.distributed.forks import forked
@@ -36,11 +37,32 @@ def build(
         ConfigError, ModelError, DataError, HostError: everything wrong with them, before any training.
     """
     setup = prepare(args, device, dataset, model, client_trainer)
+    config = setup.config
+    if config.batch_clients > 1:
+        _check_batches(config)
+        return assemble(setup, server_aggregator, Batched(setup.bench, config.batch_clients))
     workers = None
-    if setup.config.workers > 1:
-        _check_workers(setup.config, setup.device, setup.trainer)
-        workers = forked(setup.bench.train, setup.config.workers, setup.work)
+    if config.workers > 1:
+        _check_workers(config, setup.device, setup.trainer)
+        workers = forked(setup.bench.train, config.workers, setup.work)
     return assemble(setup, server_aggregator, workers)
+
+
+def _check_batches(config: FedGMRConfig) -> None:
+    """Raise GMR-106 beside options that look at one client's steps, or train somewhere else."""
+    asked = {
+        f"workers={config.workers}": config.workers > 1,
+        f"local_objective={config.local_objective}": config.local_objective != "plain",
+        "label_masks=true": config.label_masks,
+        "probe=true": config.probe,
+    }
+    for key, is_asked in asked.items():
+        if is_asked:
+            raise ConfigError(
+                "GMR-106",
+                f"batch_clients={config.batch_clients} does not go together with {key}",
+                where="fedgmr_args.batch_clients",
+            )
 
 
 def _check_workers(config: FedGMRConfig, device: torch.device, trainer: LocalTrainer) -> None:

@@ -234,6 +234,8 @@ def _refuse_simulated(config: FedGMRConfig) -> None:
         )
     if config.workers > 1:
         wrong.append(f"workers={config.workers}: devices train")
+    if config.batch_clients > 1:
+        wrong.append(f"batch_clients={config.batch_clients}: devices train")
     if wrong:
         raise ConfigError("GMR-106", "; ".join(wrong), where="fedgmr_args")
 

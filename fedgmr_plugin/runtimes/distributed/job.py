@@ -162,7 +162,7 @@ def check(backend: str, settings: Mapping[Any, Any], options: Mapping[Any, Any],
     if not _rehearsing:
         _ours.append(backend)
         must_finish(backend)
-    check_workers(backend, options.get("workers"))
+    check_workers(backend, options)
     if backend != "MPI":
         return
     wanted = ["gpu_mapping_key"] + ["gpu_mapping_file"] * bool(settings.get("using_gpu"))
@@ -180,18 +180,23 @@ def check(backend: str, settings: Mapping[Any, Any], options: Mapping[Any, Any],
         raise HostError("GMR-509", f"import mpi4py.MPI failed: {error}", where=path) from error
 
 
-def check_workers(backend: str, workers: object) -> None:
-    """Refuse processes of `workers` besides the ranks.
+def check_workers(backend: str, options: Mapping[str, object]) -> None:
+    """Refuse processes of `workers`, or clients trained together, beside the ranks.
+
+    Args:
+        options: `fedgmr_args`, or those of them that are given.
 
     Raises:
         ConfigError: GMR-106.
     """
-    if isinstance(workers, int) and workers > 1:
-        raise ConfigError(
-            "GMR-106",
-            f"workers={workers}: with backend={backend!r} the ranks train",
-            where="fedgmr_args.workers",
-        )
+    for key in ("workers", "batch_clients"):
+        count = options.get(key)
+        if isinstance(count, int) and count > 1:
+            raise ConfigError(
+                "GMR-106",
+                f"{key}={count}: with backend={backend!r} the ranks train, one client at a time each",
+                where=f"fedgmr_args.{key}",
+            )
 
 
 def again(backend: str, size: int) -> str:

@@ -158,7 +158,7 @@ def build(
     job.must_finish(backend)
     job.require_everybody()
     setup = prepare(args, _device(args, device), dataset, model, client_trainer)
-    job.check_workers(backend, setup.config.workers)
+    job.check_workers(backend, setup.config.model_dump())
     ranks = _ranks(backend, args, setup.device)
     here = _agree(ranks, setup)
     if ranks.rank:
