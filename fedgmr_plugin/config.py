@@ -139,6 +139,11 @@ class FedGMRConfig(BaseModel):
     plateau_delta: NonNegative = Field(
         0.0, description="Smallest change of the metric that counts as improvement."
     )
+    plateau_after: NonNegative = Field(
+        0.0,
+        description="Improvement of the metric over its first check before which there is no plateau; 0 "
+        "looks from the first check on.",
+    )
     trigger_metric: Literal["accuracy", "loss"] = Field(
         "accuracy", description="Validation metric that the plateau detectors watch."
     )

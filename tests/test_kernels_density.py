@@ -171,6 +171,24 @@ def test_a_client_at_density_one_does_not_restore_and_its_counter_restarts() -> 
     assert done == [] and state.clients[0].bad_checks == 0 and state.clients[0].sleeps_until == 0
 
 
+@pytest.mark.parametrize("higher", [True, False], ids=["accuracy", "loss"])
+def test_there_is_no_plateau_before_something_was_learned(higher: bool) -> None:
+    """Noise at chance, nothing measured, not-a-number: nothing counts before a gain of `after`."""
+    sign = 1.0 if higher else -1.0
+    rules = GMRRules(patience=2, after=0.25, higher_is_better=higher)
+    before = [sign * m for m in (0.5, 0.5, 0.625, 0.5, 0.5, 0.5)] + [None, float("nan"), sign * 0.5]
+    begun = [sign * m for m in (0.75, 0.75, 0.75)]
+    state, done = run(rules, gmr_start(rules, (0.05,)), clients_only(*before, *begun))
+    assert [(c, r.client) for c, r in done] == [(len(before) + 3, 0)]
+    assert state.clients[0].first == sign * 0.5 and state.clients[0].best == sign * 0.75
+
+    state, done = run(rules, gmr_start(rules, (0.05,)), server_only(*before, *begun))
+    assert [(c, r.cause) for c, r in done] == [(len(before) + 3, "server_plateau")]
+
+    again, done = run(rules, state, clients_only(*[sign * 0.5] * 4))
+    assert done == [] and again.clients[0].first == sign * 0.5  # a client has to learn something itself
+
+
 def test_when_the_server_fires_everybody_sleeps_and_starts_again() -> None:
     rules = GMRRules(patience=2)
     seen = [
@@ -254,9 +272,15 @@ def test_a_floor_at_one_stays_and_nothing_is_reported() -> None:
 
 def test_rules_come_from_the_configuration() -> None:
     config = FedGMRConfig(
-        trigger="mixed", patience=7, plateau_delta=0.01, trigger_metric="loss", density_min=0.03
+        trigger="mixed",
+        patience=7,
+        plateau_delta=0.01,
+        plateau_after=0.5,
+        trigger_metric="loss",
+        density_min=0.03,
     )
     rules = restoration_rules(config)
+    assert rules.after == 0.5
     assert (rules.trigger, rules.patience, rules.delta, rules.higher_is_better) == ("mixed", 7, 0.01, False)
     assert (rules.floor, rules.ladder) == (0.03, (0.05, 0.1, 0.2, 0.5, 1.0))
     assert restoration_rules(FedGMRConfig()).higher_is_better

@@ -88,7 +88,7 @@ OPTIONS: dict[str, Rule] = {
          "server_download", "answer_deadline", "heartbeat_seconds"), ABOVE_ZERO,
     ),
     **dict.fromkeys(
-        ("plateau_delta", "hinge_delay", "client_jitter", "server_jitter",
+        ("plateau_delta", "plateau_after", "hinge_delay", "client_jitter", "server_jitter",
          "compute_seconds", "compute_density_exponent", "window_slack", "aggregation_seconds",
          "retry_seconds", "proximal"), SIZE,
     ),
@@ -120,6 +120,7 @@ LATER: dict[str, Any] = {
     "top_k": 1,
     "evaluation_seconds": None,
     "payload_dtype": "model",
+    "plateau_after": 0.0,
     "workers": 1,
     "batch_clients": 1,
     "staleness_limit": None,

@@ -572,6 +572,7 @@ def restoration_rules(config: FedGMRConfig) -> gmr.GMRRules:
         floor=config.density_min,
         patience=config.patience,
         delta=config.plateau_delta,
+        after=config.plateau_after,
         higher_is_better=config.trigger_metric == "accuracy",
         time_fractions=config.time_fractions,
         time_floors=config.time_floors,

@@ -25,6 +25,7 @@ class GMRRules(NamedTuple):
         floor: where the server's floor minD starts.
         patience: checks without improvement that make a plateau.
         delta: smallest improvement that counts, in units of the metric.
+        after: improvement over the first check before which there is no plateau; 0 looks at once.
         higher_is_better: whether the metric grows as the model improves.
         time_fractions, time_floors: the ``time`` trigger's schedule.
     """
@@ -36,6 +37,7 @@ class GMRRules(NamedTuple):
     floor: float = 0.02
     patience: int = 5
     delta: float = 0.0
+    after: float = 0.0
     higher_is_better: bool = True
     time_fractions: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     time_floors: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
@@ -48,11 +50,13 @@ class Plateau(NamedTuple):
         best: best metric so far; None before the first check.
         bad_checks: checks since it last improved.
         sleeps_until: number of the check at which it looks again.
+        first: metric of the first check.
     """
 
     best: float | None = None
     bad_checks: int = 0
     sleeps_until: int = 0
+    first: float | None = None
 
 
 class GMRState(NamedTuple):
@@ -145,15 +149,16 @@ def step(rules: GMRRules, state: GMRState, seen: Observation) -> tuple[GMRState,
             after = next_density(rules, densities[n])
             done.append(Restoration(n, cause, densities[n], after))
             densities[n] = after
-            clients[n] = Plateau(clients[n].best, 0, check + 2 * rules.patience)
+            clients[n] = clients[n]._replace(bad_checks=0, sleeps_until=check + 2 * rules.patience)
 
     if watches_plateau:
         server, fired = _look(rules, server, seen.server, check, server_patience(rules, floor))
         if fired and floor < 1.0:
             before, floor = floor, next(rung for rung in rules.ladder if rung > floor)
             done += _raise_to(densities, before, floor, "server_plateau")
-            server = Plateau(server.best, 0, check + rules.patience)
-            clients = [Plateau(c.best, 0, max(c.sleeps_until, check + rules.patience)) for c in clients]
+            until = check + rules.patience
+            server = server._replace(bad_checks=0, sleeps_until=until)
+            clients = [c._replace(bad_checks=0, sleeps_until=max(c.sleeps_until, until)) for c in clients]
 
     if rules.trigger in ("time", "mixed"):
         due = [f for at, f in zip(rules.time_fractions, rules.time_floors, strict=True) if seen.elapsed >= at]
@@ -170,11 +175,17 @@ def _look(
     """One detector's check: (new detector, whether it fires)."""
     if metric is None or check <= detector.sleeps_until:
         return detector, False
+    sign = 1 if rules.higher_is_better else -1
     if not math.isfinite(metric):
-        metric = -math.inf if rules.higher_is_better else math.inf  # the worst: never an improvement
-    gain = None if detector.best is None else (metric - detector.best) * (1 if rules.higher_is_better else -1)
-    if math.isfinite(metric) and (gain is None or gain > rules.delta):
-        return detector._replace(best=metric, bad_checks=0), False
+        metric = -sign * math.inf  # the worst: never an improvement
+    elif detector.best is None or (metric - detector.best) * sign > rules.delta:
+        first = metric if detector.first is None else detector.first
+        return detector._replace(best=metric, bad_checks=0, first=first), False
+    gained = 0.0
+    if detector.best is not None and detector.first is not None:
+        gained = (detector.best - detector.first) * sign
+    if gained < rules.after:
+        return detector, False
     bad = detector.bad_checks + 1
     return detector._replace(bad_checks=0 if bad >= patience else bad), bad >= patience
 
