@@ -26,6 +26,7 @@ from fedgmr_plugin.protocol.fedml_pickle import read_model
 from fedgmr_plugin.protocol.notes import MODEL, MOST_MESSAGE, STATUS, AnswerNote, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.runtimes import host
+from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.silos.objects import MOST_OBJECTS, Objects
 
@@ -127,6 +128,21 @@ def test_a_clients_own_objects_are_bounded_too() -> None:
         objects.put(piece_of(bytes([n]) * 400, f"a{n}"), bytes([n]) * 400)  # again: counted once
         assert objects.held() <= 1000
     assert objects.get(piece_of(bytes([9]) * 400, "a9")) == bytes([9]) * 400
+
+
+def test_what_a_server_sends_is_in_its_checkpoint() -> None:
+    """No store keeps it: silos would wait for it in vain, once the server was killed."""
+    server = link()
+    hands = ThreadedHands(server._objects, server, server._inbox)
+    server._objects.put(piece_of(b"increment", "values-0"), b"increment")
+    server._objects.receive("topic", piece_of(b"answer"), b"answer")
+    hands.put(piece_of(b"mask", "mask-0"), b"mask")
+    assert hands.unsent() == [
+        (piece_of(b"increment", "values-0"), b"increment"),
+        (piece_of(b"mask", "mask-0"), b"mask"),
+    ]
+    server._objects.delete(["values-0"])
+    assert [piece.key for piece, _ in hands.unsent()] == ["mask-0"]
 
 
 def test_what_waits_for_somebody_who_is_away_is_bounded() -> None:

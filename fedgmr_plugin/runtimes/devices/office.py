@@ -62,7 +62,7 @@ class Hands(Protocol):
         ...
 
     def unsent(self) -> list[tuple[Piece, Content]]:
-        """Objects that have not been stored yet."""
+        """Objects that are lost with this process: not stored yet, or in its memory only."""
         ...
 
     def undeleted(self) -> list[str]:
@@ -142,7 +142,7 @@ class Office:
 
         Args:
             journal: where the next events are written.
-            unsent: objects that were not stored at the checkpoint.
+            unsent: objects that were in no store at the checkpoint that outlives a process.
         """
         for piece, content in unsent:
             self._hands.put(piece, content)
@@ -477,7 +477,7 @@ class Office:
     # -- what is seen from outside ---------------------------------------------------------------------
 
     def unsent(self) -> list[tuple[Piece, Content]]:
-        """Objects that are not in the store yet."""
+        """Objects that no store has that outlives this process."""
         return self._hands.unsent()
 
     def undeleted(self) -> list[str]:
