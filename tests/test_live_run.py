@@ -217,7 +217,9 @@ def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert store.keys("a/") == ["a/0", "a/2"]
 
 
-@pytest.mark.parametrize("code", ["NoSuchKey", "AccessDenied"])
+@pytest.mark.parametrize(
+    "code", ["NoSuchKey", "AccessDenied", "InvalidObjectState", "InvalidRequest", "KMS.DisabledException"]
+)
 def test_an_object_that_is_missing_ends_nobody(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """S3 says that access is denied where one may read an object, but not list the bucket."""
     store = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s"))

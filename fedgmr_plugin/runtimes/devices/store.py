@@ -17,6 +17,8 @@ from fedgmr_plugin.runtimes.devices.office import Content
 
 _REFUSED = frozenset({"AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
 _MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+#: Why nobody can read an object, whose owner stored it so: archived, or encrypted with a key of its own.
+_UNREADABLE = frozenset({"AccessDenied", "InvalidObjectState", "InvalidRequest", "InvalidArgument"})
 
 
 class Unreachable(Exception):
@@ -110,21 +112,26 @@ class S3Store:
                 return found
             more = {"ContinuationToken": answer["NextContinuationToken"]}
 
-    def _call(self, operation: str, **named: Any) -> Any:
-        """The store's answer; None where an object is missing."""
     def volatile(self) -> list[tuple[Piece, Content]]:
         """Objects that are lost with this process: none."""
         return []
 
+    def _call(self, operation: str, **named: Any) -> Any:
+        """The store's answer; None where an object is missing."""
         try:
             return getattr(self._client, operation)(Bucket=self._bucket, **named)
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code"))
             # S3 tells nobody who may not list a bucket, as no device may, that an object of it is missing.
-            if code in _MISSING or (operation == "get_object" and code == "AccessDenied"):
+            if code in _MISSING or (operation == "get_object" and _is_unreadable(code)):
                 return None
             if code in _REFUSED:
                 raise HostError("GMR-515", f"the store refuses {operation}: {error}") from error
             raise Unreachable(str(error)) from error
         except (BotoCoreError, OSError) as error:
             raise Unreachable(str(error)) from error
+
+
+def _is_unreadable(code: str) -> bool:
+    """Whether a read fails however often it is tried: who waits for one such object must hear of it."""
+    return code in _UNREADABLE or code.startswith("KMS.")
