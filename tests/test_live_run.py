@@ -743,6 +743,25 @@ def test_a_device_that_stood_still_listens_before_it_ends(tmp_path: Path) -> Non
     process._next()
     assert 90.0 < time.monotonic() - process.device.heard_at < 200.0
     process.device.heard_at, process._looked = now - 1000.0, time.monotonic()
+
+
+@pytest.mark.parametrize("said", ["FINISHED", "OFFLINE"])
+def test_whose_connection_breaks_at_the_end_has_not_heard_it(tmp_path: Path, said: str) -> None:
+    """Nobody waits for it, but the broker keeps the end for it."""
+    world = World(tmp_path)
+    run = world.server()
+    device = world.process(1).device
+    office = run.office
+    office.begin(Journal(tmp_path / "journal"))
+    office.seen, office.end = {0: 0.0, 1: 0.0}, {}
+    note = StatusNote(run="7", device=1, sequence=device._sequence(), state=said)
+    office.message(device.speaks, sign(note, device.speaks, None, {"msg_type": STATUS}))
+    kept = {topic for topic, _ in office.farewells()}
+    assert (device.hears in kept) == (said == "OFFLINE")
+    assert office.somebody_works()
+    note = StatusNote(run="7", device=2, sequence=device._sequence(), state="FINISHED")
+    office.message(to_server("7", 2), sign(note, to_server("7", 2), None, {"msg_type": STATUS}))
+    assert not office.somebody_works()
     with pytest.raises(HostError, match="GMR-518"):
         process._next()
 
