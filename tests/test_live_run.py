@@ -6,11 +6,12 @@ import errno
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from fedgmr_plugin.protocol.notes import (
     to_server,
 )
 from fedgmr_plugin.protocol.pieces import Piece
-from fedgmr_plugin.protocol.runlog import read_run
+from fedgmr_plugin.protocol.runlog import RunLogWriter, read_run
 from fedgmr_plugin.runtimes import host, resume
 from fedgmr_plugin.runtimes import progress as progress_module
 from fedgmr_plugin.runtimes.devices import hands as hands_module
@@ -269,6 +270,43 @@ def test_an_interrupted_run_leaves_what_going_on_needs(
     end = read_run(tmp_path / "live").end
     assert end is not None and end["windows"] == 12
     assert sorted(world.store.keys("")) == sorted(kept)
+
+
+def test_the_end_that_cannot_be_written_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on when there is space; until then, `fedgmr resume` can, too."""
+    monkeypatch.setattr(live_module, "_STATUS_SECONDS", 0.1)
+    world = World(tmp_path, windows=2)
+    run = world.server()
+    write, tried = RunLogWriter.write, list[bool]()
+
+    def full(writer: RunLogWriter, record: Mapping[str, Any]) -> None:
+        if record["type"] == "end" and len(tried) < 3:
+            tried.append(run.end is None and (tmp_path / "live" / "journal").is_dir())
+            raise OSError(errno.ENOSPC, "no space")
+        write(writer, record)
+
+    monkeypatch.setattr(RunLogWriter, "write", full)
+    devices = [world.device(n) for n in (1, 2)]
+    run.train()
+    for device in devices:
+        device.join(20)
+    assert tried == [True] * 3 and read_run(tmp_path / "live").end is not None and run.end is not None
+
+
+def test_a_run_that_could_not_write_its_end_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happened since the last checkpoint is not removed before the end is written down."""
+    world = World(tmp_path, windows=3)
+    run = world.server()
+    monkeypatch.setattr(run, "_write_end", Mock(side_effect=KeyboardInterrupt))
+    devices = [world.device(n) for n in (1, 2)]
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    for device in devices:
+        device.join(20)
+    with resume.resuming(tmp_path / "live"):
+        world.server().train()
+    end = read_run(tmp_path / "live").end
+    assert end is not None and end["windows"] == 3
 
 
 @pytest.mark.parametrize("trouble", ["away", "slow"])
@@ -707,6 +745,25 @@ def test_only_the_end_of_its_own_run_is_believed_of_what_is_kept(
     assert "give it a run_id of its own, or start its server first" in caplog.text
 
 
+@pytest.mark.parametrize("said", ["FINISHED", "OFFLINE"])
+def test_whose_connection_breaks_at_the_end_has_not_heard_it(tmp_path: Path, said: str) -> None:
+    """Nobody waits for it, but the broker keeps the end for it."""
+    world = World(tmp_path)
+    run = world.server()
+    device = world.process(1).device
+    office = run.office
+    office.begin(Journal(tmp_path / "journal"))
+    office.seen, office.end = {0: 0.0, 1: 0.0}, {}
+    note = StatusNote(run="7", device=1, sequence=device._sequence(), state=said)
+    office.message(device.speaks, sign(note, device.speaks, None, {"msg_type": STATUS}))
+    kept = {topic for topic, _ in office.farewells()}
+    assert (device.hears in kept) == (said == "OFFLINE")
+    assert office.somebody_works()
+    note = StatusNote(run="7", device=2, sequence=device._sequence(), state="FINISHED")
+    office.message(to_server("7", 2), sign(note, to_server("7", 2), None, {"msg_type": STATUS}))
+    assert not office.somebody_works()
+
+
 def test_a_run_with_fedmls_own_devices_keeps_nothing(tmp_path: Path) -> None:
     world = World(tmp_path)
     office = world.server().office
@@ -743,25 +800,6 @@ def test_a_device_that_stood_still_listens_before_it_ends(tmp_path: Path) -> Non
     process._next()
     assert 90.0 < time.monotonic() - process.device.heard_at < 200.0
     process.device.heard_at, process._looked = now - 1000.0, time.monotonic()
-
-
-@pytest.mark.parametrize("said", ["FINISHED", "OFFLINE"])
-def test_whose_connection_breaks_at_the_end_has_not_heard_it(tmp_path: Path, said: str) -> None:
-    """Nobody waits for it, but the broker keeps the end for it."""
-    world = World(tmp_path)
-    run = world.server()
-    device = world.process(1).device
-    office = run.office
-    office.begin(Journal(tmp_path / "journal"))
-    office.seen, office.end = {0: 0.0, 1: 0.0}, {}
-    note = StatusNote(run="7", device=1, sequence=device._sequence(), state=said)
-    office.message(device.speaks, sign(note, device.speaks, None, {"msg_type": STATUS}))
-    kept = {topic for topic, _ in office.farewells()}
-    assert (device.hears in kept) == (said == "OFFLINE")
-    assert office.somebody_works()
-    note = StatusNote(run="7", device=2, sequence=device._sequence(), state="FINISHED")
-    office.message(to_server("7", 2), sign(note, to_server("7", 2), None, {"msg_type": STATUS}))
-    assert not office.somebody_works()
     with pytest.raises(HostError, match="GMR-518"):
         process._next()
 

@@ -92,8 +92,9 @@ class RecordedRun(ABC):
                         writer.write(self.header)
                     end = self._advance(writer, checkpoint)
                     self._save_model()
-                    self.end = {**end, "wall_seconds": time.monotonic() - started}
-                    writer.write(self.end)
+                    end = {**end, "wall_seconds": time.monotonic() - started}
+                    self._write_end(writer, end)
+                    self.end = end
         _log.info("model sha256: %s", end["model_sha256"])
         progress.close_with(self.end, self.directory)
 
@@ -122,6 +123,10 @@ class RecordedRun(ABC):
         draft = self.directory / "model.draft"
         save_file({k: v.cpu().contiguous() for k, v in state.items()}, str(draft))
         draft.rename(self.directory / "model.safetensors")
+
+    def _write_end(self, writer: RunLogWriter, end: dict[str, Any]) -> None:
+        """Write the log's last record, behind which nobody goes on with the run."""
+        writer.write(end)
 
     @contextmanager
     def _way_on(self) -> Iterator[None]:
