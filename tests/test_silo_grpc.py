@@ -242,6 +242,25 @@ def test_messages_beyond_the_inbox_are_dropped_with_a_code() -> None:
     assert server._inbox.qsize() == 5 and dict(server.dropped) == {"GMR-745": 35}
 
 
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ("0,0,127.0.0.1,1\n1,1,127.0.0.1,2\n1,2,127.0.0.1,3\n", "two rows"),
+        ("0,0,127.0.0.1,65536\n", "grpc_server_port=65536"),
+        ("0,0,127.0.0.1,0\n", "grpc_server_port=0"),
+        ("0,0,,8890\n", "grpc_server_ip=''"),
+        ("0,0\n", "TypeError"),
+        ("0,0,127.0.0.1,x\n", "ValueError"),
+    ],
+)
+def test_a_row_that_is_no_address_is_refused(tmp_path: Path, rows: str, problem: str) -> None:
+    file = tmp_path / "peers.csv"
+    file.write_text(f"eid,rank,grpc_server_ip,grpc_server_port\n{rows}")
+    with pytest.raises(ConfigError, match=problem) as refused:
+        peers(str(file))
+    assert refused.value.code == "GMR-112"
+
+
 def test_a_process_listens_where_its_row_says_and_is_reached_at_its_ingress(tmp_path: Path) -> None:
     """`ingress_ip` is of the router before it: no address of this machine."""
     rows = tmp_path / "peers.csv"
