@@ -44,6 +44,8 @@ from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
 from fedgmr_plugin.runtimes.progress import Progress
 from fedgmr_plugin.runtimes.silos.objects import Objects
 from fedgmr_plugin.runtimes.trainer import FedMLTrainer
+from theory.check import check_runs
+from theory.verdict import Verdict
 
 host.prepare()
 
@@ -176,6 +178,24 @@ def test_nothing_of_a_run_is_left_in_the_store(tmp_path: Path) -> None:
         device.join(20)
     assert read_run(tmp_path / "live").end is not None
     assert sorted(world.store.keys("")) == sorted(kept)
+
+
+def test_a_dense_device_that_comes_late_is_no_violation(tmp_path: Path) -> None:
+    """It fetches masks that are in the store already: its bytes are more than the server's."""
+    world = World(tmp_path, windows=10, interval=20)
+    world.args.training_type = "cross_device"
+    run = world.server()
+    server = threading.Thread(target=run.train, daemon=True)
+    server.start()
+    devices = [world.device(2)]
+    while run.office.server.version < 3:
+        time.sleep(0.01)
+    devices.append(world.device(1))
+    for thread in (server, *devices):
+        thread.join(30)
+    findings = check_runs([tmp_path / "live"]).runs[0].findings
+    assert {f.name: f.verdict for f in findings}["server_bytes"] is Verdict.HOLDS
+    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
 
 
 def test_a_server_that_is_refused_its_place_begins_nothing(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes.local.ports import free_port
 from fedgmr_plugin.runtimes.local.processes import Supervisor
 from fedgmr_plugin.runtimes.local.stack import Stack
+from theory.check import check_runs
+from theory.verdict import Verdict
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = (REPOSITORY / "docs" / "silos.md").read_text(encoding="utf-8")
@@ -200,6 +202,8 @@ class Silos:
         """The server came to its end, with what these clients sent and nothing else."""
         self.over(0)
         log = read_run(self.run)
+        findings = check_runs([self.run]).runs[0].findings
+        assert not [f.name for f in findings if f.verdict is Verdict.VIOLATED]
         assert log.end is not None and log.end["windows"] == self.windows and log.end["rejected"] == 0
         accuracy = [r["accuracy"] for r in log.records("evaluation")]
         assert accuracy[-1] > accuracy[0]
