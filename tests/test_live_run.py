@@ -238,6 +238,24 @@ def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert store.keys("a/") == ["a/0", "a/2"]
 
 
+def test_objects_that_stay_are_told_of_or_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S3 answers with an error for each object that it did not delete, and no other."""
+    store, errors = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s")), list[dict[str, str]]()
+    monkeypatch.setattr(
+        store, "_client", SimpleNamespace(delete_objects=lambda **named: {"Errors": list(errors)})
+    )
+    store.delete(["a"])
+    errors.append({"Key": "a", "Code": "AccessDenied"})
+    store.delete(["a"])
+    store.delete(["a"])
+    assert caplog.text.count("key=a stays in it") == 1
+    errors.append({"Key": "b", "Code": "InternalError"})
+    with pytest.raises(Unreachable, match="delete_objects"):
+        store.delete(["a", "b"])
+
+
 @pytest.mark.parametrize(
     "code", ["NoSuchKey", "AccessDenied", "InvalidObjectState", "InvalidRequest", "KMS.DisabledException"]
 )
