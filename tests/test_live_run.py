@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -224,6 +224,28 @@ def test_a_run_that_sweeps_still_keeps_others_from_its_name(
     for device in devices:
         device.join(20)
     assert done[:2] == ["swept", "gone"]
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_who_gives_way_leaves_the_objects_that_the_other_needs(tmp_path: Path, is_taken: bool) -> None:
+    """They may have one token: both went on with one run, on two machines."""
+    world = World(tmp_path)
+    run = world.server()
+    run.office.journal = Journal(tmp_path / "journal")
+    run._kept = []
+    run.presence = Mock(taken_by="process 1 on another machine" if is_taken else "")
+    world.store.put(Piece(f"fedml_7/sent/{run.office.token}/values-0", 1, ""), b"x")
+    run._sweep()
+    assert len(world.store) == int(is_taken)
+    run.office.journal.close()
+
+
+def test_what_an_earlier_server_had_ordered_is_removed_but_for_what_is_needed(tmp_path: Path) -> None:
+    office, removed = World(tmp_path).server().office, list[str]()
+    office._hands = Mock(delete=removed.extend)
+    with patch.object(type(office), "needed", return_value=frozenset("b")):
+        office.abandon("abc")
+    assert removed == ["a", "c"]
 
 
 def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
