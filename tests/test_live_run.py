@@ -708,6 +708,20 @@ def test_fedmls_own_devices_know_no_proximal_term(
         world.server()
 
 
+@pytest.mark.parametrize("given", [{"device_submodel": "masked"}, {"backend": "GRPC"}, {}])
+def test_densities_are_measured_where_there_is_something_to_measure(
+    tmp_path: Path, given: dict[str, str]
+) -> None:
+    world = World(tmp_path, measured_densities=True)
+    world.options |= {key: value for key, value in given.items() if key != "backend"}
+    world.args.backend = given.get("backend", "MQTT_S3_MNN")
+    if not given:
+        world.server()
+        return
+    with pytest.raises(ConfigError, match="GMR-106 measured_densities=true"):
+        world.server()
+
+
 def test_mask_aware_devices_train_with_the_proximal_term(tmp_path: Path) -> None:
     """The longer the training, the more it holds back; 0 is FedAvg."""
     trainers = [World(tmp_path, proximal=mu).process(1)._bench.training.trainer for mu in (0.0, 0.25)]
