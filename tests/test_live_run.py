@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import queue
 import threading
 import time
@@ -367,6 +368,38 @@ def test_a_run_that_could_not_write_its_end_goes_on(tmp_path: Path, monkeypatch:
         world.server().train()
     end = read_run(tmp_path / "live").end
     assert end is not None and end["windows"] == 3
+
+
+def test_log_and_model_are_on_the_disk_before_the_journals_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut at the end leaves either the end, or what goes on to it."""
+    synchronised: dict[str, bytes] = {}
+    fsync, remove, seen = os.fsync, live_module.shutil.rmtree, list[dict[str, bytes]]()
+
+    def noted(descriptor: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synchronised[place.name] = place.read_bytes() if place.is_file() else b""
+        if place.is_dir():
+            synchronised[place.name] = " ".join(sorted(path.name for path in place.iterdir())).encode()
+        fsync(descriptor)
+
+    def removed(folder: Path, **named: Any) -> None:
+        seen.append(dict(synchronised))
+        remove(folder, **named)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(live_module.shutil, "rmtree", removed)
+    world = World(tmp_path, windows=2)
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    run.train()
+    for device in devices:
+        device.join(20)
+    (then,) = seen
+    assert then["run.jsonl"] == (tmp_path / "live" / "run.jsonl").read_bytes()
+    assert then["model.draft"] == (tmp_path / "live" / "model.safetensors").read_bytes()
+    assert b"model.safetensors" in then["live"]
 
 
 @pytest.mark.parametrize("trouble", ["away", "slow"])

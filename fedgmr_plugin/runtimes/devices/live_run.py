@@ -151,6 +151,7 @@ class LiveRun(RecordedRun):
     def _write_end(self, writer: RunLogWriter, end: dict[str, Any]) -> None:
         """As `RecordedRun._write_end`, when there is space."""
         _when_there_is_space("the end of the log", lambda: writer.write(end))
+        _when_there_is_space("the end of the log", writer.sync)  # the journals are removed behind it
 
     def _advance(self, writer: RunLogWriter, checkpoint: Checkpoint | None) -> dict[str, Any]:
         self._open(checkpoint)
@@ -352,7 +353,7 @@ class _Journals:
         return self._folder / f"{number:08d}.journal"
 
 
-def _when_there_is_space(what: str, write: Callable[[], None]) -> None:
+def _when_there_is_space(what: str, write: Callable[[], object]) -> None:
     """Write something, again and again until it can be written."""
     before = ""
     while True:
