@@ -193,18 +193,44 @@ def test_a_device_with_a_key_cannot_send_rubbish(field: Field, payload: bytes) -
     assert {r["client"] for r in field.records("arrival")} == {0, 1}
 
 
-def test_what_admission_refuses_is_counted_for_its_device(field: Field) -> None:
-    hear(field, 3, status(3, 1), KEYS[3])
-    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
+def update(field: Field, dispatch: int, value: float, /, **changes: Any) -> bytes:
+    """An answer to a dispatch, which says that it is of whoever was sent it."""
     flight = field.office.server.flights[dispatch]
     cuts = PayloadOrder.by_rung(flight.ranking, flight.rung).cuts
     header = Header(
         *("update", TOKEN, flight.version, flight.ranking.digest, field.layout.size, cuts),
-        client=2,
+        client=flight.client,
         dispatch=dispatch,
         outcome=Outcome(40.0),
     )
-    payload = bytes(encode(Message(header, torch.full((cuts[-1],), float("nan")))))
+    return bytes(encode(Message(replace(header, **changes), torch.full((cuts[-1],), value))))
+
+
+@pytest.mark.parametrize("whose", ["dispatch", "client", "both"])
+def test_an_update_that_speaks_for_another_device_is_refused(field: Field, whose: str) -> None:
+    """Its note is right, and its object is its own: only what is in it is not."""
+    hear(field, 3, status(3, 1), KEYS[3])
+    while len(field.office.server.flights) < 3:
+        field.world.step()
+    dispatches = {f.client: d for d, f in field.office.server.flights.items()}
+    theirs = {"dispatch": dispatches[1], "client": 1}
+    changes = theirs if whose == "both" else {whose: theirs[whose]}
+    payload = update(field, dispatches[2], 1e3, **changes)
+    piece = Piece(answer_key("7", TOKEN, dispatches[2], 3), len(payload), hashlib.sha256(payload).hexdigest())
+    field.world.objects[piece.key] = payload
+    hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatches[2], piece), KEYS[3], 3)
+    field.until(lambda: bool(field.records("rejected")))
+    (record,) = field.records("rejected")
+    assert (record["client"], record["dispatch"], record["code"]) == (2, dispatches[2], "GMR-747")
+    field.run()
+    assert [r["dispatch"] for r in field.records("arrival")].count(dispatches[1]) == 1
+    assert float(field.office.server.w_D.abs().max()) < 100
+
+
+def test_what_admission_refuses_is_counted_for_its_device(field: Field) -> None:
+    hear(field, 3, status(3, 1), KEYS[3])
+    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
+    payload = update(field, dispatch, float("nan"))
     piece = Piece(answer_key("7", TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
     field.world.objects[piece.key] = payload
     hear(field, 3, AnswerNote(TOKEN, 3, 2, dispatch, piece), KEYS[3], 3)

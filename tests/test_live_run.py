@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ from fedgmr_plugin.protocol.notes import (
     to_server,
 )
 from fedgmr_plugin.protocol.pieces import Piece
-from fedgmr_plugin.protocol.runlog import read_run
+from fedgmr_plugin.protocol.runlog import RunLogWriter, read_run
 from fedgmr_plugin.runtimes import host, resume
 from fedgmr_plugin.runtimes import progress as progress_module
 from fedgmr_plugin.runtimes.devices import hands as hands_module
@@ -43,6 +45,8 @@ from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
 from fedgmr_plugin.runtimes.progress import Progress
 from fedgmr_plugin.runtimes.silos.objects import Objects
 from fedgmr_plugin.runtimes.trainer import FedMLTrainer
+from theory.check import check_runs
+from theory.verdict import Verdict
 
 host.prepare()
 
@@ -177,6 +181,24 @@ def test_nothing_of_a_run_is_left_in_the_store(tmp_path: Path) -> None:
     assert sorted(world.store.keys("")) == sorted(kept)
 
 
+def test_a_dense_device_that_comes_late_is_no_violation(tmp_path: Path) -> None:
+    """It fetches masks that are in the store already: its bytes are more than the server's."""
+    world = World(tmp_path, windows=10, interval=20)
+    world.args.training_type = "cross_device"
+    run = world.server()
+    server = threading.Thread(target=run.train, daemon=True)
+    server.start()
+    devices = [world.device(2)]
+    while run.office.server.version < 3:
+        time.sleep(0.01)
+    devices.append(world.device(1))
+    for thread in (server, *devices):
+        thread.join(30)
+    findings = check_runs([tmp_path / "live"]).runs[0].findings
+    assert {f.name: f.verdict for f in findings}["server_bytes"] is Verdict.HOLDS
+    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+
+
 def test_a_server_that_is_refused_its_place_begins_nothing(tmp_path: Path) -> None:
     """As one whose gRPC port is another's."""
     run = World(tmp_path).server()
@@ -205,6 +227,28 @@ def test_a_run_that_sweeps_still_keeps_others_from_its_name(
     assert done[:2] == ["swept", "gone"]
 
 
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_who_gives_way_leaves_the_objects_that_the_other_needs(tmp_path: Path, is_taken: bool) -> None:
+    """They may have one token: both went on with one run, on two machines."""
+    world = World(tmp_path)
+    run = world.server()
+    run.office.journal = Journal(tmp_path / "journal")
+    run._kept = []
+    run.presence = Mock(taken_by="process 1 on another machine" if is_taken else "")
+    world.store.put(Piece(f"fedml_7/sent/{run.office.token}/values-0", 1, ""), b"x")
+    run._sweep()
+    assert len(world.store) == int(is_taken)
+    run.office.journal.close()
+
+
+def test_what_an_earlier_server_had_ordered_is_removed_but_for_what_is_needed(tmp_path: Path) -> None:
+    office, removed = World(tmp_path).server().office, list[str]()
+    office._hands = Mock(delete=removed.extend)
+    with patch.object(type(office), "needed", return_value=frozenset("b")):
+        office.abandon("abc")
+    assert removed == ["a", "c"]
+
+
 def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     store = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s"))
 
@@ -217,7 +261,27 @@ def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert store.keys("a/") == ["a/0", "a/2"]
 
 
-@pytest.mark.parametrize("code", ["NoSuchKey", "AccessDenied"])
+def test_objects_that_stay_are_told_of_or_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S3 answers with an error for each object that it did not delete, and no other."""
+    store, errors = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s")), list[dict[str, str]]()
+    monkeypatch.setattr(
+        store, "_client", SimpleNamespace(delete_objects=lambda **named: {"Errors": list(errors)})
+    )
+    store.delete(["a"])
+    errors.append({"Key": "a", "Code": "AccessDenied"})
+    store.delete(["a"])
+    store.delete(["a"])
+    assert caplog.text.count("key=a stays in it") == 1
+    errors.append({"Key": "b", "Code": "InternalError"})
+    with pytest.raises(Unreachable, match="delete_objects"):
+        store.delete(["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "code", ["NoSuchKey", "AccessDenied", "InvalidObjectState", "InvalidRequest", "KMS.DisabledException"]
+)
 def test_an_object_that_is_missing_ends_nobody(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """S3 says that access is denied where one may read an object, but not list the bucket."""
     store = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s"))
@@ -267,6 +331,75 @@ def test_an_interrupted_run_leaves_what_going_on_needs(
     end = read_run(tmp_path / "live").end
     assert end is not None and end["windows"] == 12
     assert sorted(world.store.keys("")) == sorted(kept)
+
+
+def test_the_end_that_cannot_be_written_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on when there is space; until then, `fedgmr resume` can, too."""
+    monkeypatch.setattr(live_module, "_STATUS_SECONDS", 0.1)
+    world = World(tmp_path, windows=2)
+    run = world.server()
+    write, tried = RunLogWriter.write, list[bool]()
+
+    def full(writer: RunLogWriter, record: Mapping[str, Any]) -> None:
+        if record["type"] == "end" and len(tried) < 3:
+            tried.append(run.end is None and (tmp_path / "live" / "journal").is_dir())
+            raise OSError(errno.ENOSPC, "no space")
+        write(writer, record)
+
+    monkeypatch.setattr(RunLogWriter, "write", full)
+    devices = [world.device(n) for n in (1, 2)]
+    run.train()
+    for device in devices:
+        device.join(20)
+    assert tried == [True] * 3 and read_run(tmp_path / "live").end is not None and run.end is not None
+
+
+def test_a_run_that_could_not_write_its_end_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happened since the last checkpoint is not removed before the end is written down."""
+    world = World(tmp_path, windows=3)
+    run = world.server()
+    monkeypatch.setattr(run, "_write_end", Mock(side_effect=KeyboardInterrupt))
+    devices = [world.device(n) for n in (1, 2)]
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    for device in devices:
+        device.join(20)
+    with resume.resuming(tmp_path / "live"):
+        world.server().train()
+    end = read_run(tmp_path / "live").end
+    assert end is not None and end["windows"] == 3
+
+
+def test_log_and_model_are_on_the_disk_before_the_journals_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut at the end leaves either the end, or what goes on to it."""
+    synchronised: dict[str, bytes] = {}
+    fsync, remove, seen = os.fsync, live_module.shutil.rmtree, list[dict[str, bytes]]()
+
+    def noted(descriptor: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synchronised[place.name] = place.read_bytes() if place.is_file() else b""
+        if place.is_dir():
+            synchronised[place.name] = " ".join(sorted(path.name for path in place.iterdir())).encode()
+        fsync(descriptor)
+
+    def removed(folder: Path, **named: Any) -> None:
+        seen.append(dict(synchronised))
+        remove(folder, **named)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(live_module.shutil, "rmtree", removed)
+    world = World(tmp_path, windows=2)
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    run.train()
+    for device in devices:
+        device.join(20)
+    (then,) = seen
+    assert then["run.jsonl"] == (tmp_path / "live" / "run.jsonl").read_bytes()
+    assert then["model.draft"] == (tmp_path / "live" / "model.safetensors").read_bytes()
+    assert b"model.safetensors" in then["live"]
 
 
 @pytest.mark.parametrize("trouble", ["away", "slow"])
@@ -614,6 +747,20 @@ def test_a_server_of_devices_trains_nobody(tmp_path: Path, option: str) -> None:
         World(tmp_path, **{option: 2}).server()
 
 
+@pytest.mark.parametrize("given", [{"device_submodel": "masked"}, {"backend": "GRPC"}, {}])
+def test_densities_are_measured_where_there_is_something_to_measure(
+    tmp_path: Path, given: dict[str, str]
+) -> None:
+    world = World(tmp_path, measured_densities=True)
+    world.options |= {key: value for key, value in given.items() if key != "backend"}
+    world.args.backend = given.get("backend", "MQTT_S3_MNN")
+    if not given:
+        world.server()
+        return
+    with pytest.raises(ConfigError, match="GMR-106 measured_densities=true"):
+        world.server()
+
+
 def test_mask_aware_devices_train_with_the_proximal_term(tmp_path: Path) -> None:
     """The longer the training, the more it holds back; 0 is FedAvg."""
     trainers = [World(tmp_path, proximal=mu).process(1)._bench.training.trainer for mu in (0.0, 0.25)]
@@ -709,6 +856,25 @@ def test_only_the_end_of_its_own_run_is_believed_of_what_is_kept(
     assert device.finished
     assert "run_id=7, of which this device had a task before, is over" in caplog.text
     assert "give it a run_id of its own, or start its server first" in caplog.text
+
+
+@pytest.mark.parametrize("said", ["FINISHED", "OFFLINE"])
+def test_whose_connection_breaks_at_the_end_has_not_heard_it(tmp_path: Path, said: str) -> None:
+    """Nobody waits for it, but the broker keeps the end for it."""
+    world = World(tmp_path)
+    run = world.server()
+    device = world.process(1).device
+    office = run.office
+    office.begin(Journal(tmp_path / "journal"))
+    office.seen, office.end = {0: 0.0, 1: 0.0}, {}
+    note = StatusNote(run="7", device=1, sequence=device._sequence(), state=said)
+    office.message(device.speaks, sign(note, device.speaks, None, {"msg_type": STATUS}))
+    kept = {topic for topic, _ in office.farewells()}
+    assert (device.hears in kept) == (said == "OFFLINE")
+    assert office.somebody_works()
+    note = StatusNote(run="7", device=2, sequence=device._sequence(), state="FINISHED")
+    office.message(to_server("7", 2), sign(note, to_server("7", 2), None, {"msg_type": STATUS}))
+    assert not office.somebody_works()
 
 
 def test_a_run_with_fedmls_own_devices_keeps_nothing(tmp_path: Path) -> None:

@@ -133,6 +133,12 @@ def test_what_cannot_be_done_is_refused(supervisor: Supervisor, tmp_path: Path) 
         Supervisor(supervisor.folder)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(HostError, match="GMR-514 .*file/stack cannot be made"):
+        Supervisor(tmp_path / "file" / "stack")
+
+
 PARENT = """
 import sys, time
 from fedgmr_plugin.runtimes.local.processes import Supervisor

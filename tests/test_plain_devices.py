@@ -32,9 +32,11 @@ from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.protocol.desk import Desk, PlainAnswer
 from fedgmr_plugin.protocol.journal import Journal
 from fedgmr_plugin.protocol.notes import CHECK, INIT, MODEL, SYNC, to_device, to_server
+from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.runtimes.devices import field as field_module
 from fedgmr_plugin.runtimes.devices.field import Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
+from fedgmr_plugin.runtimes.devices.office import Fetched
 from fedgmr_plugin.runtimes.devices.plain import PlainOffice
 
 SLOW = 11.0  # seconds that device 1 trains, in most tests
@@ -294,6 +296,56 @@ def test_an_answer_that_comes_while_the_disk_is_full_waits(
         assert len(office.waiting) == kept, "one answer of each dispatch"
     go(field, 3)
     assert not office.paused and len(field.records("arrival")) == 1
+
+
+def test_a_device_that_restarts_while_its_late_answer_is_fetched_is_credited_with_it(
+    make: Callable[..., Field],
+) -> None:
+    """It trained and said so: what it lost is nothing. Nor does a checkpoint break meanwhile."""
+    field = make(lost_after=60.0)
+    field.seconds = lambda n: (0.5, 6.0)[n]
+    for n in range(2):
+        field.plain_device(n)
+    go(field, 7)
+    assert credited(field) == [True], "its number is known"
+    slow: list[Callable[[], None]] = []
+    fetch = field.hands.fetch
+
+    def held(piece: Piece, then: Fetched) -> None:
+        is_slow = piece.key.startswith("fedml_7_2_")
+        slow.append(lambda: fetch(piece, then)) if is_slow else fetch(piece, then)
+
+    with mock.patch.object(field.hands, "fetch", held):
+        while not slow:
+            field.world.step()
+        (dispatch,) = (d for d in field.office._fetching if field.office.server.flights[d].client == 1)
+        assert dispatch in field.office.server.overdue
+        field.plain_device(1)
+        go(field, 12)
+        json.dumps(field.office.state())
+    slow[0]()
+    go(field, 1)
+    assert dispatch in {r["dispatch"] for r in field.records("arrival")}
+    assert "restarted" not in [r["state"] for r in field.records("client")] and all(credited(field))
+
+
+def test_an_answer_that_is_given_up_while_it_is_fetched_breaks_no_checkpoint(
+    make: Callable[..., Field],
+) -> None:
+    """The store is slower than the time after which the sub-model counts as lost."""
+    field = make(lost_after=8.0)
+    field.seconds = lambda n: (0.5, 6.0)[n]
+    for n in range(2):
+        field.plain_device(n)
+    go(field, 4)
+    with mock.patch.object(field.hands, "fetch", side_effect=lambda piece, then: None) as fetch:
+        go(field, 5)
+        waiting = set(field.office._fetching)
+        assert fetch.call_count == 2
+    del field.devices[1]
+    go(field, 40)
+    assert waiting - set(field.office.server.flights) and waiting <= field.office._fetching
+    json.dumps(field.office.state())
 
 
 @pytest.mark.parametrize("repeats", [True, False])

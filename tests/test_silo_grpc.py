@@ -26,6 +26,7 @@ from fedgmr_plugin.protocol.fedml_pickle import read_model
 from fedgmr_plugin.protocol.notes import MODEL, MOST_MESSAGE, STATUS, AnswerNote, StatusNote, sign, to_server
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.runtimes import host
+from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
 from fedgmr_plugin.runtimes.silos.objects import MOST_OBJECTS, Objects
 
@@ -129,6 +130,21 @@ def test_a_clients_own_objects_are_bounded_too() -> None:
     assert objects.get(piece_of(bytes([9]) * 400, "a9")) == bytes([9]) * 400
 
 
+def test_what_a_server_sends_is_in_its_checkpoint() -> None:
+    """No store keeps it: silos would wait for it in vain, once the server was killed."""
+    server = link()
+    hands = ThreadedHands(server._objects, server, server._inbox)
+    server._objects.put(piece_of(b"increment", "values-0"), b"increment")
+    server._objects.receive("topic", piece_of(b"answer"), b"answer")
+    hands.put(piece_of(b"mask", "mask-0"), b"mask")
+    assert hands.unsent() == [
+        (piece_of(b"increment", "values-0"), b"increment"),
+        (piece_of(b"mask", "mask-0"), b"mask"),
+    ]
+    server._objects.delete(["values-0"])
+    assert [piece.key for piece, _ in hands.unsent()] == ["mask-0"]
+
+
 def test_what_waits_for_somebody_who_is_away_is_bounded() -> None:
     """A silo repeats its answer every heartbeat; what is sent when the server is back is the newest."""
     outbox = Outbox(1000)
@@ -224,6 +240,25 @@ def test_messages_beyond_the_inbox_are_dropped_with_a_code() -> None:
         server._inbox._most = 2**20
         server._arrived(frame(payload, [], topic))
     assert server._inbox.qsize() == 5 and dict(server.dropped) == {"GMR-745": 35}
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ("0,0,127.0.0.1,1\n1,1,127.0.0.1,2\n1,2,127.0.0.1,3\n", "two rows"),
+        ("0,0,127.0.0.1,65536\n", "grpc_server_port=65536"),
+        ("0,0,127.0.0.1,0\n", "grpc_server_port=0"),
+        ("0,0,,8890\n", "grpc_server_ip=''"),
+        ("0,0\n", "TypeError"),
+        ("0,0,127.0.0.1,x\n", "ValueError"),
+    ],
+)
+def test_a_row_that_is_no_address_is_refused(tmp_path: Path, rows: str, problem: str) -> None:
+    file = tmp_path / "peers.csv"
+    file.write_text(f"eid,rank,grpc_server_ip,grpc_server_port\n{rows}")
+    with pytest.raises(ConfigError, match=problem) as refused:
+        peers(str(file))
+    assert refused.value.code == "GMR-112"
 
 
 def test_a_process_listens_where_its_row_says_and_is_reached_at_its_ingress(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes.local.ports import free_port
 from fedgmr_plugin.runtimes.local.processes import Supervisor
 from fedgmr_plugin.runtimes.local.stack import Stack
+from theory.check import check_runs
+from theory.verdict import Verdict
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = (REPOSITORY / "docs" / "silos.md").read_text(encoding="utf-8")
@@ -77,6 +79,8 @@ class Silos:
         connect: writes into a process's `comm_args` where broker and store are on this machine.
         silos: number of them.
         is_masked: whether they are FedML's own clients.
+        windows: after which the run ends.
+        options: of the server, besides the page's.
     """
 
     def __init__(
@@ -88,7 +92,10 @@ class Silos:
         silos: int = 2,
         *,
         is_masked: bool = False,
+        windows: int = WINDOWS,
+        **options: Any,
     ) -> None:
+        self.windows, self.options = windows, options
         self.folder, self.processes, self.transport, self.silos = folder, processes, transport, silos
         self.env = {
             **os.environ,
@@ -119,7 +126,7 @@ class Silos:
     def _adapt(self, settings: dict[str, Any], rank: int, is_masked: bool) -> None:
         """What the page says differs from the files, and what makes a test short."""
         train = settings["train_args"]
-        train["comm_round"] = WINDOWS
+        train["comm_round"] = self.windows
         if self.silos > 2:
             train |= dict.fromkeys(("client_num_in_total", "client_num_per_round", "worker_num"), self.silos)
         if rank > 0:
@@ -128,6 +135,7 @@ class Silos:
         else:
             train["client_id_list"] = json.dumps(list(range(1, self.silos + 1)))
             settings["fedgmr_args"] |= {"window_slack": 0.1, "retry_seconds": 2.0, "progress": False}
+            settings["fedgmr_args"] |= self.options
         if is_masked:
             of_server, of_silo = map(yaml.safe_load, shown("yaml"))
             for section, options in (of_silo if rank else of_server).items():
@@ -194,7 +202,9 @@ class Silos:
         """The server came to its end, with what these clients sent and nothing else."""
         self.over(0)
         log = read_run(self.run)
-        assert log.end is not None and log.end["windows"] == WINDOWS and log.end["rejected"] == 0
+        findings = check_runs([self.run]).runs[0].findings
+        assert not [f.name for f in findings if f.verdict is Verdict.VIOLATED]
+        assert log.end is not None and log.end["windows"] == self.windows and log.end["rejected"] == 0
         accuracy = [r["accuracy"] for r in log.records("evaluation")]
         assert accuracy[-1] > accuracy[0]
         assert {r["client"] for r in log.records("arrival")} == clients
@@ -267,4 +277,18 @@ def test_a_silo_with_another_key_is_refused_and_nothing_of_it_is_applied(make: M
     silos.check({0, 1})
     assert silos.status()[2]["state"] == "away" and silos.status()[2]["seen"] is None
     assert silos.processes.poll("client3") is None  # it was told nothing, not even the end
+    assert silos.replay().splitlines()[-1].endswith("(the same)")
+
+
+@pytest.mark.parametrize("transport", ["mqtt", "grpc"])
+def test_a_server_that_was_killed_goes_on_to_the_same_bits(make: Make, transport: str) -> None:
+    """Behind a checkpoint, while silos work: over gRPC what it had sent them is gone with its memory."""
+    silos = make(windows=15, checkpoint_seconds=0)
+    for rank in range(3):
+        silos.start(rank)
+    silos.wait(lambda: len(list(silos.run.glob("checkpoints/*.safetensors"))) > 0)
+    silos.processes.kill("server0")
+    command = [sys.executable, "-m", "fedgmr_plugin", "resume", str(silos.run)]
+    silos.processes.start("server0", command, cwd=silos.folder, env=silos.env)
+    silos.check({0, 1})
     assert silos.replay().splitlines()[-1].endswith("(the same)")

@@ -57,13 +57,13 @@ def save(run: Path, window: int, meta: Mapping[str, Any], tensors: Mapping[str, 
     metadata = {"format": FORMAT, "meta": json.dumps(meta)}
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(draft), metadata)
-        _sync(draft)
+        sync(draft)
         path = folder / f"{window:08d}-{_digest(draft)}.safetensors"
         draft.rename(path)
     except (OSError, SafetensorError) as error:
         draft.unlink(missing_ok=True)
         raise OSError(f"no checkpoint of window {window}: {error}") from error
-    _sync(folder)
+    sync(folder)
     for _, old in list(_found(folder))[_KEPT:]:
         old.unlink()
     return path
@@ -125,7 +125,7 @@ def _digest(path: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bring a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

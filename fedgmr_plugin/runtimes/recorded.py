@@ -20,7 +20,7 @@ from torch import nn
 
 from fedgmr_plugin.engine.course import Course
 from fedgmr_plugin.errors import ConfigError
-from fedgmr_plugin.protocol.checkpoint import Checkpoint, save
+from fedgmr_plugin.protocol.checkpoint import Checkpoint, save, sync
 from fedgmr_plugin.protocol.runlog import LOG_NAME, RunLogWriter
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.command import Command
@@ -92,8 +92,9 @@ class RecordedRun(ABC):
                         writer.write(self.header)
                     end = self._advance(writer, checkpoint)
                     self._save_model()
-                    self.end = {**end, "wall_seconds": time.monotonic() - started}
-                    writer.write(self.end)
+                    end = {**end, "wall_seconds": time.monotonic() - started}
+                    self._write_end(writer, end)
+                    self.end = end
         _log.info("model sha256: %s", end["model_sha256"])
         progress.close_with(self.end, self.directory)
 
@@ -121,7 +122,13 @@ class RecordedRun(ABC):
         state = server.layout.state_dict(self.model, shipped)
         draft = self.directory / "model.draft"
         save_file({k: v.cpu().contiguous() for k, v in state.items()}, str(draft))
+        sync(draft)
         draft.rename(self.directory / "model.safetensors")
+        sync(self.directory)
+
+    def _write_end(self, writer: RunLogWriter, end: dict[str, Any]) -> None:
+        """Write the log's last record, behind which nobody goes on with the run."""
+        writer.write(end)
 
     @contextmanager
     def _way_on(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ class Store(Protocol):
     def get(self, piece: Piece) -> bytearray: ...
     def delete(self, keys: Sequence[str]) -> None: ...
     def keys(self, prefix: str) -> list[str]: ...
+    def volatile(self) -> list[tuple[Piece, Content]]: ...
 
 
 class Link(Protocol):
@@ -109,7 +110,8 @@ class ThreadedHands:
 
     def unsent(self) -> list[tuple[Piece, Content]]:
         with self._changed:
-            return list(self._unsent.values())
+            waiting = list(self._unsent.values())
+        return [*self._store.volatile(), *waiting]
 
     def undeleted(self) -> list[str]:
         with self._changed:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,16 +146,12 @@ class LiveRun(RecordedRun):
 
     def _save_model(self) -> None:
         """As `RecordedRun._save_model`, when there is space."""
-        before = ""
-        while True:
-            try:
-                super()._save_model()
-                return
-            except (OSError, SafetensorError) as error:
-                if str(error) != before:
-                    _log.warning("the model waits until it can be written: %s", error)
-                before = str(error)
-                time.sleep(_STATUS_SECONDS)
+        _when_there_is_space("the model", super()._save_model)
+
+    def _write_end(self, writer: RunLogWriter, end: dict[str, Any]) -> None:
+        """As `RecordedRun._write_end`, when there is space."""
+        _when_there_is_space("the end of the log", lambda: writer.write(end))
+        _when_there_is_space("the end of the log", writer.sync)  # the journals are removed behind it
 
     def _advance(self, writer: RunLogWriter, checkpoint: Checkpoint | None) -> dict[str, Any]:
         self._open(checkpoint)
@@ -355,6 +351,20 @@ class _Journals:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}.journal"
+
+
+def _when_there_is_space(what: str, write: Callable[[], object]) -> None:
+    """Write something, again and again until it can be written."""
+    before = ""
+    while True:
+        try:
+            write()
+            return
+        except (OSError, SafetensorError) as error:
+            if str(error) != before:
+                _log.warning("%s waits until it can be written: %s", what, error)
+            before = str(error)
+            time.sleep(_STATUS_SECONDS)
 
 
 def token_of(directory: Path, resumed: bool) -> str:

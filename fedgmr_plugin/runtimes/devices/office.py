@@ -24,7 +24,7 @@ from fedgmr_plugin.engine.examiner import Examiner
 from fedgmr_plugin.engine.live import Live, LiveEvent, Tick
 from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.errors import WireError
-from fedgmr_plugin.protocol.desk import Desk, PlainAnswer, PlainStatus
+from fedgmr_plugin.protocol.desk import Desk, PlainAnswer, PlainStatus, Said
 from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
 from fedgmr_plugin.protocol.history import SEQUENCE, entry_of, event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal
@@ -62,7 +62,7 @@ class Hands(Protocol):
         ...
 
     def unsent(self) -> list[tuple[Piece, Content]]:
-        """Objects that have not been stored yet."""
+        """Objects that are lost with this process: not stored yet, or in its memory only."""
         ...
 
     def undeleted(self) -> list[str]:
@@ -117,7 +117,8 @@ class Office:
         self.waiting: list[LiveEvent] = []  # what could not be written down yet
         self.paused = ""  # why
         self.received: dict[int, int] = {}  # client to the bytes of its updates, since this server began
-        self._farewells: set[int] = set()
+        self._farewells: set[int] = set()  # clients that know of the end
+        self._gone: set[int] = set()  # clients whose connection broke after it
         self._record = record
         self._hands, self._clock, self._measured = hands, clock, measured
         self._fetching: set[int] = set()  # dispatches whose answer is on its way
@@ -142,7 +143,7 @@ class Office:
 
         Args:
             journal: where the next events are written.
-            unsent: objects that were not stored at the checkpoint.
+            unsent: objects that were in no store at the checkpoint that outlives a process.
         """
         for piece, content in unsent:
             self._hands.put(piece, content)
@@ -182,10 +183,7 @@ class Office:
         if self.end is not None:
             answered = [said.dispatch] if isinstance(said, AnswerNote) else []
             self._delete_answers(client, [*self._left_behind.get(client, []), *answered])
-            if isinstance(said, (StatusNote, PlainStatus)) and said.state != "ONLINE":
-                self._farewells.add(client)
-            else:
-                self._finish(client)
+            self._heard_after_end(client, said)
         elif not isinstance(said, PlainAnswer) and any(
             client == getattr(event, "client", None) for event in self.waiting
         ):
@@ -196,6 +194,17 @@ class Office:
             self._answer(client, said, now)
         else:
             self._plain(client, said, now)
+
+    def _heard_after_end(self, client: int, said: Said) -> None:
+        """Tell a device of the end, but for one that knows of it, or whose connection is gone."""
+        state = said.state if isinstance(said, (StatusNote, PlainStatus)) else "ONLINE"
+        if state == "FINISHED":
+            self._farewells.add(client)
+        elif state == "OFFLINE":
+            self._gone.add(client)
+        else:
+            self._gone.discard(client)
+            self._finish(client)
 
     def tick(self) -> None:
         """Do what has become due."""
@@ -477,7 +486,7 @@ class Office:
     # -- what is seen from outside ---------------------------------------------------------------------
 
     def unsent(self) -> list[tuple[Piece, Content]]:
-        """Objects that are not in the store yet."""
+        """Objects that no store has that outlives this process."""
         return self._hands.unsent()
 
     def undeleted(self) -> list[str]:
@@ -489,8 +498,8 @@ class Office:
         return self.pieces.keys
 
     def somebody_works(self) -> bool:
-        """Whether a device that was heard of has not said that it knows of the end."""
-        return bool(set(self.seen) - self._farewells)
+        """Whether a device that was heard of has not said that it knows of the end, and may be there."""
+        return bool(set(self.seen) - self._farewells - self._gone)
 
     def status(self) -> list[dict[str, Any]]:
         """One row for each device: what a display shows."""

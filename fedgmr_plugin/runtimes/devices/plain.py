@@ -186,7 +186,7 @@ class PlainOffice(Office):
     def _online(self, client: int, now: float) -> None:
         if self._unanswered[client]:
             self._unanswered[client] -= 1
-        elif client in self._numbering and self._outstanding(client):
+        elif client in self._numbering and set(self._outstanding(client)) - self._fetching:
             self._restarted.add(client)
         if client in self.server.away and self._is_new(client) and client not in self._owing():
             self._apply([ClientJoined(client, now, fresh=client in self._restarted)])
@@ -345,7 +345,7 @@ class PlainOffice(Office):
         files = [[*key, piece] for key, piece in self._files.items()]
         known = {"numbering": sorted(self._numbering), "silent": sorted(self._silent)}
         # What is not written down yet is to be heard again.
-        lost = {self._names[d] for d in (*self._fetching, *self._unwritten())}
+        lost = {self._names.get(d) for d in (*self._fetching, *self._unwritten())}
         heard = [[client, [n for n in names if n not in lost]] for client, names in self._heard.items()]
         return {**super().state(), "files": files, **known, "heard": heard}
 

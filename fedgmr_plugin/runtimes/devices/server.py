@@ -175,7 +175,7 @@ def prepare_server(
         ConfigError, ModelError, DataError: everything wrong with them.
     """
     config, keys = options(args), fedml_keys(args)
-    _refuse_simulated(config)
+    _refuse_impossible(config, has_store=getattr(args, "backend", None) != "GRPC")
     # What is logged is what is sent, on a real clock.
     measured = {"payload_rule": "encoded", "model_megabytes": None, "aggregation_seconds": 0.0}
     config = config.model_copy(update=measured)
@@ -211,8 +211,8 @@ def prepare_server(
     return Setup(args, config, keys, where, data, model, layout, counts, densities, bench)
 
 
-def _refuse_simulated(config: FedGMRConfig) -> None:
-    """What has no meaning without the clients' data, or on a real clock."""
+def _refuse_impossible(config: FedGMRConfig, *, has_store: bool) -> None:
+    """What has no meaning without the clients' data, on a real clock, or with these clients."""
     wrong = [
         f"{key} belongs to a simulated network" for key in _SIMULATED if getattr(config, key) is not None
     ]
@@ -231,6 +231,11 @@ def _refuse_simulated(config: FedGMRConfig) -> None:
         wrong.append(
             f"proximal={config.proximal:g}: with device_submodel={config.device_submodel}, FedML's own "
             "clients train, which know no proximal term"
+        )
+    if config.measured_densities and not (has_store and config.device_submodel == "wire"):
+        wrong.append(
+            "measured_densities=true: clients measure their way to the store, which there is none of over "
+            "gRPC; FedML's own measure nothing"
         )
     if config.workers > 1:
         wrong.append(f"workers={config.workers}: devices train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ from fedgmr_plugin.runtimes.devices.connection import Bucket
 from fedgmr_plugin.runtimes.devices.loopback import announced
 from fedgmr_plugin.runtimes.devices.office import Content
 
+_log = logging.getLogger(__name__)
 _REFUSED = frozenset({"AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
 _MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+#: Why nobody can read an object, whose owner stored it so: archived, or encrypted with a key of its own.
+_UNREADABLE = frozenset({"AccessDenied", "InvalidObjectState", "InvalidRequest", "InvalidArgument"})
 
 
 class Unreachable(Exception):
@@ -27,7 +31,7 @@ class S3Store:
     """Objects in one bucket. Safe for concurrent threads."""
 
     def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket.name
+        self._bucket, self._told = bucket.name, False
         self._client: Any = boto3.client(
             "s3",
             endpoint_url=bucket.endpoint,
@@ -86,14 +90,21 @@ class S3Store:
         return content
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove objects; missing ones are no error.
+        """Remove objects; missing ones are no error, and those that may not be removed are told of, once.
 
         Raises:
             Unreachable, HostError: as `put`.
         """
         for start in range(0, len(keys), 1000):
             objects = [{"Key": key} for key in keys[start : start + 1000]]
-            self._call("delete_objects", Delete={"Objects": objects, "Quiet": True})
+            answer = self._call("delete_objects", Delete={"Objects": objects, "Quiet": True}) or {}
+            left = [(str(e.get("Code")), e.get("Key")) for e in answer.get("Errors", ())]
+            denied = [key for code, key in left if code in _REFUSED]
+            if denied and not self._told:
+                self._told = True
+                _log.warning("the store lets this process delete nothing: key=%s stays in it", denied[0])
+            if any(code not in _REFUSED | _MISSING for code, _ in left):
+                raise Unreachable(f"delete_objects: {left}")
 
     def keys(self, prefix: str) -> list[str]:
         """Names of the objects that begin with `prefix`.
@@ -110,6 +121,10 @@ class S3Store:
                 return found
             more = {"ContinuationToken": answer["NextContinuationToken"]}
 
+    def volatile(self) -> list[tuple[Piece, Content]]:
+        """Objects that are lost with this process: none."""
+        return []
+
     def _call(self, operation: str, **named: Any) -> Any:
         """The store's answer; None where an object is missing."""
         try:
@@ -117,10 +132,15 @@ class S3Store:
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code"))
             # S3 tells nobody who may not list a bucket, as no device may, that an object of it is missing.
-            if code in _MISSING or (operation == "get_object" and code == "AccessDenied"):
+            if code in _MISSING or (operation == "get_object" and _is_unreadable(code)):
                 return None
             if code in _REFUSED:
                 raise HostError("GMR-515", f"the store refuses {operation}: {error}") from error
             raise Unreachable(str(error)) from error
         except (BotoCoreError, OSError) as error:
             raise Unreachable(str(error)) from error
+
+
+def _is_unreadable(code: str) -> bool:
+    """Whether a read fails however often it is tried: who waits for one such object must hear of it."""
+    return code in _UNREADABLE or code.startswith("KMS.")

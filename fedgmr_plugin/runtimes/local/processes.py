@@ -49,12 +49,15 @@ class Supervisor:
         detached: leave the processes running at this process's end, for `record.stop_recorded` to stop.
 
     Raises:
-        HostError: GMR-514 if the folder's record has processes that still run.
+        HostError: GMR-514 if the folder cannot be made, or its record has processes that still run.
     """
 
     def __init__(self, folder: Path | str, *, detached: bool = False) -> None:
         self.folder = Path(folder).absolute()
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise HostError("GMR-514", f"{self.folder} cannot be made: {error.strerror}") from error
         if running := record.running(self.folder):
             raise HostError("GMR-514", f"{self.folder} has running processes: {', '.join(running)}")
         self._children: dict[str, _Child] = {}

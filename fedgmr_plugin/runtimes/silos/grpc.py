@@ -90,17 +90,25 @@ def peers(path: str) -> dict[int, Peer]:
     try:
         with Path(path).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        return {
-            int(row["eid"]): Peer(
-                row.get("ingress_ip") or row["grpc_server_ip"],
-                int(row["grpc_server_port"]),
-                row["grpc_server_ip"],
-            )
-            for row in rows
-        }
+        found = [(int(row["eid"]), _peer(row)) for row in rows]
+        if len(dict(found)) < len(found):
+            raise ValueError("an eid has two rows")
+        return dict(found)
     except (OSError, KeyError, ValueError, TypeError) as error:
         problem = f"grpc_ipconfig_path={path}: {type(error).__name__}: {error}"
         raise ConfigError("GMR-112", problem, where=path) from error
+
+
+def _peer(row: Mapping[str, str]) -> Peer:
+    """A row's process.
+
+    Raises:
+        ValueError, KeyError, TypeError: it has none.
+    """
+    listens, port = row["grpc_server_ip"], int(row["grpc_server_port"])
+    if not listens or not 0 < port < 2**16:
+        raise ValueError(f"grpc_server_ip={listens!r}, grpc_server_port={port} is no address")
+    return Peer(row.get("ingress_ip") or listens, port, listens)
 
 
 def most_bytes(expected: Mapping[str, Any]) -> int:

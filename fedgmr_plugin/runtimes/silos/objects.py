@@ -70,6 +70,12 @@ class Objects:
             names = {key for s in (self._own, *self._received.values()) for key, _ in s.contents}
         return [key for key in names if key.startswith(prefix)]
 
+    def volatile(self) -> list[tuple[Piece, Content]]:
+        """What this process put: it is lost with it."""
+        with self._lock:
+            own = list(self._own.contents.items())
+        return [(Piece(key, len(content), digest), content) for (key, digest), content in own]
+
     def held(self) -> int:
         """Bytes of all objects."""
         with self._lock:
