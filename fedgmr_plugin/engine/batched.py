@@ -144,10 +144,8 @@ class _Group:
                 loss_n += loss.detach()
                 samples += y.shape[1]
                 steps += 1
-        return [
-            self._update(n, LocalStats(steps, samples, float(loss_n[n]) / steps, float(drift_n[n]) / steps))
-            for n in range(len(self._group))
-        ]
+        means = zip((loss_n / steps).tolist(), (drift_n / steps).tolist(), strict=True)
+        return [self._update(n, LocalStats(steps, samples, *of_client)) for n, of_client in enumerate(means)]
 
     def _loss(self, trained: Stacked, fixed: Stacked, x: Tensor, y: Tensor) -> Tensor:
         """One client's loss on x [b, ...] and y [b, ...]."""
@@ -158,6 +156,8 @@ class _Group:
         try:
             loss: Tensor = losses(self.trained, self.fixed, x, y)
             loss.sum().backward()
+        except torch.cuda.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise ModelError(
                 "GMR-211", f"{type(error).__name__}: {error}", where=type(self._model).__name__
