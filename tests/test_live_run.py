@@ -370,6 +370,52 @@ def test_a_run_that_could_not_write_its_end_goes_on(tmp_path: Path, monkeypatch:
     assert end is not None and end["windows"] == 3
 
 
+def test_nothing_is_left_to_do_when_the_end_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind its end nobody goes on with a run: whoever is away has to find it, and the store to be empty."""
+    world, seen = World(tmp_path, windows=2, answer_deadline=2.0, clients_at_start=1), list[Any]()
+    run = world.server()
+    write, stop = run._write_end, run.link.stop
+
+    def written(writer: RunLogWriter, end: dict[str, Any]) -> None:
+        seen.append((set(world.kept), world.store.keys("")))
+        write(writer, end)
+
+    def stopped() -> None:
+        seen.append("gone")
+        stop()
+
+    monkeypatch.setattr(run, "_write_end", written)
+    monkeypatch.setattr(run.link, "stop", stopped)
+    device = world.device(1)
+    run.train()
+    device.join(20)
+    assert seen[:2] == ["gone", ({to_device("7", 0, n) for n in (1, 2)}, [])]
+    assert seen[2:] == ["gone"]  # `train`'s own
+    assert all(world.kept[to_device("7", 0, n)] == b"" for n in [1]) and world.kept[to_device("7", 0, 2)]
+
+
+def test_a_server_that_was_killed_while_it_swept_goes_on_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, windows=3, checkpoint_seconds=0.0)
+    run = world.server()
+    monkeypatch.setattr(run.hands, "sweep", Mock(side_effect=Broken))
+    devices = [world.device(n) for n in (1, 2)]
+    with pytest.raises(Broken):
+        run.train()
+    for device in devices:
+        device.join(20)
+    lines = (tmp_path / "live" / "run.jsonl").read_bytes()
+    world.store.put(Piece(f"fedml_7/answers/2/{run.office.token}-99", 1, ""), b"x")
+    with resume.resuming(tmp_path / "live"):
+        world.server().train()
+    assert (tmp_path / "live" / "run.jsonl").read_bytes().startswith(lines)
+    end = read_run(tmp_path / "live").end
+    assert end is not None and end["windows"] == 3 and world.store.keys("") == []
+
+
 def test_log_and_model_are_on_the_disk_before_the_journals_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
