@@ -21,7 +21,7 @@ from torch import nn
 
 from fedgmr_plugin.engine.client import BuiltinTrainer
 from fedgmr_plugin.errors import ConfigError, HostError, WireError
-from fedgmr_plugin.protocol.journal import Journal
+from fedgmr_plugin.protocol.journal import Journal, read
 from fedgmr_plugin.protocol.notes import (
     FINISH,
     STATUS,
@@ -331,6 +331,41 @@ def test_an_interrupted_run_leaves_what_going_on_needs(
     end = read_run(tmp_path / "live").end
     assert end is not None and end["windows"] == 12
     assert sorted(world.store.keys("")) == sorted(kept)
+
+
+@pytest.mark.parametrize("seconds", [None, 0.0])
+def test_the_clock_goes_on_where_the_journal_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float | None
+) -> None:
+    """Not where the last checkpoint was made: what happened since would be in the future."""
+    world = World(tmp_path, 12, checkpoint_seconds=seconds)
+    run = world.server()
+    record = run.record
+
+    def breaking(fields: dict[str, Any]) -> None:
+        record(fields)
+        if fields["type"] == "window" and fields["window"] == 6:
+            raise Broken
+
+    monkeypatch.setattr(run, "record", breaking)
+    devices = [world.device(n) for n in (1, 2)]
+    with pytest.raises(Broken):
+        run.train()
+    (journal, *_) = sorted((tmp_path / "live" / "journal").glob("*"), reverse=True)
+    last = max(float(entry.head["time"]) for entry in read(journal))
+    with resume.resuming(tmp_path / "live"):
+        again = world.server()
+    start, started = again.clock.start, list[float]()
+
+    def noted(at: float) -> None:
+        started.append(at)
+        start(at)
+
+    monkeypatch.setattr(again.clock, "start", noted)
+    again.train()
+    for device in devices:
+        device.join(20)
+    assert started == [last] and last > 0.0
 
 
 def test_the_end_that_cannot_be_written_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.protocol.checkpoint import Checkpoint
-from fedgmr_plugin.protocol.journal import Entry, Journal, read, sync_folder
+from fedgmr_plugin.protocol.journal import Entry, Journal, read, sync
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.presence import Presence
 from fedgmr_plugin.protocol.runlog import RunLogWriter
@@ -171,7 +171,7 @@ class LiveRun(RecordedRun):
         self._journals = _Journals(self.directory / _JOURNALS)
         # Their names are to be there after a power cut.
         for folder in (self.directory, self.directory.parent):
-            sync_folder(folder)
+            sync(folder)
         self._kept: list[frozenset[str]] = []  # what a server needs that goes on from a kept checkpoint
         first = 0
         unsent: list[tuple[Piece, Content]] = []
@@ -391,4 +391,4 @@ def _write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.rename(path)
-    sync_folder(path.parent)
+    sync(path.parent)
