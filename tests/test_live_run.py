@@ -199,6 +199,34 @@ def test_a_dense_device_that_comes_late_is_no_violation(tmp_path: Path) -> None:
     assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
 
 
+def test_sub_models_in_place_of_those_that_are_overdue_are_no_violation(tmp_path: Path) -> None:
+    """Both devices lose their first one; two more leave in the same window."""
+    world = World(tmp_path, windows=3, answer_deadline=1.0, retry_seconds=0.2)
+    world.args.training_type = "cross_device"
+    run, devices = world.server(), []
+    for n in (1, 2):
+        process = world.process(n)
+        device, real = process.device, process.device._train
+
+        def train(sent: Any, then: Any, device: Any = device, real: Any = real) -> None:
+            if sent.dispatch < 2:
+                device.working = None
+            else:
+                real(sent, then)
+
+        device._train = train
+        devices.append(threading.Thread(target=process.run, daemon=True))
+        devices[-1].start()
+    run.train()
+    for thread in devices:
+        thread.join(20)
+    log = read_run(tmp_path / "live")
+    assert [r["version"] for r in log.records("dispatch")][:4] == [0] * 4
+    findings = check_runs([tmp_path / "live"]).runs[0].findings
+    assert {f.name: f.verdict for f in findings}["capacity"] is Verdict.HOLDS
+    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+
+
 def test_a_server_that_is_refused_its_place_begins_nothing(tmp_path: Path) -> None:
     """As one whose gRPC port is another's."""
     run = World(tmp_path).server()
