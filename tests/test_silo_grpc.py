@@ -319,6 +319,17 @@ def test_a_port_is_of_one_process(first: tuple[str, int] | None, second: tuple[s
     again.stop(0.0)
 
 
+def test_of_two_that_look_at_once_one_gets_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds it free before the other listens."""
+    monkeypatch.setattr(grpc_module, "_is_taken", lambda host, port: False)
+    port = free_port()
+    first, second = at("127.0.0.1", 0, port), at("127.0.0.1", 0, port)
+    first.start()
+    with pytest.raises(HostError, match="GMR-515"):
+        second.start()
+    first.stop(0.0)
+
+
 def at(host: str, me: int, port: int) -> GrpcLink:
     """A process's, at an address; not started."""
     made = link()
