@@ -27,6 +27,7 @@ from fedgmr_plugin.protocol.history import event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal, read
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.runtimes.devices import field as field_module
+from fedgmr_plugin.runtimes.devices import office as office_module
 from fedgmr_plugin.runtimes.devices.device import Device
 from fedgmr_plugin.runtimes.devices.field import Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
@@ -494,13 +495,15 @@ def test_measures_that_overflow_do_not_break_the_journal(tmp_path: Path) -> None
 def test_nothing_is_left_in_the_store(tmp_path: Path, loss: float) -> None:
     """Devices store their answer again while they wait; refused answers lie there too."""
     slow = lambda n: 7.0 if n == 0 else 0.3  # noqa: E731
-    field = make(tmp_path, 6, Faults(loss=loss, duplicate=loss), seconds=slow, answer_deadline=20.0)
+    field = make(tmp_path, 12, Faults(loss=loss, duplicate=loss), seconds=slow, answer_deadline=20.0)
     field.heartbeat = 0.5  # so the fast devices repeat their answer, and store it again, while 0 trains
     start(field)
     field.until(lambda: 2 in {f.client for f in field.office.server.flights.values()})
     refuse(field, 2, next(d for d, f in field.office.server.flights.items() if f.client == 2))
-    field.until(lambda: field.office.server.version == 3)
+    field.until(lambda: field.office.server.version == 8)
     needed = {(f.version, f.ranking.digest) for f in field.office.server.flights.values()}
+    answers = [key for key in field.world.objects if "/answers/" in key]
+    assert len(answers) <= 2 * field.count, "the last of each device, and one that it stored again"
     versions = {key.split("values-")[1].split("-")[0] for key in field.world.objects if "values-" in key}
     assert versions <= {str(version) for version, _ in needed}
     field.run()
@@ -508,6 +511,29 @@ def test_nothing_is_left_in_the_store(tmp_path: Path, loss: float) -> None:
     while field.world.step():  # what is still on its way
         pass
     assert sorted(field.world.objects) == []
+
+
+def test_a_device_that_never_answers_leaves_nothing_behind_that_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is restarted again and again; what it may have stored long ago is removed, and known no more."""
+    monkeypatch.setattr(office_module, "_REMEMBERED", 3)
+    field = make(tmp_path, 100, seconds=lambda n: 1e9 if n == 2 else 3.0, answer_deadline=5.0)
+    start(field)
+    sent, stored = set[int](), f"fedml_7/answers/3/{field.office.token}-"
+    while len(sent) < 12:
+        flights = field.office.server.flights.items()
+        now = {d for d, flight in flights if flight.client == 2} - sent
+        for dispatch in now:
+            field.world.objects[f"{stored}{dispatch}"] = b"x"
+        sent |= now
+        if 2 in field.office.server.away:
+            field.device(2)
+        field.until(lambda now=field.world.now: field.world.now > now + 1.0)  # type: ignore[misc]
+    known, flights_ = field.office._left_behind[2], field.office.server.flights
+    assert len([d for d in known if d not in flights_]) <= 3 and len(known) < 12
+    assert {key for key in field.world.objects if key.startswith(stored)} <= {f"{stored}{d}" for d in known}
+    assert {d for d, flight in flights_.items() if flight.client == 2} <= set(known)
 
 
 # -- a full disk -------------------------------------------------------------------------------------------

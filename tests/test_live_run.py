@@ -21,7 +21,7 @@ from torch import nn
 
 from fedgmr_plugin.engine.client import BuiltinTrainer
 from fedgmr_plugin.errors import ConfigError, HostError, WireError
-from fedgmr_plugin.protocol.journal import Journal
+from fedgmr_plugin.protocol.journal import Journal, read
 from fedgmr_plugin.protocol.notes import (
     FINISH,
     STATUS,
@@ -199,6 +199,34 @@ def test_a_dense_device_that_comes_late_is_no_violation(tmp_path: Path) -> None:
     assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
 
 
+def test_sub_models_in_place_of_those_that_are_overdue_are_no_violation(tmp_path: Path) -> None:
+    """Both devices lose their first one; two more leave in the same window."""
+    world = World(tmp_path, windows=3, answer_deadline=1.0, retry_seconds=0.2)
+    world.args.training_type = "cross_device"
+    run, devices = world.server(), []
+    for n in (1, 2):
+        process = world.process(n)
+        device, real = process.device, process.device._train
+
+        def train(sent: Any, then: Any, device: Any = device, real: Any = real) -> None:
+            if sent.dispatch < 2:
+                device.working = None
+            else:
+                real(sent, then)
+
+        device._train = train
+        devices.append(threading.Thread(target=process.run, daemon=True))
+        devices[-1].start()
+    run.train()
+    for thread in devices:
+        thread.join(20)
+    log = read_run(tmp_path / "live")
+    assert [r["version"] for r in log.records("dispatch")][:4] == [0] * 4
+    findings = check_runs([tmp_path / "live"]).runs[0].findings
+    assert {f.name: f.verdict for f in findings}["capacity"] is Verdict.HOLDS
+    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+
+
 def test_a_server_that_is_refused_its_place_begins_nothing(tmp_path: Path) -> None:
     """As one whose gRPC port is another's."""
     run = World(tmp_path).server()
@@ -333,6 +361,41 @@ def test_an_interrupted_run_leaves_what_going_on_needs(
     assert sorted(world.store.keys("")) == sorted(kept)
 
 
+@pytest.mark.parametrize("seconds", [None, 0.0])
+def test_the_clock_goes_on_where_the_journal_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float | None
+) -> None:
+    """Not where the last checkpoint was made: what happened since would be in the future."""
+    world = World(tmp_path, 12, checkpoint_seconds=seconds)
+    run = world.server()
+    record = run.record
+
+    def breaking(fields: dict[str, Any]) -> None:
+        record(fields)
+        if fields["type"] == "window" and fields["window"] == 6:
+            raise Broken
+
+    monkeypatch.setattr(run, "record", breaking)
+    devices = [world.device(n) for n in (1, 2)]
+    with pytest.raises(Broken):
+        run.train()
+    (journal, *_) = sorted((tmp_path / "live" / "journal").glob("*"), reverse=True)
+    last = max(float(entry.head["time"]) for entry in read(journal))
+    with resume.resuming(tmp_path / "live"):
+        again = world.server()
+    start, started = again.clock.start, list[float]()
+
+    def noted(at: float) -> None:
+        started.append(at)
+        start(at)
+
+    monkeypatch.setattr(again.clock, "start", noted)
+    again.train()
+    for device in devices:
+        device.join(20)
+    assert started == [last] and last > 0.0
+
+
 def test_the_end_that_cannot_be_written_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run goes on when there is space; until then, `fedgmr resume` can, too."""
     monkeypatch.setattr(live_module, "_STATUS_SECONDS", 0.1)
@@ -368,6 +431,52 @@ def test_a_run_that_could_not_write_its_end_goes_on(tmp_path: Path, monkeypatch:
         world.server().train()
     end = read_run(tmp_path / "live").end
     assert end is not None and end["windows"] == 3
+
+
+def test_nothing_is_left_to_do_when_the_end_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind its end nobody goes on with a run: whoever is away has to find it, and the store to be empty."""
+    world, seen = World(tmp_path, windows=2, answer_deadline=2.0, clients_at_start=1), list[Any]()
+    run = world.server()
+    write, stop = run._write_end, run.link.stop
+
+    def written(writer: RunLogWriter, end: dict[str, Any]) -> None:
+        seen.append((set(world.kept), world.store.keys("")))
+        write(writer, end)
+
+    def stopped() -> None:
+        seen.append("gone")
+        stop()
+
+    monkeypatch.setattr(run, "_write_end", written)
+    monkeypatch.setattr(run.link, "stop", stopped)
+    device = world.device(1)
+    run.train()
+    device.join(20)
+    assert seen[:2] == ["gone", ({to_device("7", 0, n) for n in (1, 2)}, [])]
+    assert seen[2:] == ["gone"]  # `train`'s own
+    assert all(world.kept[to_device("7", 0, n)] == b"" for n in [1]) and world.kept[to_device("7", 0, 2)]
+
+
+def test_a_server_that_was_killed_while_it_swept_goes_on_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, windows=3, checkpoint_seconds=0.0)
+    run = world.server()
+    monkeypatch.setattr(run.hands, "sweep", Mock(side_effect=Broken))
+    devices = [world.device(n) for n in (1, 2)]
+    with pytest.raises(Broken):
+        run.train()
+    for device in devices:
+        device.join(20)
+    lines = (tmp_path / "live" / "run.jsonl").read_bytes()
+    world.store.put(Piece(f"fedml_7/answers/2/{run.office.token}-99", 1, ""), b"x")
+    with resume.resuming(tmp_path / "live"):
+        world.server().train()
+    assert (tmp_path / "live" / "run.jsonl").read_bytes().startswith(lines)
+    end = read_run(tmp_path / "live").end
+    assert end is not None and end["windows"] == 3 and world.store.keys("") == []
 
 
 def test_log_and_model_are_on_the_disk_before_the_journals_go(

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent import futures
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,16 @@ from torch import nn
 
 from fedgmr_plugin.errors import ConfigError, HostError, WireError
 from fedgmr_plugin.protocol.fedml_pickle import read_model
-from fedgmr_plugin.protocol.notes import MODEL, MOST_MESSAGE, STATUS, AnswerNote, StatusNote, sign, to_server
+from fedgmr_plugin.protocol.notes import (
+    MODEL,
+    MOST_MESSAGE,
+    STATUS,
+    AnswerNote,
+    StatusNote,
+    sign,
+    to_device,
+    to_server,
+)
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.runtimes import host
 from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
@@ -309,11 +319,62 @@ def test_a_port_is_of_one_process(first: tuple[str, int] | None, second: tuple[s
     again.stop(0.0)
 
 
+def test_of_two_that_look_at_once_one_gets_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds it free before the other listens."""
+    monkeypatch.setattr(grpc_module, "_is_taken", lambda host, port: False)
+    port = free_port()
+    first, second = at("127.0.0.1", 0, port), at("127.0.0.1", 0, port)
+    first.start()
+    with pytest.raises(HostError, match="GMR-515"):
+        second.start()
+    first.stop(0.0)
+
+
 def at(host: str, me: int, port: int) -> GrpcLink:
     """A process's, at an address; not started."""
     made = link()
     made._peers[me], made._me = Peer(host, port), me
+    if me:
+        made._hears = {to_device("7", 0, me): KEYS[me]}
     return made
+
+
+def test_calls_of_strangers_that_never_end_keep_nobody_from_being_heard() -> None:
+    """Without a key they end before anything of them is read; four would be all that is read at a time."""
+    server, silo, never = at("127.0.0.1", 0, free_port()), at("127.0.0.1", 1, free_port()), threading.Event()
+    server.start()
+    address = f"127.0.0.1:{server._peers[0].port}"
+    silo._peers[0] = server._peers[0]
+
+    def nothing() -> Iterator[bytes]:
+        never.wait()
+        yield from ()
+
+    with grpc.insecure_channel(address) as channel:
+        call: Any = channel.stream_unary("/gRPCCommManager/sendMessage", lambda sent: sent, lambda got: got)
+        name, own = silo._known_by(0)[0]
+        metadata = [None, [(name, own[:-1] + b"2")], [(name, b"")], [(name, b"\xff" * 64)]]
+        slow = [call.future(nothing(), metadata=metadata[n % 4]) for n in range(12)]
+        for future in slow:
+            with suppress(grpc.FutureTimeoutError):
+                assert future.exception(timeout=1).code() is grpc.StatusCode.UNAUTHENTICATED
+        sending = threading.Thread(target=silo._send, args=(0, answer(b"x", 1, KEYS[1])), daemon=True)
+        sending.start()
+        sending.join(5)
+        assert not sending.is_alive() and server._inbox.qsize() == 1
+        assert server.dropped == {"GMR-743": 12}
+        never.set()
+    server.stop(0.0)
+    silo.stop(0.0)
+
+
+@pytest.mark.parametrize("keys", [KEYS, None])
+def test_server_and_silos_know_each_others_calls(keys: dict[int, bytes] | None) -> None:
+    server, silo = link(keys), link(keys)
+    silo._me, silo._hears = 1, {to_device("7", 0, 1): None if keys is None else keys[1]}
+    for caller, called, id_ in ((server, silo, 1), (silo, server, 0)):
+        assert called._is_known(dict(caller._known_by(id_)).get("fedgmr-call-bin", b""))
+    assert server._is_known(dict(server._known_by(1)).get("fedgmr-call-bin", b"")) == (keys is None)
 
 
 def test_a_large_message_has_the_time_that_a_slow_link_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedgmr_plugin.errors import RunLogError
+from fedgmr_plugin.protocol.journal import sync
 
 #: Folder of the checkpoints in a run's directory.
 FOLDER = "checkpoints"
@@ -123,12 +123,3 @@ def _digest(path: Path) -> str:
         while piece := stream.read(2**20):
             found.update(piece)
     return found.hexdigest()[:16]
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

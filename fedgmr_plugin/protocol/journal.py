@@ -46,7 +46,7 @@ class Journal:
         self._file.truncate(self._size)
         self._is_torn = False  # whether something lies behind `_size`
         if is_new:
-            sync_folder(path.parent)
+            sync(path.parent)
 
     def append(self, entries: Iterable[Entry]) -> None:
         """Write entries and bring them to the disk: all of them or, where that fails, none.
@@ -160,9 +160,9 @@ def _sound_bytes(path: Path) -> int:
     return max((end for end, _ in _entries(path)), default=0)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -20,7 +20,8 @@ from torch import nn
 
 from fedgmr_plugin.engine.course import Course
 from fedgmr_plugin.errors import ConfigError
-from fedgmr_plugin.protocol.checkpoint import Checkpoint, save, sync
+from fedgmr_plugin.protocol.checkpoint import Checkpoint, save
+from fedgmr_plugin.protocol.journal import sync
 from fedgmr_plugin.protocol.runlog import LOG_NAME, RunLogWriter
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.command import Command

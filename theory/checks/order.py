@@ -156,7 +156,11 @@ def _falls(client: Floats, dispatch: Floats) -> Bools:
 
 
 def capacity(frame: Frame) -> Finding:
-    """At most ``client_num_per_round`` sub-models are out; the plugin always sends as many."""
+    """At most ``client_num_per_round`` sub-models are out; the plugin always sends as many.
+
+    Those of real clients whose deadline passes, or whose answer is refused, count no more, and are followed
+    by others before the window closes: there, those that are out when it does are counted.
+    """
     title, table = "as many sub-models are out as may be", frame.log["window"]
     most, sent = frame.log.fedml("client_num_per_round"), frame.log["dispatch"]["version"]
     if most is None or not frame.consecutive or not table.logged("in_flight"):
@@ -165,6 +169,8 @@ def capacity(frame: Frame) -> Finding:
     version = sent[(sent >= 0) & (sent <= frame.windows)].astype(np.int64)
     left: Floats = np.concatenate([[0.0], table["in_flight"]])
     out = left + np.bincount(version, minlength=frame.windows + 1) * 1.0
+    if frame.log.is_live:
+        out = left
     bad = out > most
     if frame.log.is_plugins and not frame.log.is_live:
         bad[:-1] |= out[:-1] != most

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.protocol.checkpoint import Checkpoint
-from fedgmr_plugin.protocol.journal import Entry, Journal, read, sync_folder
+from fedgmr_plugin.protocol.journal import Entry, Journal, read, sync
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.presence import Presence
 from fedgmr_plugin.protocol.runlog import RunLogWriter
@@ -96,6 +96,7 @@ class LiveRun(RecordedRun):
     presence: Presence | None = field(default=None, kw_only=True)
     _unwritten: list[dict[str, Any]] = field(default_factory=list, init=False)
     _problem: str = field(default="", init=False)
+    _parted: bool = field(default=False, init=False)
 
     def train(self) -> None:
         """As `RecordedRun.train`, once it is certain that no other process serves this run.
@@ -158,6 +159,7 @@ class LiveRun(RecordedRun):
         self._loop(self.office, writer)
         if self.office.end is None:
             raise RuntimeError("the loop ended before the run")
+        self._part()  # before the end is written down, behind which nobody goes on with it
         return self.office.end
 
     def _open(self, checkpoint: Checkpoint | None) -> None:
@@ -169,7 +171,7 @@ class LiveRun(RecordedRun):
         self._journals = _Journals(self.directory / _JOURNALS)
         # Their names are to be there after a power cut.
         for folder in (self.directory, self.directory.parent):
-            sync_folder(folder)
+            sync(folder)
         self._kept: list[frozenset[str]] = []  # what a server needs that goes on from a kept checkpoint
         first = 0
         unsent: list[tuple[Piece, Content]] = []
@@ -199,17 +201,24 @@ class LiveRun(RecordedRun):
         try:
             yield
         finally:
-            if self.office.end is not None:
-                self.hands.flush(_FAREWELL)
-                for topic, payload in self.office.farewells():
-                    self.link.keep(topic, payload)
-            self.hands.close()
-            self._sweep()  # while the link lives no other server begins whose devices' objects would go too
-            self.link.stop()
+            self._part()
             if self.office.journal is not None:
                 self.office.journal.close()
             if self.end is not None:  # written down: nobody goes on with this run
                 shutil.rmtree(self.directory / _JOURNALS, ignore_errors=True)
+
+    def _part(self) -> None:
+        """Take leave of devices and store, once; where the run is over, say so and leave nothing there."""
+        if self._parted:
+            return
+        if self.office.end is not None:
+            self.hands.flush(_FAREWELL)
+            for topic, payload in self.office.farewells():
+                self.link.keep(topic, payload)
+        self.hands.close()
+        self._sweep()  # while the link lives no other server begins whose devices' objects would go too
+        self.link.stop()
+        self._parted = True
 
     def _sweep(self) -> None:
         """Delete the run's objects; where it was interrupted, those that going on does not need."""
@@ -382,4 +391,4 @@ def _write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.rename(path)
-    sync_folder(path.parent)
+    sync(path.parent)

@@ -37,6 +37,8 @@ from fedgmr_plugin.protocol.wire import Limits, decode
 _log = logging.getLogger(__name__)
 
 _UPDATES: tuple[Kind, ...] = ("update",)
+#: Dispatches of a device that are remembered while none of them is answered.
+_REMEMBERED = 64
 Content = bytes | bytearray | memoryview
 #: Called with an object's content, or with why there is none.
 Fetched = Callable[[bytearray | WireError], None]
@@ -402,12 +404,20 @@ class Office:
         kept = [d for d in self._left_behind.get(client, []) if d not in gone or d == answered]
         self._left_behind[client] = kept
 
+    def _forget_oldest(self, client: int) -> None:
+        """Remove what a device that never answers may have stored long ago, and count on it no more."""
+        asked = self._left_behind[client]
+        gone = [d for d in asked[:-_REMEMBERED] if d not in self.server.flights]
+        self._delete_answers(client, gone)
+        self._left_behind[client] = [d for d in asked if d not in gone]
+
     # -- to devices -----------------------------------------------------------------------------------
 
     def _send(self, sent: Dispatch) -> tuple[float, float]:
         parcel = self.pieces.of(sent)
         self.tasks[sent.dispatch] = Task(sent.count, sent.learning_rate_scale)
         self._left_behind.setdefault(sent.client, []).append(sent.dispatch)
+        self._forget_oldest(sent.client)
         for piece, content in parcel.new:
             self._put(piece, content)
         if self.journal is not None:  # else the past is repeated, and what is still out is told at its end

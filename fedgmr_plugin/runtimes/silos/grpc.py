@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
+import hmac
 import json
 import logging
 import pickle
@@ -19,7 +21,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +58,9 @@ _PORT_HINT = (
 )
 #: gRPC lets processes share a port, and its connections at random, unless it is told not to.
 _EXCLUSIVE = ("grpc.so_reuseport", 0)
+#: Metadata of a call, by which a stranger's is refused before anything of it is read: HMAC-SHA-256 under the
+#: silo's key (32 bytes) of ``fedgmr-call``, a line feed and the topic; the topic.
+_CALL = "fedgmr-call-bin"
 #: Longest head of a frame: a message, and escapes.
 _MOST_HEAD = 4 * MOST_MESSAGE
 _NOTES: dict[object, type[Any]] = {
@@ -221,9 +226,7 @@ class GrpcLink:
         self._listener = self._grpc.server(
             futures.ThreadPoolExecutor(4), options=options, maximum_concurrent_rpcs=waiting
         )
-        self._service.add_gRPCCommManagerServicer_to_server(
-            _Servicer(self._arrived, self._messages.CommResponse), self._listener
-        )
+        self._listener.add_generic_rpc_handlers((self._handler(),))
         try:
             self._listener.add_insecure_port(f"{host}:{me.port}")
         except RuntimeError as error:
@@ -298,7 +301,8 @@ class GrpcLink:
         while not self._stopped.is_set():
             with self._grpc.insecure_channel(f"{peer.host}:{peer.port}", options=options) as channel:
                 try:
-                    self._service.gRPCCommManagerStub(channel).sendMessage(request, timeout=seconds)
+                    stub = self._service.gRPCCommManagerStub(channel)
+                    stub.sendMessage(request, timeout=seconds, metadata=self._known_by(receiver))
                     return
                 except self._grpc.RpcError as error:
                     if time.monotonic() > deadline:
@@ -350,6 +354,40 @@ class GrpcLink:
         except queue.Full:
             self._drop(WireError("GMR-745", "more messages than can be read"))
 
+    def _handler(self) -> Any:
+        """FedML's service; a message is asked for, as a stream of one, when it is known who calls."""
+
+        def send(requests: Iterator[Any], context: Any) -> Any:
+            if not self._is_known(dict(context.invocation_metadata()).get(_CALL, b"")):
+                self._drop(WireError("GMR-743", f"a call of {context.peer()}, which has no key of this run"))
+                context.abort(self._grpc.StatusCode.UNAUTHENTICATED, "GMR-743")
+            for request in requests:
+                self._arrived(request.message)
+                break
+            return self._messages.CommResponse()
+
+        method = self._grpc.stream_unary_rpc_method_handler(
+            send, self._messages.CommRequest.FromString, self._messages.CommResponse.SerializeToString
+        )
+        return self._grpc.method_handlers_generic_handler("gRPCCommManager", {"sendMessage": method})
+
+    def _is_known(self, given: bytes) -> bool:
+        """Whether somebody calls who has a key of this run; everybody where nobody signs."""
+        if None in self._hears.values():
+            return True
+        topic = given[32:].decode(errors="replace")
+        key = self._hears.get(topic)
+        return key is not None and hmac.compare_digest(given[:32], _call_mac(key, topic))
+
+    def _known_by(self, receiver: int) -> tuple[tuple[str, bytes], ...]:
+        """The metadata with which this process calls another one."""
+        if self._me == self._server_id:
+            hears, topic = to_server(self._run, receiver), to_device(self._run, self._me, receiver)
+        else:
+            hears, topic = to_device(self._run, receiver, self._me), to_server(self._run, self._me)
+        key = self._hears.get(hears)
+        return () if key is None else ((_CALL, _call_mac(key, topic) + topic.encode()),)
+
     def _drop(self, refusal: WireError) -> None:
         self.dropped[refusal.code] += 1
         level = logging.WARNING if self.dropped[refusal.code] == 1 else logging.DEBUG  # no flood of the log
@@ -395,20 +433,8 @@ class GrpcLink:
         return topic, payload
 
 
-class _Servicer:
-    """FedML's service with one method."""
-
-    def __init__(self, arrived: Callable[[bytes], None], response: Callable[[], Any]) -> None:
-        self._arrived, self._response = arrived, response
-
-    def sendMessage(self, request: Any, context: Any) -> Any:
-        """A message has arrived."""
-        self._arrived(request.message)
-        return self._response()
-
-    def handleReceiveMessage(self, request: Any, context: Any) -> Any:
-        """FedML declares it and does nothing."""
-        return self._response()
+def _call_mac(key: bytes, topic: str) -> bytes:
+    return hmac.new(key, f"fedgmr-call\n{topic}".encode(errors="replace"), hashlib.sha256).digest()
 
 
 def _is_taken(host: str, port: int) -> bool:
