@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +38,7 @@ from fedgmr_plugin.runtimes.devices.field import Field, Problem
 from fedgmr_plugin.runtimes.devices.loopback import Faults, Loopback
 from fedgmr_plugin.runtimes.devices.office import Fetched
 from fedgmr_plugin.runtimes.devices.plain import PlainOffice
+from fedgmr_plugin.runtimes.devices.plain_device import PlainDevice
 
 SLOW = 11.0  # seconds that device 1 trains, in most tests
 _NAME = 48
@@ -91,6 +92,36 @@ class Watched(PlainOffice):
         name = f"{flight.version}-{flight.ranking.digest}-{flight.rung}".encode()
         self.credited.append((flight.client, name == self.names.read))
         return super()._upload(dispatch, flight, *rest)
+
+
+#: A broker and a call keep the order of one sender's messages.
+IN_ORDER = Faults(least=0.05, most=0.05)
+
+
+class Silo(PlainDevice):
+    """One thread does everything, in the order in which it came."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._later: list[tuple[str, bytes]] = []
+
+    def message(self, topic: str, payload: bytes) -> None:
+        if self._busy:
+            self._later.append((topic, payload))
+        else:
+            super().message(topic, payload)
+
+    def _next(self) -> None:
+        super()._next()
+        while self._later and not self._busy:
+            super().message(*self._later.pop(0))
+
+
+@contextmanager
+def silos() -> Iterator[None]:
+    """Clients are FedML's silos."""
+    with mock.patch.object(Watched, "chosen", False), mock.patch.object(field_module, "PlainDevice", Silo):
+        yield
 
 
 def trained(content: bytearray, *rest: Any, **named: Any) -> bytes:
@@ -378,8 +409,8 @@ def test_a_server_that_goes_on_credits_what_was_trained(
 ) -> None:
     """Numbered devices train what the server told again; what others lose is waited for. Who numbers its
     answers is known without a checkpoint."""
-    with mock.patch.object(Watched, "chosen", chosen):
-        field = make(lost_after=8.0)
+    with nullcontext() if chosen else silos():
+        field = make(faults=None if chosen else IN_ORDER, lost_after=8.0)
         field.seconds = lambda n: (0.5, 3.0)[n]
         for n in range(2):
             field.plain_device(n, repeats=numbered)
@@ -396,6 +427,50 @@ def test_a_server_that_goes_on_credits_what_was_trained(
     right += field.office.credited  # type: ignore[attr-defined]
     assert all(is_right for _, is_right in right)
     assert sum(n == 0 for n, _ in right) > 50 and sum(n == 1 for n, _ in right) >= 12
+
+
+@pytest.mark.parametrize("away", [0.3, 5.0], ids=["it trains", "its answer was heard by nobody"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_silo_whose_answer_is_not_on_its_way_is_told_again(
+    make: Callable[..., Field], away: float, first: bool, checkpoint: bool
+) -> None:
+    """At once, and once: what it trains is credited to what it was told, and nothing waits for a deadline."""
+    with silos():
+        field = make(faults=IN_ORDER, lost_after=1e6, answer_deadline=1e6)
+        field.seconds = lambda n: (0.5, 3.0)[n]
+        for n in range(2):
+            field.plain_device(n)
+        go(field, 1 if first else 10)
+        field.kill()
+        go(field, away)
+        before, told = list(field.trained), len(sent(field, 1))
+        resumed(field) if checkpoint else field.restart()
+        go(field, 12)
+        trainings = [n for n, _ in field.trained[len(before) :]]
+        assert trainings.count(0) > 9 and 3 <= trainings.count(1) <= 5
+        right = field.office.credited  # type: ignore[attr-defined]
+        assert all(is_right for _, is_right in right) and {n for n, _ in right} == {0, 1}
+        assert len(sent(field, 1)) - told == trainings.count(1) + first
+
+
+def test_a_reply_to_an_older_servers_question_does_not_make_a_silo_idle(make: Callable[..., Field]) -> None:
+    with silos():
+        field = make(faults=IN_ORDER, lost_after=1e6, answer_deadline=1e6)
+        field.seconds = lambda n: (0.5, 6.0)[n]
+        for n in range(2):
+            field.plain_device(n)
+        go(field, 10)
+        field.kill()
+        field.restart()
+        go(field, 0.2)
+        told = len(sent(field, 1))
+        silo = field.devices[1]
+        field.office.message(silo.speaks, silo._status("ONLINE"))  # type: ignore[union-attr]
+        go(field, 1)
+        assert len(sent(field, 1)) == told
+        go(field, 20)
+        assert all(credited(field)) and len(credited(field)) >= 3
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -476,16 +551,16 @@ def resumed(field: Field) -> None:
 
 @pytest.mark.parametrize("numbered", [True, False])
 def test_a_first_message_that_an_older_server_may_have_sent_is_sent_again(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[..., Field], numbered: bool
+    make: Callable[..., Field], numbered: bool
 ) -> None:
-    monkeypatch.setattr(Watched, "chosen", numbered)
-    field = make(lost_after=60.0)
-    field.seconds = lambda n: (0.5, 20.0)[n]
-    field.plain_device(1)
-    go(field, 1)
-    field.kill()
-    field.restart()
-    go(field, 25)
+    with nullcontext() if numbered else silos():
+        field = make(lost_after=60.0)
+        field.seconds = lambda n: (0.5, 20.0)[n]
+        field.plain_device(1)
+        go(field, 1)
+        field.kill()
+        field.restart()
+        go(field, 25)
     assert [m["msg_type"] for m in sent(field, 1)][:2] == [INIT, INIT]
     assert [n for n, _ in field.trained] == [1, 1] and credited(field) == [True]
 
@@ -503,10 +578,10 @@ def test_who_repeats_its_number_is_in_the_checkpoint(make: Callable[..., Field])
 
 
 def test_clients_that_choose_data_by_their_index_are_sent_it(make: Callable[..., Field]) -> None:
-    with mock.patch.object(Watched, "chosen", False):
+    with silos():
         field = make()
-    for n in range(2):
-        field.plain_device(n, repeats=n == 0)
+        for n in range(2):
+            field.plain_device(n, repeats=n == 0)
     go(field, 60)
     assert {m["client_idx"] for m in sent(field, 1)} == {"1"} and {
         m["client_idx"] for m in sent(field, 0)

@@ -292,3 +292,24 @@ def test_a_server_that_was_killed_goes_on_to_the_same_bits(make: Make, transport
     silos.processes.start("server0", command, cwd=silos.folder, env=silos.env)
     silos.check({0, 1})
     assert silos.replay().splitlines()[-1].endswith("(the same)")
+
+
+@pytest.mark.parametrize("transport", ["mqtt"])
+def test_fedmls_own_silos_go_on_with_a_server_that_was_killed(make: Make, transport: str) -> None:
+    """What they answered while it was away is lost; they are told again, long before any deadline. Over gRPC
+    they end with the server."""
+    silos = make(is_masked=True, windows=10, checkpoint_seconds=0)
+    for rank in range(3):
+        silos.start(rank)
+    silos.wait(lambda: len(windows_of(silos.run)) >= 3)
+    silos.processes.kill("server0")
+    time.sleep(3)
+    command = [sys.executable, "-m", "fedgmr_plugin", "resume", str(silos.run)]
+    silos.processes.start("server0", command, cwd=silos.folder, env=silos.env)
+    silos.check({0, 1})
+
+
+def windows_of(run: Path) -> list[str]:
+    """The `window` records of a run that goes on."""
+    log = run / "run.jsonl"
+    return re.findall(r'"type": ?"window"', log.read_text(encoding="utf-8")) if log.exists() else []

@@ -10,9 +10,11 @@ devices do (``android/fedmlsdk``, ClientManager and TrainingExecutor; ``cross_si
 (c) A second message of type 1 is ignored. Others are trained one after the other, where a phone keeps only
     the newest that waits: not every message is answered, so answers cannot be counted off against messages.
 (d) Whatever trains when the process ends is lost. A started process says ``ONLINE``, and again whenever
-    it is asked: hearing it does not tell that nothing is being trained.
+    it is asked: hearing it of a phone does not tell that nothing is being trained.
+(e) A silo does one thing after another, training included: when it says ``ONLINE``, it has answered all
+    that it was sent before.
 
-Hence three rules.
+Hence four rules.
 
 1.  *One at a time.* While an answer is owed nothing else is sent, however late it is: at `answer_deadline`
     the slot is free and the others go on, but the device gets its next sub-model with its answer (or its
@@ -28,6 +30,9 @@ Hence three rules.
     last. By rule 1 the others were answered, or are lost, so this is right for whoever answers within
     `lost_after` or never, and trains a message once. So a server that goes on does not tell a dispatch
     again to a client that is not known to number its answers, unless it is the first (c).
+4.  *Silos are asked.* What was sent to one, or what it answered, while no server was there is lost. A server
+    that goes on asks; who says ``ONLINE`` twice (once may be the reply to a question of the older server)
+    and still owes an answer is told again (e).
 
 A device that loses its sub-model is therefore idle for `lost_after`, at the most, and the answers of one that
 needs longer than that are of no use, in the end. Nobody can sign here:
@@ -92,7 +97,7 @@ class PlainOffice(Office):
     Args:
         codec: of the files.
         steps: local steps that devices make, for the run log; 0 where unknown.
-        numbered: whether ``client_idx`` may number dispatches; false where clients choose data by it.
+        numbered: whether ``client_idx`` may number dispatches; false for silos, which choose data by it.
     """
 
     def __init__(
@@ -112,6 +117,7 @@ class PlainOffice(Office):
         self._files: dict[tuple[int, str, int], Piece] = {}  # (version, ranking, rung) to its file
         self.values: dict[tuple[int, str, int], Tensor] = {}  # and to what it holds [S]
         self._asked: dict[int, float] = {}  # client to the second at which it was asked whether it is there
+        self._unsure: Counter[int] = Counter()  # silo to how often it is to be heard before rule 4
 
     # -- devices come and go --------------------------------------------------------------------------
 
@@ -121,6 +127,8 @@ class PlainOffice(Office):
         super().resume(self._learning(entries), journal, unsent)
         now = self._clock()  # when they were told is not known: not after this
         self._told = dict.fromkeys(self.server.flights, now)
+        if not self._numbered:
+            self._unsure.update({flight.client: 2 for flight in self.server.flights.values()})
 
     def _learning(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """The same entries; who numbers its answers, and which were heard, is learnt from them."""
@@ -158,8 +166,10 @@ class PlainOffice(Office):
         now = self._clock()
         wait = max(self.server.config.retry_seconds, _ASK_SECONDS)
         away = self.server.away if self.end is None and not self._hands.is_stuck() else ()
-        due = [client for client in away if now - self._asked.get(client, now) >= wait]
-        for client in sorted(set(due) - self._owing()) if due else ():
+        due = {client for client in away if now - self._asked.get(client, now) >= wait}
+        due -= self._owing() if due else set()
+        unsure = {client for client in self._unsure if now - self._asked.get(client, now) >= wait}
+        for client in sorted(due | unsure if self.end is None else ()):
             self._ask(client)
 
     def next_tick(self) -> float | None:
@@ -188,8 +198,23 @@ class PlainOffice(Office):
             self._unanswered[client] -= 1
         elif client in self._numbering and set(self._outstanding(client)) - self._fetching:
             self._restarted.add(client)
+        if client in self._unsure:
+            self._found_idle(client)
         if client in self.server.away and self._is_new(client) and client not in self._owing():
             self._apply([ClientJoined(client, now, fresh=client in self._restarted)])
+
+    def _found_idle(self, client: int) -> None:
+        """A silo that an older server told works on nothing (rule 4)."""
+        owed = set(self._outstanding(client)) - self._fetching
+        self._unsure[client] -= 1
+        if owed and self._unsure[client]:
+            self._ask(client)
+            return
+        del self._unsure[client]
+        if owed and client in self.server.away:
+            self._restarted.add(client)
+        elif owed:
+            self._tell(max(owed), SYNC)
 
     def _owing(self) -> set[int]:
         """Clients that may still work on a dispatch that they did not answer in time."""
@@ -211,6 +236,7 @@ class PlainOffice(Office):
         flight = self.server.flights[dispatch]
         most = self._codec.most_bytes(flight.ranking, flight.rung)
         self._fetching.add(dispatch)
+        self._unsure.pop(client, None)
         self._names[dispatch] = said.key
         self._remember(client, said.key)
         self._hands.fetch(
@@ -304,11 +330,11 @@ class PlainOffice(Office):
         if self.tasks[dispatch].count == 0 or self.server.flights[dispatch].client in self._numbering:
             self._tell(dispatch)
 
-    def _tell(self, dispatch: int) -> None:
+    def _tell(self, dispatch: int, kind: int | None = None) -> None:
         flight, task = self.server.flights[dispatch], self.tasks[dispatch]
         file = self._files[flight.version, flight.ranking.digest, flight.rung]
         device = self.desk.devices[flight.client]
-        kind = SYNC if task.count else INIT
+        kind = kind or (SYNC if task.count else INIT)
         index = str(self._index(dispatch))
         fields = {"model_params": file.key, "client_idx": index, "client_os": "AndroidClient"}
         self._told[dispatch] = self._clock()
