@@ -55,7 +55,11 @@ def test_the_tables_of_the_ablations_are_generated(repository: Path) -> None:
     ("names", "methods"),
     [
         (["omniglot", "fashion_mnist", "cifar10_small"], ["fedgmr", "fedgmr_decoupled"]),
-        (["omniglot", "omniglot_slow_devices"], ["fedgmr", "frozen", "fedgmr_decoupled"]),
+        (
+            ["omniglot", "omniglot_slow_devices", "omniglot_traces"],
+            ["fedgmr", "frozen", "fedgmr_decoupled"],
+        ),
+        (["omniglot", "omniglot_iid"], ["fedgmr", "frozen"]),
     ],
 )
 def test_the_tables_of_several_problems_are_generated(
