@@ -35,6 +35,7 @@ from fedgmr_plugin.kernels.rounding import travelled
 
 #: Masks are kept for the next client of their density up to this many bytes; making them is a pass over D.
 _KEPT_BYTES = 2**24
+_PEEK = 2**12
 
 Batch = tuple[Any, Any]
 Index = NDArray[np.int64]
@@ -489,9 +490,14 @@ def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> dict[str, Tensor] | 
     masks = Masks(
         (e.name, mask_D[e.slice].view(e.shape))
         for e in layout.entries
-        if e.kind != "buffer" and not bool(mask_D[e.slice].all())
+        if e.kind != "buffer" and not _is_full(mask_D[e.slice])
     )
     return masks or None
+
+
+def _is_full(mask: Tensor) -> bool:
+    """Whether a flat mask holds everything; one that does not has a hole near its beginning, mostly."""
+    return bool(mask[:_PEEK].all()) and bool(mask[_PEEK:].all())
 
 
 class RecentMasks:
@@ -506,6 +512,8 @@ class RecentMasks:
 
     def __call__(self, ranking: Ranking, rung: int) -> dict[str, Tensor] | None:
         """The masks of a rung; the dict is the caller's own."""
+        if ranking.ends[rung] == self._layout.size:
+            return None
         key = ranking.digest, rung
         if key not in self._known:
             while len(self._known) >= self._most:
