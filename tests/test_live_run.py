@@ -329,6 +329,20 @@ class Broken(Exception):
     """Something that ends a run."""
 
 
+def break_after_window(window: int, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until a window is recorded, and fail there."""
+    record = run.record
+
+    def breaking(fields: dict[str, Any]) -> None:
+        record(fields)
+        if fields["type"] == "window" and fields["window"] == window:
+            raise Broken
+
+    monkeypatch.setattr(run, "record", breaking)
+    with pytest.raises(Broken):
+        run.train()
+
+
 @pytest.mark.parametrize("seconds", [None, 0.0])
 def test_an_interrupted_run_leaves_what_going_on_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float | None
@@ -337,17 +351,8 @@ def test_an_interrupted_run_leaves_what_going_on_needs(
     world = World(tmp_path, 12, checkpoint_seconds=seconds)
     kept = others(world)
     run = world.server()
-    record = run.record
-
-    def breaking(fields: dict[str, Any]) -> None:
-        record(fields)
-        if fields["type"] == "window" and fields["window"] == 6:
-            raise Broken
-
-    monkeypatch.setattr(run, "record", breaking)
     devices = [world.device(n) for n in (1, 2)]
-    with pytest.raises(Broken):
-        run.train()
+    break_after_window(6, run, monkeypatch)
     left = world.store.keys(f"fedml_7/sent/{run.office.token}/")
     assert bool(left) == (seconds is not None) and set(kept) <= set(world.store.keys(""))
     with resume.resuming(tmp_path / "live"):
@@ -368,17 +373,8 @@ def test_the_clock_goes_on_where_the_journal_ends(
     """Not where the last checkpoint was made: what happened since would be in the future."""
     world = World(tmp_path, 12, checkpoint_seconds=seconds)
     run = world.server()
-    record = run.record
-
-    def breaking(fields: dict[str, Any]) -> None:
-        record(fields)
-        if fields["type"] == "window" and fields["window"] == 6:
-            raise Broken
-
-    monkeypatch.setattr(run, "record", breaking)
     devices = [world.device(n) for n in (1, 2)]
-    with pytest.raises(Broken):
-        run.train()
+    break_after_window(6, run, monkeypatch)
     (journal, *_) = sorted((tmp_path / "live" / "journal").glob("*"), reverse=True)
     last = max(float(entry.head["time"]) for entry in read(journal))
     with resume.resuming(tmp_path / "live"):

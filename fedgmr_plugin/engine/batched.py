@@ -89,7 +89,7 @@ class _Group:
     def __init__(self, bench: Workbench, group: Sequence[Dispatch]) -> None:
         bench.reset()
         self._bench, self._group, self._model = bench, group, bench.model
-        self._trainer: BuiltinTrainer = bench.training.trainer  # type: ignore[assignment]
+        self._trainer: BuiltinTrainer = bench.training.trainer  # type: ignore[assignment]  # see `Batched`
         room_D = bench.room()
         if room_D is None:
             values_S = group[0].values_S

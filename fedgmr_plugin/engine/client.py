@@ -35,6 +35,7 @@ from fedgmr_plugin.kernels.rounding import travelled
 
 #: Masks are kept for the next client of their density up to this many bytes; making them is a pass over D.
 _KEPT_BYTES = 2**24
+#: Coordinates of a mask that are looked at first.
 _PEEK = 2**12
 
 Batch = tuple[Any, Any]
@@ -400,9 +401,8 @@ def train_dispatch(
     `on_step` is called before each batch is read; with the built-in trainer `model` then holds x_k.
     `interrupt` is called then, too, and does not look at the model; what it raises ends the training.
     `recent` shares masks among calls. `room_D` is a vector [D] to be overwritten, instead of a new one.
-    `payload_dtype` is the type in which the update travels. `context`
-    makes that of the local objective from a model that holds x_0; the objective is the plain one without
-    it.
+    `payload_dtype` is the type in which the update travels. `context` makes that of the local objective
+    from a model that holds x_0; the objective is the plain one without it.
 
     The result depends on `sent`, the client's samples, the plan and the seed only: all global random
     generators are seeded for this dispatch and restored afterwards.
@@ -438,7 +438,13 @@ def cut_update(
     payload_dtype: torch.dtype | None,
     stats: LocalStats,
 ) -> LocalUpdate:
-    """The update of a dispatch whose training ended at x_K = `x_D` [D]."""
+    """The update of a dispatch whose training ended at x_K (method page, section 4).
+
+    Args:
+        x_D: x_K in the layout's order [D].
+        form: whether parameters travel as x_K - x_0 or as x_K; buffers always travel as they are.
+        payload_dtype: type in which the update travels; None is the model's own.
+    """
     values_S = sent.ranking.cut(x_D, sent.rung)
     stop = sent.ranking.ends[0]
     first_buffer = stop - (layout.size - layout.parameters)
