@@ -473,6 +473,48 @@ def test_a_reply_to_an_older_servers_question_does_not_make_a_silo_idle(make: Ca
         assert all(credited(field)) and len(credited(field)) >= 3
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+@pytest.mark.parametrize("is_late", [True, False])
+@pytest.mark.parametrize("away", [0.0, 8.0])
+def test_a_silo_that_is_started_again_is_given_something_to_do(
+    make: Callable[..., Field], away: float, is_late: bool, leaves: bool
+) -> None:
+    """Soon, and once: again what it lost, or another sub-model, be its leaving heard or not."""
+    with silos():
+        field = make(faults=IN_ORDER, lost_after=1e6, answer_deadline=4.0 if is_late else 1e6)
+        field.seconds = lambda n: (0.5, 6.0)[n]
+        for n in range(2):
+            field.plain_device(n)
+        go(field, 12)
+        while not field.devices[1]._busy:  # type: ignore[union-attr]
+            field.world.step()
+        silo = field.devices[1]
+        field.stop(1)
+        if leaves:
+            field.office.message(silo.speaks, silo.last_will())
+        go(field, 5.0 + away)
+        told, known = len(sent(field, 1)), len(field.trained)
+        field.plain_device(1)
+        go(field, 4)
+        assert len(sent(field, 1)) == told + 1
+        go(field, 30)
+        trainings = [n for n, _ in field.trained[known:]]
+        assert 4 <= trainings.count(1) <= 6 and len(sent(field, 1)) - told <= trainings.count(1) + 1
+        assert all(credited(field)) and len(credited(field)) >= 5
+
+
+def test_a_silo_that_works_is_left_alone(make: Callable[..., Field]) -> None:
+    """However often it is asked, however late it is: it trains each sub-model once."""
+    with silos():
+        field = make(faults=IN_ORDER, lost_after=1e6)
+        field.seconds = lambda n: (0.5, 25.0)[n]
+        for n in range(2):
+            field.plain_device(n)
+        go(field, 160)
+        assert len(sent(field, 1, (CHECK,))) > 60, "it is late each time"
+        assert len(credited(field)) == 6 and all(credited(field)) and len(sent(field, 1)) == 7
+
+
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("checkpoint", [True, False])
 @pytest.mark.parametrize("repeats", [True, False])
@@ -579,7 +621,7 @@ def test_who_repeats_its_number_is_in_the_checkpoint(make: Callable[..., Field])
 
 def test_clients_that_choose_data_by_their_index_are_sent_it(make: Callable[..., Field]) -> None:
     with silos():
-        field = make()
+        field = make(faults=IN_ORDER)
         for n in range(2):
             field.plain_device(n, repeats=n == 0)
     go(field, 60)
@@ -626,19 +668,18 @@ def test_an_answer_is_not_lost_before_it_is_late() -> None:
 
 # -- histories ---------------------------------------------------------------------------------------------
 
-_STEPS = st.lists(
-    st.tuples(
-        st.sampled_from(("time", "restart", "stop", "server", "slow", "fast", "lossy", "calm")),
-        st.integers(0, 1),
-        st.floats(0.0, 30.0),
-    ),
-    min_size=5,
-    max_size=25,
-)
+
+def histories(*steps: str) -> st.SearchStrategy[list[tuple[str, int, float]]]:
+    step = st.tuples(st.sampled_from(steps), st.integers(0, 1), st.floats(0.0, 30.0))
+    return st.lists(step, min_size=5, max_size=25)
 
 
 @settings(max_examples=max(30, settings().max_examples // 4))
-@given(_STEPS, st.integers(0, 2**20), st.sampled_from((5.0, 12.0, 40.0)))
+@given(
+    histories("time", "restart", "stop", "server", "slow", "fast", "lossy", "calm"),
+    st.integers(0, 2**20),
+    st.sampled_from((5.0, 12.0, 40.0)),
+)
 def test_in_whatever_history_numbered_answers_are_right(
     steps: list[tuple[str, int, float]], seed: int, lost_after: float
 ) -> None:
@@ -677,3 +718,48 @@ def test_in_whatever_history_numbered_answers_are_right(
     assert {n for n, _ in field.office.credited} == {0, 1} and len(right) > before, (
         "everybody takes part again"
     )  # type: ignore[attr-defined]
+
+
+@settings(max_examples=max(30, settings().max_examples // 4))
+@given(
+    histories("time", "restart", "stop", "leave", "server", "slow", "fast"),
+    st.integers(0, 2**20),
+    st.sampled_from((4.0, 40.0, 1e6)),
+)
+def test_in_whatever_history_answers_of_silos_are_right(
+    steps: list[tuple[str, int, float]], seed: int, deadline: float
+) -> None:
+    """Nothing is ever taken to be lost because of its age."""
+    speed = [0.5, SLOW]
+    with fields() as maker, silos():
+        field = maker(faults=IN_ORDER, seed=seed, answer_deadline=deadline, lost_after=1e6)
+        field.seconds = lambda n: speed[n]
+        right: list[tuple[int, bool]] = []
+        for n in range(2):
+            field.plain_device(n)
+        for what, n, seconds in steps:
+            silo = field.devices.get(n)
+            if what == "restart":
+                field.plain_device(n)
+            elif what in ("stop", "leave"):
+                field.stop(n)
+                if what == "leave" and silo is not None:
+                    field.office.message(silo.speaks, silo.last_will())
+            elif what == "server":
+                field.kill()
+                right += field.office.credited  # type: ignore[attr-defined]
+                field.restart()
+            elif what != "time":
+                speed[n] = {"slow": 2 + seconds, "fast": 0.3}[what]
+            go(field, seconds)
+        speed[:] = [0.5, 0.5]
+        for n in range(2):
+            if n not in field.devices:
+                field.plain_device(n)
+        go(field, 40.0)  # what they train may take so long
+        right += field.office.credited  # type: ignore[attr-defined]
+        field.office.credited.clear()  # type: ignore[attr-defined]
+        go(field, 10.0)
+        right += field.office.credited  # type: ignore[attr-defined]
+    assert all(is_right for _, is_right in right)
+    assert {n for n, _ in field.office.credited} == {0, 1}  # type: ignore[attr-defined]

@@ -30,12 +30,13 @@ Hence four rules.
     last. By rule 1 the others were answered, or are lost, so this is right for whoever answers within
     `lost_after` or never, and trains a message once. So a server that goes on does not tell a dispatch
     again to a client that is not known to number its answers, unless it is the first (c).
-4.  *Silos are asked.* What was sent to one, or what it answered, while no server was there is lost. A server
-    that goes on asks; who says ``ONLINE`` twice (once may be the reply to a question of the older server)
-    and still owes an answer is told again (e).
+4.  *Silos are asked.* One that owes an answer may have lost what it was sent, or its answer, if it says
+    ``ONLINE`` unasked, leaves, is late, or was told by an older server. It is asked when it has said nothing
+    for `retry_seconds`, so that replies to earlier questions, which come in one breath, are over; and if it
+    replies, it works on nothing (e): it is told again, or gets another sub-model if it was late.
 
-A device that loses its sub-model is therefore idle for `lost_after`, at the most, and the answers of one that
-needs longer than that are of no use, in the end. Nobody can sign here:
+A phone that loses its sub-model is therefore idle for `lost_after`, at the most, and the answers of a device
+that needs longer than that are of no use, in the end. Nobody can sign here:
 `device_authentication` must be off.
 """
 
@@ -117,7 +118,7 @@ class PlainOffice(Office):
         self._files: dict[tuple[int, str, int], Piece] = {}  # (version, ranking, rung) to its file
         self.values: dict[tuple[int, str, int], Tensor] = {}  # and to what it holds [S]
         self._asked: dict[int, float] = {}  # client to the second at which it was asked whether it is there
-        self._unsure: Counter[int] = Counter()  # silo to how often it is to be heard before rule 4
+        self._unsure: dict[int, bool] = {}  # silo that may be idle to whether it was asked since it spoke
 
     # -- devices come and go --------------------------------------------------------------------------
 
@@ -128,7 +129,7 @@ class PlainOffice(Office):
         now = self._clock()  # when they were told is not known: not after this
         self._told = dict.fromkeys(self.server.flights, now)
         if not self._numbered:
-            self._unsure.update({flight.client: 2 for flight in self.server.flights.values()})
+            self._unsure = {flight.client: False for flight in self.server.flights.values()}
 
     def _learning(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """The same entries; who numbers its answers, and which were heard, is learnt from them."""
@@ -163,14 +164,18 @@ class PlainOffice(Office):
 
     def tick(self) -> None:
         super().tick()
+        if self.end is not None or self._hands.is_stuck():
+            return
+        late = self._owing() if self.server.overdue else set()
+        if not self._numbered:
+            self._unsure = {**dict.fromkeys(filter(self._owed, late), False), **self._unsure}
         now = self._clock()
         wait = max(self.server.config.retry_seconds, _ASK_SECONDS)
-        away = self.server.away if self.end is None and not self._hands.is_stuck() else ()
-        due = {client for client in away if now - self._asked.get(client, now) >= wait}
-        due -= self._owing() if due else set()
-        unsure = {client for client in self._unsure if now - self._asked.get(client, now) >= wait}
-        for client in sorted(due | unsure if self.end is None else ()):
-            self._ask(client)
+        for client in sorted((self.server.away - late) | self._unsure.keys()):
+            if now - self._asked.get(client, now) >= wait:
+                self._ask(client)
+                if client in self._unsure:
+                    self._unsure[client] = True
 
     def next_tick(self) -> float | None:
         due = super().next_tick()
@@ -189,32 +194,43 @@ class PlainOffice(Office):
         if isinstance(said, PlainAnswer):
             self._answered(client, said)
         elif said.state != "ONLINE":
+            if not self._numbered and self._owed(client):
+                self._unsure.setdefault(client, False)
             self._apply([ClientLeft(client, now)])
         else:
             self._online(client, now)
 
     def _online(self, client: int, now: float) -> None:
-        if self._unanswered[client]:
+        is_reply = self._unanswered[client] > 0
+        if is_reply:
             self._unanswered[client] -= 1
-        elif client in self._numbering and set(self._outstanding(client)) - self._fetching:
+        if not self._numbered:
+            self._silo_online(client, is_reply)
+        elif not is_reply and client in self._numbering and self._owed(client):
             self._restarted.add(client)
-        if client in self._unsure:
-            self._found_idle(client)
         if client in self.server.away and self._is_new(client) and client not in self._owing():
+            if not self._numbered:
+                self._unanswered[client] = 0  # what it was asked while it was away, it may never have heard
             self._apply([ClientJoined(client, now, fresh=client in self._restarted)])
 
-    def _found_idle(self, client: int) -> None:
-        """A silo that an older server told works on nothing (rule 4)."""
-        owed = set(self._outstanding(client)) - self._fetching
-        self._unsure[client] -= 1
-        if owed and self._unsure[client]:
-            self._ask(client)
+    def _silo_online(self, client: int, is_reply: bool) -> None:
+        """Rule 4."""
+        owed, is_asked = self._owed(client), self._unsure.pop(client, None)
+        if not owed:
             return
-        del self._unsure[client]
-        if owed and client in self.server.away:
-            self._restarted.add(client)
-        elif owed:
-            self._tell(max(owed), SYNC)
+        if is_asked:
+            newest = max(owed)
+            if newest in self.server.overdue:
+                self._restarted.add(client)
+            else:
+                self._tell(newest, SYNC)
+        elif is_asked is False or not is_reply:
+            self._unsure[client] = False
+            self._asked[client] = self._clock()
+
+    def _owed(self, client: int) -> set[int]:
+        """A client's dispatches of which no answer is on its way."""
+        return set(self._outstanding(client)) - self._fetching
 
     def _owing(self) -> set[int]:
         """Clients that may still work on a dispatch that they did not answer in time."""
@@ -283,7 +299,8 @@ class PlainOffice(Office):
             return
         if client not in self._numbering:
             self._silent.add(client)
-        self._unanswered[client] = 0  # it has replied to what it was asked before, or never will
+        if self._numbered:
+            self._unanswered[client] = 0  # it has replied to what it was asked before, or never will
         self.received[client] = self.received.get(client, 0) + len(content)
         arrived = self._upload(dispatch, flight, values_S, said.samples, len(content), now)
         events: list[LiveEvent] = [arrived]
@@ -339,6 +356,7 @@ class PlainOffice(Office):
         fields = {"model_params": file.key, "client_idx": index, "client_os": "AndroidClient"}
         self._told[dispatch] = self._clock()
         self._restarted.discard(flight.client)
+        self._unsure.pop(flight.client, None)  # what it was asked before says nothing about this
         message = plain_message(kind, self.desk.server, device, fields)
         self._hands.publish(to_device(self.desk.run, self.desk.server, device), message)
 
