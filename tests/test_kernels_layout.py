@@ -304,6 +304,57 @@ def test_the_state_dict_of_a_vector_loads_into_the_model_and_comes_back(name: st
         assert tensor.dtype == model.state_dict()[name_].dtype
 
 
+class Large(nn.Module):
+    """A weight that is lent memory, tied to another name, between small ones; its place is aligned or not."""
+
+    def __init__(self, before: int = 16) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(before))
+        self.large = nn.Linear(512, 256, bias=False)
+        self.same = self.large
+        self.last = nn.Linear(256, 3)
+        self.register_buffer("mean", torch.randn(5))
+
+
+@pytest.mark.parametrize("before", [16, 15])
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_placed_model_is_the_vector_meanwhile_and_itself_afterwards(before: int, moves: bool) -> None:
+    model = Large(before)
+    layout = build_layout(model)
+    weight, memory = model.large.weight, model.large.weight.data_ptr()
+    own = weight.detach().clone()
+    flat_D = torch.randn(layout.size)
+    wanted_D = flat_D.clone()
+    with layout.placed(model, flat_D):
+        assert torch.equal(layout.gather(model), wanted_D)
+        is_lent = weight.data_ptr() != memory
+        assert is_lent == (before == 16) and model.large.weight is weight
+        if moves:  # as a user's trainer may: elsewhere and back, or another parameter
+            weight.data = weight.data.clone()
+            model.last.weight = nn.Parameter(model.last.weight.detach().clone())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+        model.mean.add_(1)  # type: ignore[operator]
+        wanted_D *= 2
+        wanted_D[-5:] = layout.gather(model)[-5:]
+    assert torch.equal(flat_D, wanted_D)
+    assert model.large.weight is weight and weight.is_contiguous()
+    flat_D.zero_()
+    assert not torch.equal(weight, torch.zeros_like(weight)), "its memory is no part of the vector"
+    if is_lent and not moves:
+        assert weight.data_ptr() == memory and torch.equal(weight, own)
+
+
+def test_a_placed_model_has_its_own_memory_after_an_error() -> None:
+    model = Large()
+    layout = build_layout(model)
+    memory = model.large.weight.data_ptr()
+    with pytest.raises(KeyError), layout.placed(model, torch.zeros(layout.size)):
+        raise KeyError
+    assert model.large.weight.data_ptr() == memory and model.large.weight.abs().sum() > 0
+
+
 def test_tied_names_have_equal_values_in_the_state_dict() -> None:
     model = TiedLanguageModel()
     layout = build_layout(model)

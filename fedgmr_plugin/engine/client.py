@@ -396,7 +396,7 @@ def train_dispatch(
     payload_dtype: torch.dtype | None = None,
     context: Callable[[Dispatch, nn.Module, RecentMasks], Context] | None = None,
 ) -> LocalUpdate:
-    """Carry out one dispatch on `model` (overwritten).
+    """Carry out one dispatch on `model`, whose content is of no use afterwards.
 
     `on_step` is called before each batch is read; with the built-in trainer `model` then holds x_k.
     `interrupt` is called then, too, and does not look at the model; what it raises ends the training.
@@ -410,24 +410,25 @@ def train_dispatch(
     if room_D is None:
         x_D = torch.zeros(layout.size, dtype=layout.dtype, device=sent.values_S.device)
     else:
-        x_D = room_D.zero_()
-    layout.scatter(model, sent.ranking.place(sent.values_S, x_D))
+        x_D = room_D if len(sent.values_S) == layout.size else room_D.zero_()
+    sent.ranking.place(sent.values_S, x_D)
     recent = recent or RecentMasks(layout)
-    masks = recent(sent.ranking, sent.rung)
-    beside = {} if context is None else {"context": context(sent, model, recent)}
     batches = BatchList(
         samples, list(plan.batches(sent.client, len(samples), sent.count)), on_step, interrupt
     )
-    with isolated_rng(derive(plan.seed, "training", sent.client, sent.count)):
-        stats = trainer.train(
-            model,
-            batches,
-            masks,
-            learning_rate=learning_rate * sent.learning_rate_scale,
-            client=sent.client,
-            **beside,
-        )
-    return cut_update(sent, layout.gather(model, out=x_D), layout, form, payload_dtype, stats)
+    with layout.placed(model, x_D):
+        masks = recent(sent.ranking, sent.rung)
+        beside = {} if context is None else {"context": context(sent, model, recent)}
+        with isolated_rng(derive(plan.seed, "training", sent.client, sent.count)):
+            stats = trainer.train(
+                model,
+                batches,
+                masks,
+                learning_rate=learning_rate * sent.learning_rate_scale,
+                client=sent.client,
+                **beside,
+            )
+    return cut_update(sent, x_D, layout, form, payload_dtype, stats)
 
 
 def cut_update(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -25,6 +26,8 @@ Kind = Literal["prunable", "dense", "bias", "buffer"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+#: Tensors of at least so many coordinates are lent memory instead of being copied, if it is aligned so.
+_LENT_SIZE, _ALIGNMENT = 2**17, 64
 _SHORTCUT_NAMES = ("shortcut", "downsample", "skip", "residual_conv")
 
 
@@ -115,6 +118,33 @@ class ModelLayout:
         for entry, (_, tensor) in zip(self.entries, _tensors(model), strict=True):
             tensor.copy_(flat_D[entry.slice].view(entry.shape))
 
+    @contextmanager
+    def placed(self, model: nn.Module, flat_D: Tensor) -> Iterator[None]:
+        """Inside, `model` holds what `flat_D` [D] did; on leaving, `flat_D` holds what `model` does.
+
+        Meanwhile large tensors of the CPU *are* their part of `flat_D`, which saves two copies. Afterwards they
+        have their own memory again, with what it held before.
+        """
+        own: list[tuple[Tensor, Tensor, Tensor]] = []
+        views = list(self.views(flat_D).values())
+        with torch.no_grad():
+            for view, (_, tensor) in zip(views, _tensors(model), strict=True):
+                if _may_be(tensor, view):
+                    own.append((tensor, view, tensor.data))
+                    tensor.data = view
+                else:
+                    tensor.copy_(view)
+        try:
+            yield
+            with torch.no_grad():
+                for view, (_, tensor) in zip(views, _tensors(model), strict=True):
+                    if tensor.data_ptr() != view.data_ptr():
+                        view.copy_(tensor)
+        finally:
+            for tensor, view, memory in own:
+                if tensor.data_ptr() == view.data_ptr():
+                    tensor.data = memory
+
     def state_dict(self, model: nn.Module, flat_D: Tensor) -> dict[str, Tensor]:
         """A ``state_dict`` of `model` with the values of `flat_D` [D]; integer buffers as in `model`."""
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -148,6 +178,17 @@ class Finding:
     code: str
     severity: Literal["error", "note"]
     message: str
+
+
+def _may_be(tensor: Tensor, view: Tensor) -> bool:
+    """Whether `tensor` may have the memory of `view` for a while, and compute the same bits with it."""
+    return (
+        tensor.numel() >= _LENT_SIZE
+        and tensor.device.type == view.device.type == "cpu"
+        and tensor.dtype == view.dtype
+        and tensor.is_contiguous()
+        and view.data_ptr() % _ALIGNMENT == tensor.data_ptr() % _ALIGNMENT == 0
+    )
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

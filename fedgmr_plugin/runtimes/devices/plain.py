@@ -30,10 +30,10 @@ Hence four rules.
     last. By rule 1 the others were answered, or are lost, so this is right for whoever answers within
     `lost_after` or never, and trains a message once. So a server that goes on does not tell a dispatch
     again to a client that is not known to number its answers, unless it is the first (c).
-4.  *Silos are asked.* One that owes an answer may have lost what it was sent, or its answer, if it says
-    ``ONLINE`` unasked, leaves, is late, or was told by an older server. It is asked when it has said nothing
-    for `retry_seconds`, so that replies to earlier questions, which come in one breath, are over; and if it
-    replies, it works on nothing (e): it is told again, or gets another sub-model if it was late.
+4.  *Silos are asked.* One that owes an answer and has been silent for `retry_seconds` may have lost what it
+    was sent, or its answer. It is asked, and again after twice as long; if it replies, it works on nothing
+    (e): it is told again, or gets another sub-model if it was late. Replies to questions of before it was
+    told are over by then: they come in one breath with its last answer, or when it connects.
 
 A phone that loses its sub-model is therefore idle for `lost_after`, at the most, and the answers of a device
 that needs longer than that are of no use, in the end. Nobody can sign here:
@@ -117,8 +117,9 @@ class PlainOffice(Office):
         self._names: dict[int, str] = {}  # dispatch to the name of its answer
         self._files: dict[tuple[int, str, int], Piece] = {}  # (version, ranking, rung) to its file
         self.values: dict[tuple[int, str, int], Tensor] = {}  # and to what it holds [S]
-        self._asked: dict[int, float] = {}  # client to the second at which it was asked whether it is there
-        self._unsure: dict[int, bool] = {}  # silo that may be idle to whether it was asked since it spoke
+        began = dict.fromkeys(range(len(self.desk.devices)), self._clock())
+        self._asked = began  # client to the second at which it was asked whether it is there
+        self._heard_at = began.copy()  # client to the second at which it said so
 
     # -- devices come and go --------------------------------------------------------------------------
 
@@ -128,8 +129,6 @@ class PlainOffice(Office):
         super().resume(self._learning(entries), journal, unsent)
         now = self._clock()  # when they were told is not known: not after this
         self._told = dict.fromkeys(self.server.flights, now)
-        if not self._numbered:
-            self._unsure = {flight.client: False for flight in self.server.flights.values()}
 
     def _learning(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """The same entries; who numbers its answers, and which were heard, is learnt from them."""
@@ -159,23 +158,37 @@ class PlainOffice(Office):
 
     def hello(self) -> None:
         """Ask everybody whether they are there: who came first was not heard."""
+        now = self._clock()
         for client in range(len(self.desk.devices)):
+            self._asked[client] = self._heard_at[client] = now
             self._ask(client)
 
     def tick(self) -> None:
         super().tick()
         if self.end is not None or self._hands.is_stuck():
             return
-        late = self._owing() if self.server.overdue else set()
-        if not self._numbered:
-            self._unsure = {**dict.fromkeys(filter(self._owed, late), False), **self._unsure}
         now = self._clock()
         wait = max(self.server.config.retry_seconds, _ASK_SECONDS)
-        for client in sorted((self.server.away - late) | self._unsure.keys()):
-            if now - self._asked.get(client, now) >= wait:
-                self._ask(client)
-                if client in self._unsure:
-                    self._unsure[client] = True
+        late = self._owing() if self.server.overdue else set()
+        away = {client for client in self.server.away - late if now - self._asked[client] >= wait}
+        silent = set() if self._numbered else self._silent_for(wait, now)
+        for client in sorted(away | silent):
+            self._asked[client] = now
+            self._ask(client)
+
+    def _silent_for(self, wait: float, now: float) -> set[int]:
+        """Silos that are to be asked (rule 4)."""
+        silent = set()
+        for client in {flight.client for flight in self.server.flights.values()}:
+            if owed := self._owed(client):
+                since, asked = self._since(client, max(owed)), self._asked[client]
+                if now - max(since, asked) >= max(wait, asked - since):
+                    silent.add(client)
+        return silent
+
+    def _since(self, client: int, dispatch: int) -> float:
+        """Second at which a silo was told its dispatch, or was heard after that."""
+        return max(self._told[dispatch], self._heard_at[client])
 
     def next_tick(self) -> float | None:
         due = super().next_tick()
@@ -183,7 +196,6 @@ class PlainOffice(Office):
         return soon if due is None else min(due, soon)
 
     def _ask(self, client: int) -> None:
-        self._asked[client] = self._clock()
         self._unanswered[client] += 1
         device = self.desk.devices[client]
         topic = to_device(self.desk.run, self.desk.server, device)
@@ -194,39 +206,29 @@ class PlainOffice(Office):
         if isinstance(said, PlainAnswer):
             self._answered(client, said)
         elif said.state != "ONLINE":
-            if not self._numbered and self._owed(client):
-                self._unsure.setdefault(client, False)
             self._apply([ClientLeft(client, now)])
         else:
             self._online(client, now)
 
     def _online(self, client: int, now: float) -> None:
-        is_reply = self._unanswered[client] > 0
-        if is_reply:
-            self._unanswered[client] -= 1
         if not self._numbered:
-            self._silo_online(client, is_reply)
-        elif not is_reply and client in self._numbering and self._owed(client):
+            self._silo_online(client, now)
+        elif self._unanswered[client]:
+            self._unanswered[client] -= 1
+        elif client in self._numbering and self._owed(client):
             self._restarted.add(client)
         if client in self.server.away and self._is_new(client) and client not in self._owing():
-            if not self._numbered:
-                self._unanswered[client] = 0  # what it was asked while it was away, it may never have heard
             self._apply([ClientJoined(client, now, fresh=client in self._restarted)])
 
-    def _silo_online(self, client: int, is_reply: bool) -> None:
+    def _silo_online(self, client: int, now: float) -> None:
         """Rule 4."""
-        owed, is_asked = self._owed(client), self._unsure.pop(client, None)
-        if not owed:
-            return
-        if is_asked:
-            newest = max(owed)
+        newest = max(self._owed(client), default=None)
+        if newest is not None and self._asked[client] > self._since(client, newest):
             if newest in self.server.overdue:
                 self._restarted.add(client)
             else:
                 self._tell(newest, SYNC)
-        elif is_asked is False or not is_reply:
-            self._unsure[client] = False
-            self._asked[client] = self._clock()
+        self._heard_at[client] = now
 
     def _owed(self, client: int) -> set[int]:
         """A client's dispatches of which no answer is on its way."""
@@ -252,7 +254,6 @@ class PlainOffice(Office):
         flight = self.server.flights[dispatch]
         most = self._codec.most_bytes(flight.ranking, flight.rung)
         self._fetching.add(dispatch)
-        self._unsure.pop(client, None)
         self._names[dispatch] = said.key
         self._remember(client, said.key)
         self._hands.fetch(
@@ -299,8 +300,7 @@ class PlainOffice(Office):
             return
         if client not in self._numbering:
             self._silent.add(client)
-        if self._numbered:
-            self._unanswered[client] = 0  # it has replied to what it was asked before, or never will
+        self._unanswered[client] = 0  # it has replied to what it was asked before, or never will
         self.received[client] = self.received.get(client, 0) + len(content)
         arrived = self._upload(dispatch, flight, values_S, said.samples, len(content), now)
         events: list[LiveEvent] = [arrived]
@@ -356,7 +356,6 @@ class PlainOffice(Office):
         fields = {"model_params": file.key, "client_idx": index, "client_os": "AndroidClient"}
         self._told[dispatch] = self._clock()
         self._restarted.discard(flight.client)
-        self._unsure.pop(flight.client, None)  # what it was asked before says nothing about this
         message = plain_message(kind, self.desk.server, device, fields)
         self._hands.publish(to_device(self.desk.run, self.desk.server, device), message)
 
