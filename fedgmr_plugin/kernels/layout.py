@@ -122,8 +122,8 @@ class ModelLayout:
     def placed(self, model: nn.Module, flat_D: Tensor) -> Iterator[None]:
         """Inside, `model` holds what `flat_D` [D] did; on leaving, `flat_D` holds what `model` does.
 
-        Meanwhile large tensors of the CPU *are* their part of `flat_D`, which saves two copies. Afterwards they
-        have their own memory again, with what it held before.
+        Meanwhile large tensors of the CPU *are* their part of `flat_D`, which saves two copies. Afterwards
+        they have their own memory again, with what it held before.
         """
         own: list[tuple[Tensor, Tensor, Tensor]] = []
         views = list(self.views(flat_D).values())
