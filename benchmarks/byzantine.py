@@ -30,12 +30,14 @@ import torch
 from benchmarks.measure import machine
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.datasets import DigitsCNN, digits
-from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, LocalUpdate, in_batches, split
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
+from fedgmr_plugin.engine.samples import BatchPlan, in_batches, split
 from fedgmr_plugin.engine.seeds import isolated_rng, torch_generator
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.runtimes.data import read_dataset

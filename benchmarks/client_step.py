@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from benchmarks.measure import Row
 from benchmarks.models import conv2
-from fedgmr_plugin.engine.client import Batch, BuiltinTrainer, parameter_masks
+from fedgmr_plugin.engine.client import parameter_masks
+from fedgmr_plugin.engine.samples import Batch
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.kernels import build_layout, rank, scores
 from fedgmr_plugin.kernels.width import rank_widths
 

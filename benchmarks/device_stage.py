@@ -19,18 +19,13 @@ import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig, effective
-from fedgmr_plugin.engine.client import (
-    BatchPlan,
-    BuiltinTrainer,
-    LocalStats,
-    LocalUpdate,
-    TensorSamples,
-    in_batches,
-)
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.examiner import Examiner
+from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples, in_batches
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats
 from fedgmr_plugin.engine.workbench import HeldOut, Training, Workbench
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.kernels.layout import ModelLayout, build_layout

@@ -37,9 +37,11 @@ import torch
 from benchmarks.measure import machine
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.datasets import DigitsCNN
-from fedgmr_plugin.engine.client import BatchPlan, LocalStats, LocalUpdate, TensorSamples
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.engine.trainer import LocalStats
 from fedgmr_plugin.protocol.journal import Journal
 from fedgmr_plugin.runtimes import host
 from fedgmr_plugin.runtimes.devices.connection import Broker as Where

@@ -26,10 +26,11 @@ from torch.nn import functional as F
 from benchmarks import models
 from benchmarks.measure import Row, seconds
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import Batch, BatchPlan, LocalStats, Metrics, TensorSamples
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
+from fedgmr_plugin.engine.samples import Batch, BatchPlan, TensorSamples
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.trainer import LocalStats, Metrics
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels.layout import build_layout
 

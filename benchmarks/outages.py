@@ -47,7 +47,7 @@ FILES = ["main.py", "--cf", "fedml_config.yaml"]
 #: What a device adds to its script: training takes a while, and every answer is noted.
 NOTING = """
 import time
-from fedgmr_plugin.engine.client import BuiltinTrainer
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.runtimes.devices.device import Device
 _train, _answer = BuiltinTrainer.train, Device._answer
 def train(self, *given, **named):

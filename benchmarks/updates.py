@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import data, models
 from benchmarks.measure import Row
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, TensorSamples
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
+from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.runtimes.distributed.forks import forked

@@ -36,9 +36,11 @@ from benchmarks.data import (
 from benchmarks.data.shakespeare import sequences
 from benchmarks.data.standins import decode_jpegs
 from benchmarks.models import MODELS
-from fedgmr_plugin.engine.client import BatchPlan, LocalStats, split, train_dispatch
+from fedgmr_plugin.engine.client import train_dispatch
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.samples import BatchPlan, split
 from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.engine.trainer import LocalStats
 from fedgmr_plugin.errors import ConfigError, DataError
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.kernels.masks import rank, scores

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from benchmarks.data import DataDamaged, DataMissing, cifar, dataset, imagenet, load, stackoverflow
-from fedgmr_plugin.engine.client import BuiltinTrainer
 from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.runtimes.data import read_dataset
 

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 import fedgmr_plugin.engine
 import fedgmr_plugin.kernels
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import Batch, BatchPlan, BuiltinTrainer, TensorSamples
 from fedgmr_plugin.engine.events import Dispatch, UploadArrived, WindowClosed
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
+from fedgmr_plugin.engine.samples import Batch, BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels import (
     GMRRules,

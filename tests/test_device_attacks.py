@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
+from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.desk import Replays

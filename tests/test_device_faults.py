@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.course import model_sha256
 from fedgmr_plugin.engine.events import UploadArrived
 from fedgmr_plugin.engine.replay import Comparison, Replay
+from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
 from fedgmr_plugin.errors import WireError

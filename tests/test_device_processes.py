@@ -27,7 +27,7 @@ FILES = ["main.py", "--cf", "fedml_config.yaml"]
 #: What a slow device adds to the script, and what one that sends garbage does.
 SLOW = """
 import time
-from fedgmr_plugin.engine.client import BuiltinTrainer
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 _train = BuiltinTrainer.train
 def train(self, *given, **named):
     time.sleep(1.5)

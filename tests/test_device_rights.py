@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
+from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.protocol.storekeys import is_file_answer, probe_key
 from fedgmr_plugin.runtimes.devices.field import Field, Problem

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.replay import Comparison, Replay
+from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.protocol.schema import problems

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.batched import Batched
-from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, LocalUpdate, TensorSamples
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.errors import ModelError
 from fedgmr_plugin.kernels import build_layout

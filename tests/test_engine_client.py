@@ -14,23 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedgmr_plugin.engine.client import (
-    Batch,
-    BatchList,
-    BatchPlan,
-    BuiltinTrainer,
-    LocalStats,
-    LocalUpdate,
-    Metrics,
-    Subset,
-    TensorSamples,
-    in_batches,
-    parameter_masks,
-    split,
-    train_dispatch,
-)
+from fedgmr_plugin.engine.client import LocalUpdate, parameter_masks, train_dispatch
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.samples import Batch, BatchList, BatchPlan, Subset, TensorSamples, in_batches, split
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats, Metrics
 from fedgmr_plugin.kernels import ModelLayout, build_layout, rank, scores
 
 few = settings(max_examples=max(10, settings().max_examples // 5))

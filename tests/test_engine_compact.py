@@ -18,21 +18,13 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fedgmr_plugin.engine import client, compact, formats
-from fedgmr_plugin.engine.client import (
-    Batch,
-    BatchList,
-    BatchPlan,
-    BuiltinTrainer,
-    LocalStats,
-    RecentMasks,
-    TensorSamples,
-    parameter_masks,
-    train_dispatch,
-)
+from fedgmr_plugin.engine import client, compact, formats, trainer
+from fedgmr_plugin.engine.client import RecentMasks, parameter_masks, train_dispatch
 from fedgmr_plugin.engine.compact import Masks, _OnValues, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.formats import fast_formats
+from fedgmr_plugin.engine.samples import Batch, BatchList, BatchPlan, TensorSamples
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats
 from fedgmr_plugin.kernels import build_layout, rank, scores
 from fedgmr_plugin.kernels.sparse_linear import flat_index, sparse_linear, support
 
@@ -151,7 +143,7 @@ def trained(
         patch.setattr(compact, "THIN_DENSITY", thin)
         patch.setattr(compact, "SPARSE_DENSITY", sparse)
         if not quick:
-            patch.setattr(client, "fast_formats", lambda model: nullcontext())
+            patch.setattr(trainer, "fast_formats", lambda model: nullcontext())
         stats = BuiltinTrainer(**case).train(model, batches, masks, learning_rate=0.1, client=0)
     x_K = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
@@ -698,7 +690,7 @@ def test_sgd_is_torchs_to_the_bit(
     g = torch.Generator().manual_seed(seed)
     ours = [torch.randn(s, generator=g, dtype=dtype).requires_grad_() for s in [(3,), (2, 4), ()]]
     torchs = [t.detach().clone().requires_grad_() for t in ours]
-    sgd = client.SGD(ours, rate, momentum, weight_decay)
+    sgd = trainer.SGD(ours, rate, momentum, weight_decay)
     wanted = torch.optim.SGD(torchs, lr=rate, momentum=momentum, weight_decay=weight_decay)
     for present in pattern:
         for i, (a, b) in enumerate(zip(ours, torchs, strict=True)):

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedgmr_plugin.engine import client, narrow
-from fedgmr_plugin.engine.client import BatchList, BuiltinTrainer, LocalStats, TensorSamples, parameter_masks
+from fedgmr_plugin.engine import narrow, trainer
+from fedgmr_plugin.engine.client import parameter_masks
 from fedgmr_plugin.engine.narrow import without_absent_units
 from fedgmr_plugin.engine.objectives import PLAIN, Context
+from fedgmr_plugin.engine.samples import BatchList, TensorSamples
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats
 from fedgmr_plugin.kernels import build_layout, rank, scores
 from fedgmr_plugin.kernels.channels import axes
 from fedgmr_plugin.kernels.layout import ModelLayout
@@ -304,7 +306,7 @@ def test_who_watches_a_training_sees_the_whole_model(monkeypatch: pytest.MonkeyP
         lambda: seen.append(sum(p.numel() for p in model.parameters())),
     )
     entered = []
-    monkeypatch.setattr(client, "without_absent_units", lambda *a: entered.append(a))
+    monkeypatch.setattr(trainer, "without_absent_units", lambda *a: entered.append(a))
     BuiltinTrainer().train(model, watched, masks, learning_rate=0.1, client=0, context=PLAIN)
     assert seen == [layout.size] * 2 and not entered
 

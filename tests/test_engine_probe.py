@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import Batch, BatchPlan, BuiltinTrainer, LocalUpdate, TensorSamples
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
 from fedgmr_plugin.engine.probe import Probe, ProbeSet, probe_set
+from fedgmr_plugin.engine.samples import Batch, BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Simulation
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels import build_layout
 from fedgmr_plugin.protocol.schema import problems

@@ -16,22 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import (
-    Batch,
-    BatchPlan,
-    BuiltinTrainer,
-    LocalStats,
-    LocalUpdate,
-    Metrics,
-    TensorSamples,
-)
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.course import model_sha256
 from fedgmr_plugin.engine.events import Dispatch, UploadArrived
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
+from fedgmr_plugin.engine.samples import Batch, BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import InTurn, Simulation
 from fedgmr_plugin.engine.snapshot import Snapshot, restore, snapshot
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats, Metrics
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.kernels import ModelLayout, build_layout

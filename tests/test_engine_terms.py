@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, TensorSamples
 from fedgmr_plugin.engine.network import LogNormalLinks, VirtualNetwork
+from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.server import Plan, Server
 from fedgmr_plugin.engine.simulate import Simulation
 from fedgmr_plugin.engine.terms import TERMS
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.kernels import build_layout
 from fedgmr_plugin.protocol.schema import problems

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedgmr_plugin.engine.client import Metrics
+from fedgmr_plugin.engine.trainer import Metrics
 from fedgmr_plugin.errors import ConfigError, HostError
 from fedgmr_plugin.runtimes import host
 from fedgmr_plugin.runtimes.aggregator import AggregatorBridge, State, Update

@@ -26,8 +26,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fedgmr_plugin.engine.client import Subset as SelectedSamples
-from fedgmr_plugin.engine.client import TensorSamples
+from fedgmr_plugin.engine.samples import Subset as SelectedSamples
+from fedgmr_plugin.engine.samples import TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import DataError
 from fedgmr_plugin.runtimes.data import read_dataset

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedgmr_plugin.engine.client import BatchList, LocalStats, Metrics
-from fedgmr_plugin.engine.client import TensorSamples as Tensors
+from fedgmr_plugin.engine.samples import BatchList
+from fedgmr_plugin.engine.samples import TensorSamples as Tensors
+from fedgmr_plugin.engine.trainer import LocalStats, Metrics
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.runtimes import host
 from fedgmr_plugin.runtimes.data import read_dataset

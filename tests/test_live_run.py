@@ -19,7 +19,7 @@ import torch
 from botocore.exceptions import ClientError
 from torch import nn
 
-from fedgmr_plugin.engine.client import BuiltinTrainer
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.errors import ConfigError, HostError, WireError
 from fedgmr_plugin.protocol.journal import Journal, read
 from fedgmr_plugin.protocol.notes import (

@@ -20,11 +20,13 @@ from torch.nn import functional as F
 
 from fedgmr_plugin.config import FedGMRConfig, effective, parse
 from fedgmr_plugin.datasets import fedml_dataset
-from fedgmr_plugin.engine.client import BuiltinTrainer, TensorSamples, parameter_masks
+from fedgmr_plugin.engine.client import parameter_masks
 from fedgmr_plugin.engine.objectives import Context, threshold
 from fedgmr_plugin.engine.restricted import known_classes
+from fedgmr_plugin.engine.samples import TensorSamples
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_simulation, snapshot_simulation
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.engine.workbench import Clients
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels import build_layout

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig, parse
-from fedgmr_plugin.engine.client import BatchPlan, TensorSamples
+from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
 from fedgmr_plugin.errors import ConfigError, WireError

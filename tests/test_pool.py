@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedgmr_plugin.engine.client import LocalStats, LocalUpdate
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.trainer import LocalStats
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.runtimes.distributed import payloads

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from fedgmr_plugin.engine.client import Batch, BuiltinTrainer, Index, LocalStats, LocalUpdate, cut_update
+from fedgmr_plugin.engine.client import LocalUpdate, cut_update
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.samples import Batch, Index
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats
 from fedgmr_plugin.engine.workbench import Workbench
 from fedgmr_plugin.errors import ModelError
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES

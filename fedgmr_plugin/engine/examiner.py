@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fedgmr_plugin.engine.client import Batch, Metrics, Samples, in_batches
 from fedgmr_plugin.engine.events import Validated
+from fedgmr_plugin.engine.samples import Batch, Samples, in_batches
 from fedgmr_plugin.engine.server import Server
+from fedgmr_plugin.engine.trainer import Metrics
 from fedgmr_plugin.engine.workbench import Evaluator, Workbench
 
 Which = Literal["global", "scaled"]

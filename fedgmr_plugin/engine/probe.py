@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedgmr_plugin.engine.client import Batch, Samples
+from fedgmr_plugin.engine.samples import Batch, Samples
 from fedgmr_plugin.engine.seeds import numpy_generator
 from fedgmr_plugin.kernels.layout import ModelLayout
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fedgmr_plugin.engine.client import Samples, in_batches
+from fedgmr_plugin.engine.samples import Samples, in_batches
 from fedgmr_plugin.kernels.aggregate import MaskedUpdate
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.masks import Ranking

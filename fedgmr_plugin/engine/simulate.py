@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fedgmr_plugin.engine.client import Batch, LocalUpdate
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.course import Course
 from fedgmr_plugin.engine.decoupled import Budget, Downlink, Thinned, Uplink
 from fedgmr_plugin.engine.events import Dispatch, Effect, Record, UploadArrived, WindowClosed
@@ -28,6 +28,7 @@ from fedgmr_plugin.engine.network import (
 )
 from fedgmr_plugin.engine.probe import Probe, probe_set
 from fedgmr_plugin.engine.probing import Probing
+from fedgmr_plugin.engine.samples import Batch
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.engine.workbench import Evaluator, Workbench

@@ -12,20 +12,12 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import (
-    Batch,
-    BatchPlan,
-    LocalTrainer,
-    LocalUpdate,
-    Metrics,
-    RecentMasks,
-    Samples,
-    split,
-    train_dispatch,
-)
+from fedgmr_plugin.engine.client import LocalUpdate, RecentMasks, train_dispatch
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.objectives import PLAIN, Context, threshold
+from fedgmr_plugin.engine.samples import Batch, BatchPlan, Samples, split
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
+from fedgmr_plugin.engine.trainer import LocalTrainer, Metrics
 from fedgmr_plugin.kernels.layout import ModelLayout
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 

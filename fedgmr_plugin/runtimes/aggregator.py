@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedgmr_plugin.engine.client import Batch, Metrics
+from fedgmr_plugin.engine.samples import Batch
 from fedgmr_plugin.engine.seeds import isolated_rng
+from fedgmr_plugin.engine.trainer import Metrics
 from fedgmr_plugin.errors import ConfigError, HostError
 from fedgmr_plugin.runtimes.trainer import metrics_of, refuse_encryption
 

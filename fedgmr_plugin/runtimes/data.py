@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from fedgmr_plugin.engine.client import Batch, Samples
+from fedgmr_plugin.engine.samples import Batch, Samples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import DataError
 from fedgmr_plugin.runtimes.samples import pair_of, samples_of

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fedgmr_plugin.engine.client import LocalTrainer, Samples
 from fedgmr_plugin.engine.examiner import Examiner
 from fedgmr_plugin.engine.replay import Comparison, Replay
+from fedgmr_plugin.engine.samples import Samples
+from fedgmr_plugin.engine.trainer import LocalTrainer
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.errors import RunLogError
 from fedgmr_plugin.protocol.runlog import LOG_NAME, read_run

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig, effective
-from fedgmr_plugin.engine.client import Batch, BuiltinTrainer, Metrics
 from fedgmr_plugin.engine.network import VirtualNetwork
 from fedgmr_plugin.engine.restricted import Shares, rows_of
+from fedgmr_plugin.engine.samples import Batch
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
 from fedgmr_plugin.engine.server import MaskFamily, Plan, Server
 from fedgmr_plugin.engine.simulate import Executor, Simulation
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_simulation, snapshot_simulation
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, Metrics
 from fedgmr_plugin.engine.workbench import Evaluator
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels.cost import cost_of_layer, macs_per_weight

@@ -34,8 +34,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from fedgmr_plugin.engine.client import Batch, Samples, TensorSamples
-from fedgmr_plugin.engine.client import Subset as SelectedSamples
+from fedgmr_plugin.engine.samples import Batch, Samples, TensorSamples
+from fedgmr_plugin.engine.samples import Subset as SelectedSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.errors import DataError
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, LocalTrainer
 from fedgmr_plugin.engine.network import Links, LogNormalLinks, TraceLinks
 from fedgmr_plugin.engine.restricted import known_classes
+from fedgmr_plugin.engine.samples import BatchPlan
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalTrainer
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.errors import ConfigError, DataError
 from fedgmr_plugin.kernels.layout import ModelLayout, build_layout, validate

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.batched import Batched
-from fedgmr_plugin.engine.client import BuiltinTrainer, LocalTrainer
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalTrainer
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.runtimes.distributed.forks import forked
 from fedgmr_plugin.runtimes.run import Run, assemble

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgmr_plugin.engine.client import Batch, LocalStats, LocalTrainer, Metrics
 from fedgmr_plugin.engine.objectives import PLAIN, Context
+from fedgmr_plugin.engine.samples import Batch
+from fedgmr_plugin.engine.trainer import LocalStats, LocalTrainer, Metrics
 from fedgmr_plugin.errors import FedGMRError, HostError
 from fedgmr_plugin.runtimes.data import FederatedData
 from fedgmr_plugin.runtimes.watch import Watch
@@ -83,7 +84,7 @@ class FedMLTrainer:
         client: int,
         context: Context = PLAIN,
     ) -> LocalStats:
-        """Train `model` in place with the user's loop; see `fedgmr_plugin.engine.client.LocalTrainer`.
+        """Train `model` in place with the user's loop; see `fedgmr_plugin.engine.trainer.LocalTrainer`.
 
         `LocalStats.train_loss` is None (FedML's trainers do not return it). If the trainer takes no step
         with a torch optimizer, ``steps`` is the number of batches and ``drift_sq`` is None.

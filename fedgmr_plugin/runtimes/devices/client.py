@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fedgmr_plugin.engine.client import BatchPlan, LocalTrainer, LocalUpdate, Samples
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.samples import BatchPlan, Samples
+from fedgmr_plugin.engine.trainer import LocalTrainer
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
 from fedgmr_plugin.errors import ConfigError, FedGMRError, HostError, WireError
 from fedgmr_plugin.kernels.layout import build_layout

@@ -11,10 +11,12 @@ import numpy as np
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import BatchPlan, BuiltinTrainer, LocalUpdate, Samples, in_batches
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.examiner import Examiner
+from fedgmr_plugin.engine.samples import BatchPlan, Samples, in_batches
 from fedgmr_plugin.engine.server import Plan, Server
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.engine.workbench import Clients, HeldOut, Training, Workbench
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.kernels.width import rank_widths

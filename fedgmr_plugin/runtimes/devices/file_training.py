@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fedgmr_plugin.engine.client import BatchList, BatchPlan, LocalTrainer, Samples
+from fedgmr_plugin.engine.samples import BatchList, BatchPlan, Samples
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
+from fedgmr_plugin.engine.trainer import LocalTrainer
 from fedgmr_plugin.runtimes.devices import mnn
 
 

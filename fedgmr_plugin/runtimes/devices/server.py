@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.client import BatchPlan, in_batches, split
 from fedgmr_plugin.engine.examiner import Examiner
+from fedgmr_plugin.engine.samples import BatchPlan, in_batches, split
 from fedgmr_plugin.engine.workbench import HeldOut, Training, Workbench
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels.layout import build_layout, validate

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedgmr_plugin.engine.client import LocalStats, LocalUpdate
+from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
+from fedgmr_plugin.engine.trainer import LocalStats
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.kernels.masks import Ranking
 from fedgmr_plugin.runtimes.distributed.channel import Channel, Frame, Gone, frame, text_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedgmr_plugin.engine.client import BuiltinTrainer, LocalTrainer
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalTrainer
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts
 from fedgmr_plugin.runtimes.devices.connection import connection, device_keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from fedgmr_plugin.engine.client import Samples
+from fedgmr_plugin.engine.samples import Samples
 from fedgmr_plugin.errors import DataError
 from fedgmr_plugin.runtimes.samples import samples_of
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fedgmr_plugin.engine.client import BuiltinTrainer, LocalTrainer
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalTrainer
 from fedgmr_plugin.errors import RunLogError
 from fedgmr_plugin.runtimes.devices.server import prepare_server
 from fedgmr_plugin.runtimes.replaying import Rebuilt, Script
