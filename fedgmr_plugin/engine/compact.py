@@ -205,7 +205,7 @@ def _clear(grad: Tensor, mask: Tensor) -> None:
     Its bits are and-ed with all ones or none: a tenth of the time of filling under a mask.
     """
     bits = grad.view(_BITS[grad.dtype])
-    if not (bits.is_contiguous() and mask.is_contiguous()):
+    if bits.numel() <= _CHUNK or not (bits.is_contiguous() and mask.is_contiguous()):
         bits.bitwise_and_(mask.view(torch.int8).neg())
         return
     for part, keep in zip(bits.view(-1).split(_CHUNK), mask.view(-1).split(_CHUNK), strict=True):

@@ -56,7 +56,8 @@ class TensorSamples:
 
     def take(self, index: Index) -> Batch:
         position = torch.from_numpy(np.ascontiguousarray(index))
-        return self.x[position], self.y[position]
+        x, y = (part.index_select(0, position.to(part.device)) for part in (self.x, self.y))
+        return x, y
 
 
 def split(samples: Samples, fraction: float, seed: int, client: int) -> tuple[Samples, Samples | None]:
