@@ -567,7 +567,7 @@ def asleep(monkeypatch: pytest.MonkeyPatch) -> type[Sleeping]:
     return Sleeping
 
 
-@pytest.mark.parametrize("scene", ["nobody", "silent", "gone", "full disk"])
+@pytest.mark.parametrize("scene", ["nobody", "silent", "gone", "refused", "full disk", "full disk at the end"])
 def test_an_idle_server_wakes_up_once_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asleep: type[Sleeping], scene: str
 ) -> None:
@@ -579,32 +579,44 @@ def test_an_idle_server_wakes_up_once_a_second(
             topic = to_server("7", n)
             note = StatusNote("7", n, sequence, state, samples=40 if state == "ONLINE" else None)
             run.inbox.put((topic, sign(note, topic, None, {"msg_type": STATUS, "sender": n})))
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse() -> None:
+        for dispatch, flight in list(run.office.server.flights.items()):
+            run.office._refuse(flight.client, dispatch, WireError("GMR-710", "too long"))
+
+    def end() -> None:
+        monkeypatch.setattr(RunLogWriter, "write", full)
+        run._unwritten.append({})
+        run.office.end = {}
+
     if scene == "full disk":
-
-        def full(journal: Journal, entries: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
         monkeypatch.setattr(Journal, "append", full)
+    elif scene == "refused":
+        run.inbox.put(refuse)
+    elif scene == "full disk at the end":
+        run.inbox.put(end)
     with pytest.raises(Enough):
         run.train()
     assert asleep.now >= 600 and len(asleep.waits) <= 640
     assert max(asleep.waits) <= 1.0
     dispatches = len(read_run(tmp_path / "live").records("dispatch"))
-    assert (dispatches > 0) == (scene in ("silent", "gone"))
+    assert (dispatches > 0) == (scene not in ("nobody", "full disk"))
 
 
-def test_an_idle_device_wakes_up_once_a_second(asleep: type[Sleeping], tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_connected", [True, False])
+def test_an_idle_device_wakes_up_once_a_second(
+    asleep: type[Sleeping], tmp_path: Path, is_connected: bool
+) -> None:
     world = World(tmp_path, heartbeat_seconds=15.0)
-    process = DeviceProcess(
-        world.args,
-        1,
-        world.data(1),
-        world.model(),
-        transport=lambda hears, inbox: (Line(world, [hears], inbox), world.store),
-    )
+    process = world.process(1)
+    if not is_connected:
+        process._inbox.put(process._link.connected.clear)
     with pytest.raises(Enough):
         process.run()
-    assert len(asleep.waits) <= 640 and max(asleep.waits) <= 1.0
+    assert asleep.now >= 600 and len(asleep.waits) <= 640 and max(asleep.waits) <= 1.0
 
 
 @pytest.mark.parametrize("where", ["put", "get", "delete", "publish"])
@@ -1037,8 +1049,12 @@ def test_a_device_that_works_or_is_spoken_to_does_not_end(tmp_path: Path) -> Non
     assert device.waits_since() == now + 7.0, "whoever waits for the store works not"
     device._wanted = {}
     assert device.waits_since() is None
+    device._clock = lambda: now + 9.0
+    device.message(*end_of(world, "b" * 16))
+    assert device.refused == {"GMR-744": 1} and device.heard_at == now + 7.0, "what is refused is no word of it"
     plain = PlainDevice("7", 0, 1, 5, lambda *given: None, process._hands, lambda: now)
     plain._clock = lambda: now + 7.0
+    plain.message(plain.hears, b"{}")
     assert plain.waits_since() == now
     plain.message(plain.hears, b'{"msg_type": 6}')
     assert plain.waits_since() == now + 7.0

@@ -218,6 +218,8 @@ class Office:
 
     def next_tick(self) -> float | None:
         """Second at which `tick` is to be called at the latest; None while nothing is waited for."""
+        if self.end is not None:
+            return None
         return self._clock() + 1.0 if self.waiting else self.live.next_tick()
 
     def _status(self, client: int, note: StatusNote, now: float) -> None:
