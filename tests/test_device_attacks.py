@@ -87,7 +87,7 @@ def refused(field: Field, client: int) -> dict[str, int]:
     return dict(field.office.desk.refused[client])
 
 
-def test_an_impostor_is_not_heard(field: Field) -> None:
+def test_an_impostor_is_not_heard(field: Field, caplog: pytest.LogCaptureFixture) -> None:
     own = to_server("7", 3)
     hear(field, 3, status(3, 1), OTHER)
     hear(field, 3, status(3, 2), None)
@@ -102,6 +102,8 @@ def test_an_impostor_is_not_heard(field: Field) -> None:
     field.office.message(to_server("7", 9), moved)
     assert refused(field, 2) == {"GMR-743": 4, "GMR-747": 2} and refused(field, 0) == {"GMR-743": 1}
     assert dict(field.office.desk.strangers) == {"GMR-742": 1}
+    for topic in (own, to_server("7", 1)):
+        assert caplog.text.count(f"a message on {topic} is refused: GMR-743") == 1, "told of once"
     assert 2 in field.office.server.away and 2 not in field.office.seen
     field.run()
     assert {r["client"] for r in field.records("arrival")} == {0, 1}

@@ -1041,17 +1041,21 @@ def test_a_device_that_works_or_is_spoken_to_does_not_end(tmp_path: Path) -> Non
     assert isinstance(device, Device)
     now = device.heard_at
     device._clock = lambda: now + 7.0
-    assert device.waits_since() == now
+    device.kept(*end_of(world, "b" * 16))
+    assert device.waits_since() == now, "what the broker kept is of another time"
     device.message(*end_of(world, "b" * 16))
     assert device.waits_since() == now + 7.0
-    device.working = SimpleNamespace(dispatch=1)  # type: ignore[assignment]
-    device._wanted = {"x": Piece("x", 1, "")}
+    device.working = task = SimpleNamespace(dispatch=1)  # type: ignore[assignment]
+    device._wanted = {key: Piece(key, 1, "") for key in "xy"}
     assert device.waits_since() == now + 7.0, "whoever waits for the store works not"
+    device._clock = lambda: now + 8.0
+    device._fetched(task, device._wanted["x"], bytearray(1), now)  # type: ignore[arg-type]
+    assert device.waits_since() == now + 8.0, "it got something"
     device._wanted = {}
     assert device.waits_since() is None
     device._clock = lambda: now + 9.0
     device.message(*end_of(world, "b" * 16))
-    assert device.refused == {"GMR-744": 1} and device.heard_at == now + 7.0, "what is refused is no word of it"
+    assert device.refused == {"GMR-744": 1} and device.heard_at == now + 8.0, "what is refused is no word of it"
     plain = PlainDevice("7", 0, 1, 5, lambda *given: None, process._hands, lambda: now)
     plain._clock = lambda: now + 7.0
     plain.message(plain.hears, b"{}")

@@ -108,6 +108,20 @@ def test_what_the_broker_retained_is_of_another_time(where: Where) -> None:
     other.loop_stop()
 
 
+def test_a_message_for_which_there_is_no_room_is_dropped_and_the_next_one_heard(where: Where) -> None:
+    heard = Inbox(most=10_000)
+    server, device = MqttLink(where, ["t"], heard), MqttLink(where, [], Inbox())
+    server.start()
+    until(server.connected.is_set)
+    device.start()
+    for payload in (b"a" * 6000, b"b" * 6000, b"c"):
+        device.publish("t", payload)
+    until(lambda: heard.qsize() == 2)
+    assert [heard.get()[1][:1] for _ in range(2)] == [b"a", b"c"]
+    device.stop()
+    server.stop()
+
+
 def test_a_connection_that_times_out_is_made_again(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
     """paho's own thread would end here."""
     link = MqttLink(where, [], Inbox())
@@ -251,7 +265,7 @@ def refusal(where: Where) -> HostError:
 
 
 def test_a_broker_that_is_not_trusted_is_refused_clearly(
-    supervisor: Supervisor, authority: Authority, tmp_path: Path
+    supervisor: Supervisor, authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = Secured(supervisor, authority.sign("broker", "localhost"), authority.file, False)
     other = Authority(tmp_path / "theirs", "theirs")
@@ -264,6 +278,11 @@ def test_a_broker_that_is_not_trusted_is_refused_clearly(
         assert found.code == "GMR-515"
         with pytest.raises(HostError, match=problem):
             raise found
+    assert "the broker is gone" not in caplog.text, "it never was there"
+    link = MqttLink(broker.at(), [], Inbox())  # without TLS, where it listens for TLS alone
+    link.start()
+    until(lambda: "it answers nothing; does it want TLS (MQTT_TLS_CA), or not?" in caplog.text)
+    link.stop()
 
 
 def test_a_device_that_was_connected_waits_for_a_broker_that_it_trusts(
@@ -310,7 +329,7 @@ def test_a_broker_that_lets_a_process_hear_nothing_is_told(
     real = Paho._handle_suback
 
     def denied(client: Any) -> Any:
-        client._in_packet["packet"][2:] = bytes([128] * len(client._in_packet["packet"][2:]))
+        client._in_packet["packet"][-1] = 128  # the last one of those that were asked for together
         return real(client)
 
     link = MqttLink(where, ["t", "u"], Inbox())

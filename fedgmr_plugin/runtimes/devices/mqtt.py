@@ -160,11 +160,14 @@ class MqttLink:
             _log.warning("%s cannot be reached, trying again: %s", there, error)
 
     def _on_disconnect(self, client: Any, userdata: Any, code: int) -> None:
+        was_connected = self.connected.is_set()
         self.connected.clear()
         if self._presence is not None:
             self._presence.lost()
-        if code != 0:
+        if code != 0 and was_connected:
             _log.warning("the broker is gone; reconnecting")
+        elif self.refused is None and not self._told:
+            self._failed(ConnectionError("it answers nothing; does it want TLS (MQTT_TLS_CA), or not?"))
 
     def _on_message(self, client: Any, userdata: Any, message: Any) -> None:
         topic, payload = message.topic, message.payload

@@ -119,6 +119,7 @@ class Office:
         self.waiting: list[LiveEvent] = []  # what could not be written down yet
         self.paused = ""  # why
         self.received: dict[int, int] = {}  # client to the bytes of its updates, since this server began
+        self._unauthentic: set[str] = set()  # devices' topics of which a message was told of
         self._farewells: set[int] = set()  # clients that know of the end
         self._gone: set[int] = set()  # clients whose connection broke after it
         self._record = record
@@ -179,7 +180,10 @@ class Office:
         try:
             client, said = self.desk.read(topic, payload, now)
         except WireError as refusal:
-            _log.debug("%s", refusal)
+            is_news = refusal.code == "GMR-743" and topic not in self._unauthentic
+            if is_news:
+                self._unauthentic.add(topic)
+            _log.log(logging.WARNING if is_news else logging.DEBUG, "a message on %s is refused: %s", topic, refusal)
             return
         self.seen[client] = now
         if self.end is not None:
