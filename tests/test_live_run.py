@@ -305,14 +305,27 @@ def test_objects_that_stay_are_told_of_or_tried_again(
 ) -> None:
     """S3 answers with an error for each object that it did not delete, and no other."""
     store, errors = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s")), list[dict[str, str]]()
-    monkeypatch.setattr(
-        store, "_client", SimpleNamespace(delete_objects=lambda **named: {"Errors": list(errors)})
+    refused, alone = ClientError({"Error": {"Code": "AccessDenied"}}, "DeleteObject"), list[str]()
+
+    def delete_object(Bucket: str, Key: str) -> None:
+        alone.append(Key)
+        if Key == "a":
+            raise refused
+
+    client = SimpleNamespace(
+        delete_objects=lambda **named: {"Errors": list(errors)}, delete_object=delete_object
     )
+    monkeypatch.setattr(store, "_client", client)
     store.delete(["a"])
-    errors.append({"Key": "a", "Code": "AccessDenied"})
+    assert alone == [] and not caplog.text
+    errors += [{"Key": key, "Code": "AccessDenied"} for key in "ba"]
+    store.delete(["a", "b"])
     store.delete(["a"])
-    store.delete(["a"])
-    assert caplog.text.count("key=a stays in it") == 1
+    assert alone == ["b", "a"] * 2 and caplog.text.count("key=a stays in the store: GMR-515") == 1
+    client.delete_objects = Mock(side_effect=refused)
+    store.delete(["c", "d"])
+    assert alone[4:] == ["c", "d"]
+    client.delete_objects = lambda **named: {"Errors": list(errors)}
     errors.append({"Key": "b", "Code": "InternalError"})
     with pytest.raises(Unreachable, match="delete_objects"):
         store.delete(["a", "b"])

@@ -122,22 +122,25 @@ def test_a_message_for_which_there_is_no_room_is_dropped_and_the_next_one_heard(
     server.stop()
 
 
-def test_a_connection_that_times_out_is_made_again(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["_sock_recv", "_sock_send"])
+def test_a_connection_that_times_out_is_made_again(
+    where: Where, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     """paho's own thread would end here."""
     link = MqttLink(where, [], Inbox())
     link._client.reconnect_delay_set(1, 1)
     link.start()
     until(link.connected.is_set)
-    real, lost = Paho._sock_recv, threading.Event()
+    real, lost = getattr(Paho, call), threading.Event()
 
-    def receive(client: Any, size: int) -> Any:
+    def broken(client: Any, what: Any) -> Any:
         if not lost.is_set():
             lost.set()
             raise OSError(errno.ETIMEDOUT, "Connection timed out")
-        return real(client, size)
+        return real(client, what)
 
-    monkeypatch.setattr(Paho, "_sock_recv", receive)
-    link.publish("t", b"")  # its acknowledgement is not read
+    monkeypatch.setattr(Paho, call, broken)
+    link.publish("t", b"")  # it is not sent, or its acknowledgement not read
     until(lost.is_set)
     until(lambda: not link.connected.is_set())
     until(link.connected.is_set)
@@ -231,7 +234,7 @@ def authority(tmp_path: Path) -> Authority:
 
 @pytest.mark.parametrize("mutual", [False, True])
 def test_messages_travel_over_tls_with_passwords(
-    supervisor: Supervisor, authority: Authority, mutual: bool
+    supervisor: Supervisor, authority: Authority, mutual: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     signed = authority.sign("broker", "localhost", "127.0.0.1")
     broker = Secured(supervisor, signed, authority.file, mutual)
@@ -250,6 +253,7 @@ def test_messages_travel_over_tls_with_passwords(
     assert inbox.get(timeout=10) == ("t", b"over TLS")
     device.stop()
     server.stop()
+    assert not caplog.text
     if mutual:
         assert "GMR-515" in str(refusal(broker.at(ca=authority.file)))  # it shows no certificate
 

@@ -164,7 +164,9 @@ class MqttLink:
         self.connected.clear()
         if self._presence is not None:
             self._presence.lost()
-        if code != 0 and was_connected:
+        if code == 0:
+            return
+        if was_connected:
             _log.warning("the broker is gone; reconnecting")
         elif self.refused is None and not self._told:
             self._failed(ConnectionError("it answers nothing; does it want TLS (MQTT_TLS_CA), or not?"))
