@@ -390,6 +390,30 @@ def test_an_interrupted_run_leaves_what_going_on_needs(
     assert sorted(world.store.keys("")) == sorted(kept)
 
 
+def test_where_the_last_checkpoint_is_damaged_the_one_before_it_and_the_journals_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice: the same one serves again, with what happened before the one that is damaged, and since."""
+    world, folder, lines = World(tmp_path, 12, checkpoint_seconds=0.0), tmp_path / "live", b""
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    for window in (6, 8):
+        break_after_window(window, run, monkeypatch)
+        log = (folder / "run.jsonl").read_bytes()
+        assert log.startswith(lines)
+        lines = log
+        *_, last = sorted((folder / "checkpoints").glob("*.safetensors"))
+        last.write_bytes(b"damaged")
+        with resume.resuming(folder):
+            run = world.server()
+    run.train()
+    for device in devices:
+        device.join(20)
+    assert len(list((folder / "checkpoints").glob("*.damaged"))) == 2
+    end = read_run(folder).end
+    assert (folder / "run.jsonl").read_bytes().startswith(lines) and end is not None and end["windows"] == 12
+
+
 @pytest.mark.parametrize("seconds", [None, 0.0])
 def test_the_clock_goes_on_where_the_journal_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float | None
@@ -591,7 +615,9 @@ def asleep(monkeypatch: pytest.MonkeyPatch) -> type[Sleeping]:
     return Sleeping
 
 
-@pytest.mark.parametrize("scene", ["nobody", "silent", "gone", "refused", "full disk", "full disk at the end"])
+@pytest.mark.parametrize(
+    "scene", ["nobody", "silent", "gone", "refused", "full disk", "full disk at the end"]
+)
 def test_an_idle_server_wakes_up_once_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asleep: type[Sleeping], scene: str
 ) -> None:
@@ -1079,7 +1105,7 @@ def test_a_device_that_works_or_is_spoken_to_does_not_end(tmp_path: Path) -> Non
     assert device.waits_since() is None
     device._clock = lambda: now + 9.0
     device.message(*end_of(world, "b" * 16))
-    assert device.refused == {"GMR-744": 1} and device.heard_at == now + 8.0, "what is refused is no word of it"
+    assert device.refused == {"GMR-744": 1} and device.heard_at == now + 8.0
     plain = PlainDevice("7", 0, 1, 5, lambda *given: None, process._hands, lambda: now)
     plain._clock = lambda: now + 7.0
     plain.message(plain.hears, b"{}")

@@ -108,16 +108,19 @@ def test_what_the_broker_retained_is_of_another_time(where: Where) -> None:
     other.loop_stop()
 
 
-def test_a_message_for_which_there_is_no_room_is_dropped_and_the_next_one_heard(where: Where) -> None:
+def test_a_message_for_which_there_is_no_room_is_dropped_and_the_next_one_heard(
+    where: Where, caplog: pytest.LogCaptureFixture
+) -> None:
     heard = Inbox(most=10_000)
     server, device = MqttLink(where, ["t"], heard), MqttLink(where, [], Inbox())
     server.start()
     until(server.connected.is_set)
     device.start()
-    for payload in (b"a" * 6000, b"b" * 6000, b"c"):
+    for payload in (b"a" * 6000, b"b" * 6000, b"b" * 6000, b"c"):
         device.publish("t", payload)
     until(lambda: heard.qsize() == 2)
-    assert [heard.get()[1][:1] for _ in range(2)] == [b"a", b"c"]
+    assert [heard.get()[1][:1] for _ in range(2)] == [b"a", b"c"] and server.dropped == 2
+    assert caplog.text.count("more messages than can be read") == 1
     device.stop()
     server.stop()
 
@@ -145,6 +148,22 @@ def test_a_connection_that_times_out_is_made_again(
     until(lambda: not link.connected.is_set())
     until(link.connected.is_set)
     link.stop()
+
+
+def test_a_broker_that_is_not_ready_is_told_of_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Return code 3: MQTT 3.1.1, section 3.2.2.3."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        link = MqttLink(Where("127.0.0.1", listener.getsockname()[1]), [], Inbox())
+        link._client.reconnect_delay_set(1, 1)
+        link.start()
+        for _ in range(3):
+            with listener.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"\x20\x02\x00\x03")
+        link.stop()
+    assert link.refused is None
+    (record,) = caplog.records
+    assert "cannot be reached, trying again: it answers with return code 3" in record.message
 
 
 # -- TLS ---------------------------------------------------------------------------------------------------

@@ -180,10 +180,11 @@ class Office:
         try:
             client, said = self.desk.read(topic, payload, now)
         except WireError as refusal:
-            is_news = refusal.code == "GMR-743" and topic not in self._unauthentic
-            if is_news:
+            level = logging.DEBUG
+            if refusal.code == "GMR-743" and topic not in self._unauthentic:
                 self._unauthentic.add(topic)
-            _log.log(logging.WARNING if is_news else logging.DEBUG, "a message on %s is refused: %s", topic, refusal)
+                level = logging.WARNING
+            _log.log(level, "a message on %s is refused: %s", topic, refusal)
             return
         self.seen[client] = now
         if self.end is not None:
