@@ -20,8 +20,8 @@ from botocore.exceptions import ClientError
 from torch import nn
 
 from fedgmr_plugin.engine.client import BuiltinTrainer
-from fedgmr_plugin.errors import ConfigError, HostError, WireError
-from fedgmr_plugin.protocol.journal import Journal, read
+from fedgmr_plugin.errors import ConfigError, HostError, RunLogError, WireError
+from fedgmr_plugin.protocol.journal import Entry, Journal, read
 from fedgmr_plugin.protocol.notes import (
     FINISH,
     STATUS,
@@ -55,7 +55,7 @@ from fedgmr_plugin.runtimes.devices import live_run as live_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices import server as server_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts  # noqa: E402
 from fedgmr_plugin.runtimes.devices.device import Device  # noqa: E402
-from fedgmr_plugin.runtimes.devices.live_run import LiveRun  # noqa: E402
+from fedgmr_plugin.runtimes.devices.live_run import LiveRun, _Journals  # noqa: E402
 from fedgmr_plugin.runtimes.devices.plain import PlainOffice  # noqa: E402
 from fedgmr_plugin.runtimes.devices.plain_device import PlainDevice  # noqa: E402
 from fedgmr_plugin.runtimes.devices.server import Transport, assemble_live, prepare_server  # noqa: E402
@@ -412,6 +412,51 @@ def test_where_the_last_checkpoint_is_damaged_the_one_before_it_and_the_journals
     assert len(list((folder / "checkpoints").glob("*.damaged"))) == 2
     end = read_run(folder).end
     assert (folder / "run.jsonl").read_bytes().startswith(lines) and end is not None and end["windows"] == 12
+
+
+def test_a_journal_that_is_missing_before_another_one_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its events would be left out, and what followed them taken in."""
+    world = World(tmp_path, 12, checkpoint_seconds=0.0)
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    break_after_window(6, run, monkeypatch)
+    *_, last = sorted((tmp_path / "live" / "checkpoints").glob("*.safetensors"))
+    last.write_bytes(b"damaged")
+    first, *_ = sorted((tmp_path / "live" / "journal").iterdir())
+    first.rename(tmp_path / first.name)
+    with resume.resuming(tmp_path / "live"):
+        run = world.server()
+    with pytest.raises(RunLogError, match=f"GMR-607 {first.name} is missing, a later one is there"):
+        run.train()
+    (tmp_path / first.name).rename(first)
+    with resume.resuming(tmp_path / "live"):
+        world.server().train()
+    for device in devices:
+        device.join(20)
+
+
+def test_a_journal_behind_those_that_were_moved_away_is_read(tmp_path: Path) -> None:
+    """As the hint of GMR-607 has it: the run goes on from its checkpoint alone, and may be killed again."""
+    for entry in range(2):
+        journals = _Journals(tmp_path, 7)
+        past = journals.entries(range(7, journals.last + 1))
+        assert [found.head for found in past] == [{"entry": before} for before in range(entry)]
+        with journals.next() as journal:
+            journal.append([Entry({"entry": entry})])
+
+
+def test_a_journal_that_cannot_be_made_leaves_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journals = _Journals(tmp_path, 0)
+    with monkeypatch.context() as full:
+        full.setattr(
+            live_module, "Journal", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        )
+        with pytest.raises(OSError, match="No space"):
+            journals.next()
+    journals.next().close()
+    assert list(journals.entries(range(journals.last + 1))) == []
 
 
 @pytest.mark.parametrize("seconds", [None, 0.0])
