@@ -270,6 +270,32 @@ def test_an_answer_that_was_read_or_refused_is_deleted(field: Field, refusal: bo
     assert {key for key in field.world.objects if "/answers/" in key} <= late
 
 
+def test_an_answer_that_nobody_needs_is_removed_however_often_it_is_stored(field: Field) -> None:
+    """A device stores its answer again and again while it hears nothing."""
+    hear(field, 3, status(3, 1), KEYS[3])
+    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
+    payload, objects = update(field, dispatch, 0.0), field.world.objects
+    piece = Piece(answer_key("7", TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
+
+    def give(sequence: int) -> None:
+        objects[piece.key] = payload
+        hear(field, 3, AnswerNote(TOKEN, 3, sequence, dispatch, piece), KEYS[3], 3)
+
+    give(2)
+    field.until(lambda: dispatch in field.office.server.staged)
+    assert piece.key not in objects, "it was read"
+    give(3)
+    assert piece.key not in objects, "it waits for its window"
+    field.until(lambda: dispatch not in field.office.server.flights)
+    give(4)
+    assert piece.key not in objects, "it was merged"
+    objects[piece.key] = payload
+    field.run()
+    assert piece.key not in objects, "the run is over"
+    give(5)
+    assert piece.key not in objects, "and was so before"
+
+
 def test_a_device_that_signs_nothing_names_only_its_own_files(tmp_path: Path) -> None:
     pytest.importorskip("MNN")
     options = {"device_submodel": "masked", "device_authentication": "off"}
