@@ -516,6 +516,7 @@ def test_a_run_that_could_not_write_its_end_goes_on(tmp_path: Path, monkeypatch:
         run.train()
     for device in devices:
         device.join(20)
+    assert list((tmp_path / "live" / "journal").iterdir()) != []
     with resume.resuming(tmp_path / "live"):
         world.server().train()
     end = read_run(tmp_path / "live").end
