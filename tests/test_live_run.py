@@ -240,17 +240,6 @@ def test_a_server_that_is_refused_its_place_begins_nothing(tmp_path: Path) -> No
     assert list((tmp_path / "live").iterdir()) == [] and not run.hands._thread.is_alive()
 
 
-@pytest.mark.parametrize("who", ["device", "server", "server that has not begun"])
-def test_whom_the_broker_refuses_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
-    """Its password, its rights or its trust in the broker are wrong: nothing would ever arrive."""
-    monkeypatch.setattr(Line, "refused", HostError("GMR-515", "the broker refuses"))
-    monkeypatch.setattr(Line, "claim", lambda line: who == "server")
-    world = World(tmp_path)
-    with pytest.raises(HostError, match="GMR-515 the broker refuses"):
-        world.process(1).run() if who == "device" else world.server().train()
-    assert (tmp_path / "live" / "run.jsonl").exists() == (who == "server")
-
-
 def test_a_run_that_sweeps_still_keeps_others_from_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -713,6 +702,19 @@ def test_an_idle_device_wakes_up_once_a_second(
     with pytest.raises(Enough):
         process.run()
     assert asleep.now >= 600 and len(asleep.waits) <= 640 and max(asleep.waits) <= 1.0
+
+
+@pytest.mark.parametrize("who", ["device", "server", "server that has not begun"])
+def test_whom_the_broker_refuses_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asleep: type[Sleeping], who: str
+) -> None:
+    """Its password, its rights or its trust in the broker are wrong: nothing would ever arrive."""
+    monkeypatch.setattr(Line, "refused", HostError("GMR-515", "the broker refuses"))
+    monkeypatch.setattr(Line, "claim", lambda line: who == "server")
+    world = World(tmp_path)
+    with pytest.raises(HostError, match="GMR-515 the broker refuses"):
+        world.process(1).run() if who == "device" else world.server().train()
+    assert (tmp_path / "live" / "run.jsonl").exists() == (who == "server")
 
 
 @pytest.mark.parametrize("where", ["put", "get", "delete", "publish"])
