@@ -594,6 +594,7 @@ def test_log_and_model_are_on_the_disk_before_the_journals_go(
 def test_a_store_that_does_not_answer_keeps_no_run_from_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
+    assert live_module._SWEEP == 10.0, "as docs/guarantees.md has it"
     monkeypatch.setattr(live_module, "_SWEEP", 0.2)
     never = threading.Event()
 
