@@ -379,6 +379,23 @@ def test_an_interrupted_run_leaves_what_going_on_needs(
     assert sorted(world.store.keys("")) == sorted(kept)
 
 
+def test_a_checkpoint_says_what_is_still_to_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, removed = World(tmp_path, 12, checkpoint_seconds=0.0), list[str]()
+    run = world.server()
+    monkeypatch.setattr(run.hands, "undeleted", lambda: ["a"])
+    devices = [world.device(n) for n in (1, 2)]
+    break_after_window(6, run, monkeypatch)
+    with resume.resuming(tmp_path / "live"):
+        again = world.server()
+    monkeypatch.setattr(again.office, "abandon", removed.extend)
+    again.train()
+    for device in devices:
+        device.join(20)
+    assert removed == ["a"]
+
+
 def test_where_the_last_checkpoint_is_damaged_the_one_before_it_and_the_journals_serve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
