@@ -434,6 +434,7 @@ def test_a_journal_that_is_missing_before_another_one_is_an_error(
     first.rename(tmp_path / first.name)
     with resume.resuming(tmp_path / "live"):
         run = world.server()
+    monkeypatch.setattr(run, "_loop", Mock(side_effect=Broken))
     with pytest.raises(RunLogError, match=f"GMR-607 {first.name} is missing, a later one is there"):
         run.train()
     (tmp_path / first.name).rename(first)
