@@ -343,8 +343,9 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-607": CatalogueEntry(
         "journal damaged",
-        "An event that a run with real devices had written down was changed on the disk afterwards.",
-        "Check the disk. To go on from the last checkpoint alone, move the journal away.",
+        "An event that a run with real devices had written down was changed on the disk afterwards, or is "
+        "gone.",
+        "Check the disk. To go on from the last checkpoint alone, move the folder `journal` away.",
     ),
     "GMR-608": CatalogueEntry(
         "run cannot be replayed",

@@ -87,7 +87,7 @@ def refused(field: Field, client: int) -> dict[str, int]:
     return dict(field.office.desk.refused[client])
 
 
-def test_an_impostor_is_not_heard(field: Field) -> None:
+def test_an_impostor_is_not_heard(field: Field, caplog: pytest.LogCaptureFixture) -> None:
     own = to_server("7", 3)
     hear(field, 3, status(3, 1), OTHER)
     hear(field, 3, status(3, 2), None)
@@ -102,6 +102,8 @@ def test_an_impostor_is_not_heard(field: Field) -> None:
     field.office.message(to_server("7", 9), moved)
     assert refused(field, 2) == {"GMR-743": 4, "GMR-747": 2} and refused(field, 0) == {"GMR-743": 1}
     assert dict(field.office.desk.strangers) == {"GMR-742": 1}
+    for topic in (own, to_server("7", 1)):
+        assert caplog.text.count(f"a message on {topic} is refused: GMR-743") == 1, "told of once"
     assert 2 in field.office.server.away and 2 not in field.office.seen
     field.run()
     assert {r["client"] for r in field.records("arrival")} == {0, 1}
@@ -266,6 +268,32 @@ def test_an_answer_that_was_read_or_refused_is_deleted(field: Field, refusal: bo
     field.run()
     late = {answer_key("7", TOKEN, d, f.client + 1) for d, f in field.office.server.flights.items()}
     assert {key for key in field.world.objects if "/answers/" in key} <= late
+
+
+def test_an_answer_that_nobody_needs_is_removed_however_often_it_is_stored(field: Field) -> None:
+    """A device stores its answer again and again while it hears nothing."""
+    hear(field, 3, status(3, 1), KEYS[3])
+    (dispatch,) = [d for d, f in field.office.server.flights.items() if f.client == 2]
+    payload, objects = update(field, dispatch, 0.0), field.world.objects
+    piece = Piece(answer_key("7", TOKEN, dispatch, 3), len(payload), hashlib.sha256(payload).hexdigest())
+
+    def give(sequence: int) -> None:
+        objects[piece.key] = payload
+        hear(field, 3, AnswerNote(TOKEN, 3, sequence, dispatch, piece), KEYS[3], 3)
+
+    give(2)
+    field.until(lambda: dispatch in field.office.server.staged)
+    assert piece.key not in objects, "it was read"
+    give(3)
+    assert piece.key not in objects, "it waits for its window"
+    field.until(lambda: dispatch not in field.office.server.flights)
+    give(4)
+    assert piece.key not in objects, "it was merged"
+    objects[piece.key] = payload
+    field.run()
+    assert piece.key not in objects, "the run is over"
+    give(5)
+    assert piece.key not in objects, "and was so before"
 
 
 def test_a_device_that_signs_nothing_names_only_its_own_files(tmp_path: Path) -> None:

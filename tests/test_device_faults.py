@@ -324,6 +324,14 @@ def test_a_device_that_dies_around_its_training_trains_nothing_twice(tmp_path: P
     assert replayed(field).differences == []
 
 
+def test_a_device_that_trained_for_long_has_all_its_patience(tmp_path: Path) -> None:
+    """Its server may have said nothing since the task."""
+    field = start(make(tmp_path, 100, seconds=lambda n: 3.0 if n else 50.0))
+    device = field.devices[0]
+    field.until(lambda: device.trained == 1)
+    assert device.waits_since() == field.world.now >= 50.0
+
+
 def test_all_devices_die_and_return_days_later(tmp_path: Path) -> None:
     field = start(make(tmp_path / "s"), tmp_path)
     field.until(lambda: field.office.server.version == 3)

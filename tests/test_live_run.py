@@ -20,8 +20,8 @@ from botocore.exceptions import ClientError
 from torch import nn
 
 from fedgmr_plugin.engine.trainer import BuiltinTrainer
-from fedgmr_plugin.errors import ConfigError, HostError, WireError
-from fedgmr_plugin.protocol.journal import Journal, read
+from fedgmr_plugin.errors import ConfigError, HostError, RunLogError, WireError
+from fedgmr_plugin.protocol.journal import Entry, Journal, read
 from fedgmr_plugin.protocol.notes import (
     FINISH,
     STATUS,
@@ -55,7 +55,7 @@ from fedgmr_plugin.runtimes.devices import live_run as live_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices import server as server_module  # noqa: E402
 from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts  # noqa: E402
 from fedgmr_plugin.runtimes.devices.device import Device  # noqa: E402
-from fedgmr_plugin.runtimes.devices.live_run import LiveRun  # noqa: E402
+from fedgmr_plugin.runtimes.devices.live_run import LiveRun, _Journals  # noqa: E402
 from fedgmr_plugin.runtimes.devices.plain import PlainOffice  # noqa: E402
 from fedgmr_plugin.runtimes.devices.plain_device import PlainDevice  # noqa: E402
 from fedgmr_plugin.runtimes.devices.server import Transport, assemble_live, prepare_server  # noqa: E402
@@ -294,14 +294,27 @@ def test_objects_that_stay_are_told_of_or_tried_again(
 ) -> None:
     """S3 answers with an error for each object that it did not delete, and no other."""
     store, errors = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s")), list[dict[str, str]]()
-    monkeypatch.setattr(
-        store, "_client", SimpleNamespace(delete_objects=lambda **named: {"Errors": list(errors)})
+    refused, alone = ClientError({"Error": {"Code": "AccessDenied"}}, "DeleteObject"), list[str]()
+
+    def delete_object(Bucket: str, Key: str) -> None:
+        alone.append(Key)
+        if Key == "a":
+            raise refused
+
+    client = SimpleNamespace(
+        delete_objects=lambda **named: {"Errors": list(errors)}, delete_object=delete_object
     )
+    monkeypatch.setattr(store, "_client", client)
     store.delete(["a"])
-    errors.append({"Key": "a", "Code": "AccessDenied"})
+    assert alone == [] and not caplog.text
+    errors += [{"Key": key, "Code": "AccessDenied"} for key in "ba"]
+    store.delete(["a", "b"])
     store.delete(["a"])
-    store.delete(["a"])
-    assert caplog.text.count("key=a stays in it") == 1
+    assert alone == ["b", "a"] * 2 and caplog.text.count("key=a stays in the store: GMR-515") == 1
+    client.delete_objects = Mock(side_effect=refused)
+    store.delete(["c", "d"])
+    assert alone[4:] == ["c", "d"]
+    client.delete_objects = lambda **named: {"Errors": list(errors)}
     errors.append({"Key": "b", "Code": "InternalError"})
     with pytest.raises(Unreachable, match="delete_objects"):
         store.delete(["a", "b"])
@@ -366,6 +379,93 @@ def test_an_interrupted_run_leaves_what_going_on_needs(
     assert sorted(world.store.keys("")) == sorted(kept)
 
 
+def test_a_checkpoint_says_what_is_still_to_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, removed = World(tmp_path, 12, checkpoint_seconds=0.0), list[str]()
+    run = world.server()
+    monkeypatch.setattr(run.hands, "undeleted", lambda: ["a"])
+    devices = [world.device(n) for n in (1, 2)]
+    break_after_window(6, run, monkeypatch)
+    with resume.resuming(tmp_path / "live"):
+        again = world.server()
+    monkeypatch.setattr(again.office, "abandon", removed.extend)
+    again.train()
+    for device in devices:
+        device.join(20)
+    assert removed == ["a"]
+
+
+def test_where_the_last_checkpoint_is_damaged_the_one_before_it_and_the_journals_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice: the same one serves again, with what happened before the one that is damaged, and since."""
+    world, folder, lines = World(tmp_path, 12, checkpoint_seconds=0.0), tmp_path / "live", b""
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    for window in (6, 8):
+        break_after_window(window, run, monkeypatch)
+        log = (folder / "run.jsonl").read_bytes()
+        assert log.startswith(lines)
+        lines = log
+        *_, last = sorted((folder / "checkpoints").glob("*.safetensors"))
+        last.write_bytes(b"damaged")
+        with resume.resuming(folder):
+            run = world.server()
+    run.train()
+    for device in devices:
+        device.join(20)
+    assert len(list((folder / "checkpoints").glob("*.damaged"))) == 2
+    end = read_run(folder).end
+    assert (folder / "run.jsonl").read_bytes().startswith(lines) and end is not None and end["windows"] == 12
+
+
+def test_a_journal_that_is_missing_before_another_one_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its events would be left out, and what followed them taken in."""
+    world = World(tmp_path, 12, checkpoint_seconds=0.0)
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    break_after_window(6, run, monkeypatch)
+    *_, last = sorted((tmp_path / "live" / "checkpoints").glob("*.safetensors"))
+    last.write_bytes(b"damaged")
+    first, *_ = sorted((tmp_path / "live" / "journal").iterdir())
+    first.rename(tmp_path / first.name)
+    with resume.resuming(tmp_path / "live"):
+        run = world.server()
+    monkeypatch.setattr(run, "_loop", Mock(side_effect=Broken))
+    with pytest.raises(RunLogError, match=f"GMR-607 {first.name} is missing, a later one is there"):
+        run.train()
+    (tmp_path / first.name).rename(first)
+    with resume.resuming(tmp_path / "live"):
+        world.server().train()
+    for device in devices:
+        device.join(20)
+
+
+def test_a_journal_behind_those_that_were_moved_away_is_read(tmp_path: Path) -> None:
+    """As the hint of GMR-607 has it: the run goes on from its checkpoint alone, and may be killed again."""
+    for entry in range(2):
+        journals = _Journals(tmp_path, 7)
+        past = journals.entries(range(7, journals.last + 1))
+        assert [found.head for found in past] == [{"entry": before} for before in range(entry)]
+        with journals.next() as journal:
+            journal.append([Entry({"entry": entry})])
+
+
+def test_a_journal_that_cannot_be_made_leaves_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journals = _Journals(tmp_path, 0)
+    with monkeypatch.context() as full:
+        full.setattr(
+            live_module, "Journal", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        )
+        with pytest.raises(OSError, match="No space"):
+            journals.next()
+    journals.next().close()
+    assert list(journals.entries(range(journals.last + 1))) == []
+
+
 @pytest.mark.parametrize("seconds", [None, 0.0])
 def test_the_clock_goes_on_where_the_journal_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float | None
@@ -423,6 +523,7 @@ def test_a_run_that_could_not_write_its_end_goes_on(tmp_path: Path, monkeypatch:
         run.train()
     for device in devices:
         device.join(20)
+    assert list((tmp_path / "live" / "journal").iterdir()) != []
     with resume.resuming(tmp_path / "live"):
         world.server().train()
     end = read_run(tmp_path / "live").end
@@ -511,6 +612,7 @@ def test_log_and_model_are_on_the_disk_before_the_journals_go(
 def test_a_store_that_does_not_answer_keeps_no_run_from_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
+    assert live_module._SWEEP == 10.0, "as docs/guarantees.md has it"
     monkeypatch.setattr(live_module, "_SWEEP", 0.2)
     never = threading.Event()
 
@@ -567,7 +669,9 @@ def asleep(monkeypatch: pytest.MonkeyPatch) -> type[Sleeping]:
     return Sleeping
 
 
-@pytest.mark.parametrize("scene", ["nobody", "silent", "gone", "full disk"])
+@pytest.mark.parametrize(
+    "scene", ["nobody", "silent", "gone", "refused", "full disk", "full disk at the end"]
+)
 def test_an_idle_server_wakes_up_once_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asleep: type[Sleeping], scene: str
 ) -> None:
@@ -579,32 +683,57 @@ def test_an_idle_server_wakes_up_once_a_second(
             topic = to_server("7", n)
             note = StatusNote("7", n, sequence, state, samples=40 if state == "ONLINE" else None)
             run.inbox.put((topic, sign(note, topic, None, {"msg_type": STATUS, "sender": n})))
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse() -> None:
+        for dispatch, flight in list(run.office.server.flights.items()):
+            run.office._refuse(flight.client, dispatch, WireError("GMR-710", "too long"))
+
+    def end() -> None:
+        monkeypatch.setattr(RunLogWriter, "write", full)
+        run._unwritten.append({})
+        run.office.end = {}
+
     if scene == "full disk":
-
-        def full(journal: Journal, entries: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
         monkeypatch.setattr(Journal, "append", full)
+    elif scene == "refused":
+        run.inbox.put(refuse)
+    elif scene == "full disk at the end":
+        run.inbox.put(end)
     with pytest.raises(Enough):
         run.train()
     assert asleep.now >= 600 and len(asleep.waits) <= 640
     assert max(asleep.waits) <= 1.0
     dispatches = len(read_run(tmp_path / "live").records("dispatch"))
-    assert (dispatches > 0) == (scene in ("silent", "gone"))
+    assert (dispatches > 0) == (scene not in ("nobody", "full disk"))
 
 
-def test_an_idle_device_wakes_up_once_a_second(asleep: type[Sleeping], tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_connected", [True, False])
+def test_an_idle_device_wakes_up_once_a_second(
+    asleep: type[Sleeping], tmp_path: Path, is_connected: bool
+) -> None:
     world = World(tmp_path, heartbeat_seconds=15.0)
-    process = DeviceProcess(
-        world.args,
-        1,
-        world.data(1),
-        world.model(),
-        transport=lambda hears, inbox: (Line(world, [hears], inbox), world.store),
-    )
+    process = world.process(1)
+    if not is_connected:
+        process._inbox.put(process._link.connected.clear)
     with pytest.raises(Enough):
         process.run()
-    assert len(asleep.waits) <= 640 and max(asleep.waits) <= 1.0
+    assert asleep.now >= 600 and len(asleep.waits) <= 640 and max(asleep.waits) <= 1.0
+
+
+@pytest.mark.parametrize("who", ["device", "server", "server that has not begun"])
+def test_whom_the_broker_refuses_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asleep: type[Sleeping], who: str
+) -> None:
+    """Its password, its rights or its trust in the broker are wrong: nothing would ever arrive."""
+    monkeypatch.setattr(Line, "refused", HostError("GMR-515", "the broker refuses"))
+    monkeypatch.setattr(Line, "claim", lambda line: who == "server")
+    world = World(tmp_path)
+    with pytest.raises(HostError, match="GMR-515 the broker refuses"):
+        world.process(1).run() if who == "device" else world.server().train()
+    assert (tmp_path / "live" / "run.jsonl").exists() == (who == "server")
 
 
 @pytest.mark.parametrize("where", ["put", "get", "delete", "publish"])
@@ -1029,16 +1158,24 @@ def test_a_device_that_works_or_is_spoken_to_does_not_end(tmp_path: Path) -> Non
     assert isinstance(device, Device)
     now = device.heard_at
     device._clock = lambda: now + 7.0
-    assert device.waits_since() == now
+    device.kept(*end_of(world, "b" * 16))
+    assert device.waits_since() == now, "what the broker kept is of another time"
     device.message(*end_of(world, "b" * 16))
     assert device.waits_since() == now + 7.0
-    device.working = SimpleNamespace(dispatch=1)  # type: ignore[assignment]
-    device._wanted = {"x": Piece("x", 1, "")}
+    device.working = task = SimpleNamespace(dispatch=1)  # type: ignore[assignment]
+    device._wanted = {key: Piece(key, 1, "") for key in "xy"}
     assert device.waits_since() == now + 7.0, "whoever waits for the store works not"
+    device._clock = lambda: now + 8.0
+    device._fetched(task, device._wanted["x"], bytearray(1), now)  # type: ignore[arg-type]
+    assert device.waits_since() == now + 8.0, "it got something"
     device._wanted = {}
     assert device.waits_since() is None
+    device._clock = lambda: now + 9.0
+    device.message(*end_of(world, "b" * 16))
+    assert device.refused == {"GMR-744": 1} and device.heard_at == now + 8.0
     plain = PlainDevice("7", 0, 1, 5, lambda *given: None, process._hands, lambda: now)
     plain._clock = lambda: now + 7.0
+    plain.message(plain.hears, b"{}")
     assert plain.waits_since() == now
     plain.message(plain.hears, b'{"msg_type": 6}')
     assert plain.waits_since() == now + 7.0

@@ -104,6 +104,8 @@ def told(section: str, **wrong: Any) -> Any:
         (MQTT, {"MQTT_KEEPALIVE": "abc"}),
         (MQTT, {"MQTT_KEEPALIVE": 65_536}),
         (MQTT, {"BROKER_HOST": ""}),
+        (MQTT, {"MQTT_TLS_CAFILE": "ca.crt"}),
+        (MQTT, {"MQTT_TLS_KEY": "7.key"}),
         (S3, {"CN_S3_ENDPOINT": "localhost:9000"}),
         (S3, {"CN_S3_ENDPOINT": 5}),
         (S3, {"BUCKET_NAME": "my bucket"}),

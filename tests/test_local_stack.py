@@ -21,6 +21,8 @@ import yaml
 
 from fedgmr_plugin.errors import HostError
 from fedgmr_plugin.protocol.storekeys import answer_key, probe_key, sent_key
+from fedgmr_plugin.runtimes.devices.connection import Bucket
+from fedgmr_plugin.runtimes.devices.store import S3Store
 from fedgmr_plugin.runtimes.local import broker as broker_module
 from fedgmr_plugin.runtimes.local import groups, keeper, mqtt, ports, record
 from fedgmr_plugin.runtimes.local import stack as stack_module
@@ -578,8 +580,8 @@ def test_the_guides_policies_keep_devices_apart(stack: Stack) -> None:
     for_server, for_seven, rule = (json.loads(block) for block in guide("json"))
     bucket = stack.storage.bucket
     assert bucket == "fedgmr"
-    server = s3(stack, stack.storage.add_user("server", for_server))
-    seven = s3(stack, stack.storage.add_user("7", for_seven))
+    owned = stack.storage.add_user("server", for_server)
+    server, seven = s3(stack, owned), s3(stack, stack.storage.add_user("7", for_seven))
     sent, answer, probe = sent_key("42", "0f", "x"), answer_key("42", "0f", 3, 7), probe_key("42", 7)
     server.put_object(Bucket=bucket, Key=sent, Body=b"s")
     assert seven.get_object(Bucket=bucket, Key=sent)["Body"].read() == b"s"
@@ -590,8 +592,9 @@ def test_the_guides_policies_keep_devices_apart(stack: Stack) -> None:
     for key in (sent, answer_key("42", "0f", 3, 8), probe_key("42", 8)):
         assert refused(seven.put_object, Bucket=bucket, Key=key, Body=b"z") == "AccessDenied"
     assert refused(seven.delete_object, Bucket=bucket, Key=sent) == "AccessDenied"
-    for key in (sent, answer):
-        server.delete_object(Bucket=bucket, Key=key)
+    endpoint = stack.connection().customized_training_s3_config["CN_S3_ENDPOINT"]
+    S3Store(Bucket(endpoint, bucket, *owned)).delete([sent, answer])
+    assert server.list_objects_v2(Bucket=bucket)["KeyCount"] == 0
 
     for key in ("fedml_42_0_7_a", "fedml_42_0_8_a", "fedml_42_8_a"):
         server.put_object(Bucket=bucket, Key=key, Body=b"x")

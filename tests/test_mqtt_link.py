@@ -108,26 +108,62 @@ def test_what_the_broker_retained_is_of_another_time(where: Where) -> None:
     other.loop_stop()
 
 
-def test_a_connection_that_times_out_is_made_again(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_for_which_there_is_no_room_is_dropped_and_the_next_one_heard(
+    where: Where, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard = Inbox(most=10_000)
+    server, device = MqttLink(where, ["t"], heard), MqttLink(where, [], Inbox())
+    server.start()
+    until(server.connected.is_set)
+    device.start()
+    for payload in (b"a" * 6000, b"b" * 6000, b"b" * 6000, b"c"):
+        device.publish("t", payload)
+    until(lambda: heard.qsize() == 2)
+    assert [heard.get()[1][:1] for _ in range(2)] == [b"a", b"c"] and server.dropped == 2
+    assert caplog.text.count("more messages than can be read") == 1
+    device.stop()
+    server.stop()
+
+
+@pytest.mark.parametrize("call", ["_sock_recv", "_sock_send"])
+def test_a_connection_that_times_out_is_made_again(
+    where: Where, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     """paho's own thread would end here."""
     link = MqttLink(where, [], Inbox())
     link._client.reconnect_delay_set(1, 1)
     link.start()
     until(link.connected.is_set)
-    real, lost = Paho._sock_recv, threading.Event()
+    real, lost = getattr(Paho, call), threading.Event()
 
-    def receive(client: Any, size: int) -> Any:
+    def broken(client: Any, what: Any) -> Any:
         if not lost.is_set():
             lost.set()
             raise OSError(errno.ETIMEDOUT, "Connection timed out")
-        return real(client, size)
+        return real(client, what)
 
-    monkeypatch.setattr(Paho, "_sock_recv", receive)
-    link.publish("t", b"")  # its acknowledgement is not read
+    monkeypatch.setattr(Paho, call, broken)
+    link.publish("t", b"")  # it is not sent, or its acknowledgement not read
     until(lost.is_set)
     until(lambda: not link.connected.is_set())
     until(link.connected.is_set)
     link.stop()
+
+
+def test_a_broker_that_is_not_ready_is_told_of_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Return code 3: MQTT 3.1.1, section 3.2.2.3."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        link = MqttLink(Where("127.0.0.1", listener.getsockname()[1]), [], Inbox())
+        link._client.reconnect_delay_set(1, 1)
+        link.start()
+        for _ in range(3):
+            with listener.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"\x20\x02\x00\x03")
+        link.stop()
+    assert link.refused is None
+    (record,) = caplog.records
+    assert "cannot be reached, trying again: it answers with return code 3" in record.message
 
 
 # -- TLS ---------------------------------------------------------------------------------------------------
@@ -217,7 +253,7 @@ def authority(tmp_path: Path) -> Authority:
 
 @pytest.mark.parametrize("mutual", [False, True])
 def test_messages_travel_over_tls_with_passwords(
-    supervisor: Supervisor, authority: Authority, mutual: bool
+    supervisor: Supervisor, authority: Authority, mutual: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     signed = authority.sign("broker", "localhost", "127.0.0.1")
     broker = Secured(supervisor, signed, authority.file, mutual)
@@ -236,6 +272,7 @@ def test_messages_travel_over_tls_with_passwords(
     assert inbox.get(timeout=10) == ("t", b"over TLS")
     device.stop()
     server.stop()
+    assert not caplog.text
     if mutual:
         assert "GMR-515" in str(refusal(broker.at(ca=authority.file)))  # it shows no certificate
 
@@ -251,7 +288,7 @@ def refusal(where: Where) -> HostError:
 
 
 def test_a_broker_that_is_not_trusted_is_refused_clearly(
-    supervisor: Supervisor, authority: Authority, tmp_path: Path
+    supervisor: Supervisor, authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = Secured(supervisor, authority.sign("broker", "localhost"), authority.file, False)
     other = Authority(tmp_path / "theirs", "theirs")
@@ -264,6 +301,11 @@ def test_a_broker_that_is_not_trusted_is_refused_clearly(
         assert found.code == "GMR-515"
         with pytest.raises(HostError, match=problem):
             raise found
+    assert "the broker is gone" not in caplog.text, "it never was there"
+    link = MqttLink(broker.at(), [], Inbox())  # without TLS, where it listens for TLS alone
+    link.start()
+    until(lambda: "it answers nothing; does it want TLS (MQTT_TLS_CA), or not?" in caplog.text)
+    link.stop()
 
 
 def test_a_device_that_was_connected_waits_for_a_broker_that_it_trusts(
@@ -310,7 +352,7 @@ def test_a_broker_that_lets_a_process_hear_nothing_is_told(
     real = Paho._handle_suback
 
     def denied(client: Any) -> Any:
-        client._in_packet["packet"][2:] = bytes([128] * len(client._in_packet["packet"][2:]))
+        client._in_packet["packet"][-1] = 128  # the last one of those that were asked for together
         return real(client)
 
     link = MqttLink(where, ["t", "u"], Inbox())

@@ -379,6 +379,7 @@ def test_server_and_silos_know_each_others_calls(keys: dict[int, bytes] | None) 
 
 def test_a_large_message_has_the_time_that_a_slow_link_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise it would be begun anew again and again, and never arrive."""
+    assert (grpc_module._CALL_SECONDS, grpc_module._SLOWEST) == (30.0, 50_000), "as docs/guarantees.md has it"
     monkeypatch.setattr(grpc_module, "_CALL_SECONDS", 0.5)
     monkeypatch.setattr(grpc_module, "_PATIENCE", 1.0)
     receiver, sender = at("127.0.0.1", 0, free_port()), at("127.0.0.1", 1, free_port())

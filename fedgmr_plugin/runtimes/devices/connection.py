@@ -14,6 +14,7 @@ from fedgmr_plugin.errors import ConfigError
 #: Ids have 18 digits at most, as in a topic.
 _MOST_ID = 10**18
 MQTT, S3 = "customized_training_mqtt_config", "customized_training_s3_config"
+_TLS = ("MQTT_TLS_CA", "MQTT_TLS_CERT", "MQTT_TLS_KEY")
 
 
 class Broker(NamedTuple):
@@ -82,6 +83,7 @@ def services(args: Any) -> tuple[Broker, Bucket]:
     where = getattr(args, "yaml_config_file", "") or "args"
     mqtt, s3 = (_section(args, name, where) for name in (MQTT, S3))
     there = f"{where}: {MQTT}"
+    _check_tls(mqtt, there)
     broker = Broker(
         _required(mqtt, "BROKER_HOST", MQTT, where),
         _whole("BROKER_PORT", mqtt.get("BROKER_PORT", 1883), range(1, 2**16), there),
@@ -171,6 +173,19 @@ def _section(args: Any, name: str, where: str) -> Mapping[str, Any]:
     if not isinstance(section, Mapping):
         raise ConfigError("GMR-112", f"{name} is missing", where=where)
     return section
+
+
+def _check_tls(mqtt: Mapping[str, Any], where: str) -> None:
+    """Refuse keys for TLS that would change nothing: passwords might cross the network in clear.
+
+    Raises:
+        ConfigError: GMR-112.
+    """
+    unknown = sorted(key for key in mqtt if str(key).startswith("MQTT_TLS_") and key not in _TLS)
+    if unknown:
+        raise ConfigError("GMR-112", f"{unknown[0]} is none of {', '.join(_TLS)}", where=where)
+    if mqtt.get("MQTT_TLS_KEY") and not mqtt.get("MQTT_TLS_CERT"):
+        raise ConfigError("GMR-112", "MQTT_TLS_KEY is the key of no MQTT_TLS_CERT", where=where)
 
 
 def _required(section: Mapping[str, Any], key: str, name: str, where: str) -> str:

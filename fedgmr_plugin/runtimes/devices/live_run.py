@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
-from fedgmr_plugin.errors import HostError
+from fedgmr_plugin.errors import HostError, RunLogError
 from fedgmr_plugin.protocol.checkpoint import Checkpoint
 from fedgmr_plugin.protocol.journal import Entry, Journal, read, sync
 from fedgmr_plugin.protocol.pieces import Piece
@@ -168,19 +168,18 @@ class LiveRun(RecordedRun):
         if checkpoint is None:
             _write_whole(self.directory / TOKEN, office.token.encode())
             _write_whole(self.directory / INITIAL, save({"w": office.server.w_D.cpu().contiguous()}))
-        self._journals = _Journals(self.directory / _JOURNALS)
+        first = 0 if checkpoint is None else checkpoint.meta["journal"]
+        self._journals = _Journals(self.directory / _JOURNALS, first)
         # Their names are to be there after a power cut.
         for folder in (self.directory, self.directory.parent):
             sync(folder)
         self._kept: list[frozenset[str]] = []  # what a server needs that goes on from a kept checkpoint
-        first = 0
         unsent: list[tuple[Piece, Content]] = []
         if checkpoint is not None:
             meta, tensors = checkpoint.meta, checkpoint.tensors
             restore_live(office.live, Snapshot(meta["live"], tensors))
             office.load_state(meta["office"], tensors)
             self._kept = [office.needed()]
-            first = meta["journal"]
             contents = [tensors[f"unsent.{i}"].numpy().tobytes() for i in range(len(meta["unsent"]))]
             unsent = [(Piece(*p), content) for p, content in zip(meta["unsent"], contents, strict=True)]
         past = range(first, self._journals.last + 1) if self.resumed else range(0)
@@ -331,24 +330,36 @@ class LiveRun(RecordedRun):
 
 
 class _Journals:
-    """The journals of a run, numbered; those that no kept checkpoint needs are removed."""
+    """The journals of a run, numbered; those that no kept checkpoint needs are removed.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        first: number of the first one behind the checkpoint that the run goes on from.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
         self._folder = folder
         folder.mkdir(exist_ok=True)
         numbers = [int(path.stem) for path in folder.glob("*.journal") if path.stem.isdecimal()]
-        self.last = max(numbers, default=-1)
-        self._needed = [min(numbers, default=0)]  # first journal behind each of the last checkpoints
+        self.last = max([first - 1, *numbers])  # there may be none: moved away, for they were damaged
+        self._needed = [min(numbers, default=first)]  # first journal behind each of the last checkpoints
 
     def entries(self, numbers: Iterable[int]) -> Iterator[Entry]:
-        """What happened in these journals, one entry in memory at a time: each may hold a whole model."""
+        """What happened in these journals, one entry in memory at a time: each may hold a whole model.
+
+        Raises:
+            RunLogError: GMR-607 if one is damaged, or missing.
+        """
         for number in numbers:
-            yield from read(self._path(number))
+            path = self._path(number)
+            if not path.exists():
+                raise RunLogError("GMR-607", f"{path.name} is missing, a later one is there", where=str(path))
+            yield from read(path)
 
     def next(self) -> Journal:
         """A new journal behind those that are there."""
+        journal = Journal(self._path(self.last + 1))
         self.last += 1
-        return Journal(self._path(self.last))
+        return journal
 
     def checkpointed(self) -> None:
         """The last journal begins behind a checkpoint; two generations of them are kept."""

@@ -34,7 +34,7 @@ class MqttLink:
         broker: where.
         topics: to subscribe to.
         inbox: gets messages, and calls to be made in its owner's thread; a message that does not fit into it
-            is dropped, for its sender to repeat.
+            is dropped, for its sender to repeat, and counted in `dropped`.
 
     Raises:
         ConfigError: GMR-112 if a file of `broker` cannot be used.
@@ -44,6 +44,7 @@ class MqttLink:
         self._broker, self._topics, self._inbox = broker, list(topics), inbox
         self.refused: HostError | None = None
         self.connected = threading.Event()
+        self.dropped = 0
         self._client = _Client(client_id=f"fedgmr-{uuid.uuid4().hex[:16]}", clean_session=True)
         self._client.max_queued_messages_set(100_000)
         self._client.reconnect_delay_set(1, 30)
@@ -140,6 +141,8 @@ class MqttLink:
             self.refused = HostError(
                 "GMR-515", f"the broker at {self._broker.host}:{self._broker.port} refuses: {_REFUSALS[code]}"
             )
+        else:
+            self._failed(ConnectionError(f"it answers with return code {code}"))
 
     def _on_subscribe(self, client: Any, userdata: Any, mid: int, granted: Sequence[int]) -> None:
         if mid in self._asked and any(quality >= _DENIED for quality in granted):
@@ -160,11 +163,16 @@ class MqttLink:
             _log.warning("%s cannot be reached, trying again: %s", there, error)
 
     def _on_disconnect(self, client: Any, userdata: Any, code: int) -> None:
+        was_connected = self.connected.is_set()
         self.connected.clear()
         if self._presence is not None:
             self._presence.lost()
-        if code != 0:
+        if code == 0:
+            return
+        if was_connected:
             _log.warning("the broker is gone; reconnecting")
+        elif self.refused is None and not self._told:
+            self._failed(ConnectionError("it answers nothing; does it want TLS (MQTT_TLS_CA), or not?"))
 
     def _on_message(self, client: Any, userdata: Any, message: Any) -> None:
         topic, payload = message.topic, message.payload
@@ -183,7 +191,9 @@ class MqttLink:
         try:
             self._inbox.put_nowait((topic, payload))
         except queue.Full:
-            _log.warning("more messages than can be read: one is dropped")
+            self.dropped += 1
+            level = logging.WARNING if self.dropped == 1 else logging.DEBUG  # no flood of the log
+            _log.log(level, "more messages than can be read: dropped=%d", self.dropped)
 
 
 class _Client(mqtt.Client):

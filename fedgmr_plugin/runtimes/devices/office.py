@@ -119,6 +119,7 @@ class Office:
         self.waiting: list[LiveEvent] = []  # what could not be written down yet
         self.paused = ""  # why
         self.received: dict[int, int] = {}  # client to the bytes of its updates, since this server began
+        self._unauthentic: set[str] = set()  # devices' topics of which a message was told of
         self._farewells: set[int] = set()  # clients that know of the end
         self._gone: set[int] = set()  # clients whose connection broke after it
         self._record = record
@@ -179,7 +180,11 @@ class Office:
         try:
             client, said = self.desk.read(topic, payload, now)
         except WireError as refusal:
-            _log.debug("%s", refusal)
+            level = logging.DEBUG
+            if refusal.code == "GMR-743" and topic not in self._unauthentic:
+                self._unauthentic.add(topic)
+                level = logging.WARNING
+            _log.log(level, "a message on %s is refused: %s", topic, refusal)
             return
         self.seen[client] = now
         if self.end is not None:
@@ -218,6 +223,8 @@ class Office:
 
     def next_tick(self) -> float | None:
         """Second at which `tick` is to be called at the latest; None while nothing is waited for."""
+        if self.end is not None:
+            return None
         return self._clock() + 1.0 if self.waiting else self.live.next_tick()
 
     def _status(self, client: int, note: StatusNote, now: float) -> None:

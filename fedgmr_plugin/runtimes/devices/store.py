@@ -92,19 +92,32 @@ class S3Store:
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects; missing ones are no error, and those that may not be removed are told of, once.
 
+        Some stores let nobody remove several objects at once who has no right to the bucket itself: what is
+        refused so is removed one by one.
+
         Raises:
-            Unreachable, HostError: as `put`.
+            Unreachable: as `put`.
         """
         for start in range(0, len(keys), 1000):
-            objects = [{"Key": key} for key in keys[start : start + 1000]]
+            for key in self._delete_at_once(keys[start : start + 1000]):
+                try:
+                    self._call("delete_object", Key=key)
+                except HostError as error:
+                    if not self._told:
+                        self._told = True
+                        _log.warning("key=%s stays in the store: %s", key, error)
+
+    def _delete_at_once(self, keys: Sequence[str]) -> Sequence[str]:
+        """Remove objects; those that the store refuses to remove so."""
+        objects = [{"Key": key} for key in keys]
+        try:
             answer = self._call("delete_objects", Delete={"Objects": objects, "Quiet": True}) or {}
-            left = [(str(e.get("Code")), e.get("Key")) for e in answer.get("Errors", ())]
-            denied = [key for code, key in left if code in _REFUSED]
-            if denied and not self._told:
-                self._told = True
-                _log.warning("the store lets this process delete nothing: key=%s stays in it", denied[0])
-            if any(code not in _REFUSED | _MISSING for code, _ in left):
-                raise Unreachable(f"delete_objects: {left}")
+        except HostError:
+            return keys
+        left = [(str(e.get("Code")), str(e.get("Key"))) for e in answer.get("Errors", ())]
+        if any(code not in _REFUSED | _MISSING for code, _ in left):
+            raise Unreachable(f"delete_objects: {left}")
+        return [key for code, key in left if code in _REFUSED]
 
     def keys(self, prefix: str) -> list[str]:
         """Names of the objects that begin with `prefix`.
