@@ -155,8 +155,8 @@ class StageHands:
     def put(self, piece: Piece, content: Content) -> None:
         self._give("put", piece, bytes(content))
 
-    def publish(self, topic: str, payload: bytes) -> None:
-        self._give("publish", topic, payload)
+    def publish(self, topic: str, payload: bytes, then: Callable[[], None] | None = None) -> None:
+        self._give("publish", topic, payload, then)
 
     def delete(self, keys: Sequence[str]) -> None:
         if keys:
@@ -201,6 +201,8 @@ class StageHands:
                 self._objects[job[1].key] = job[2]
             elif job[0] == "publish":
                 self._publish(job[1], job[2])
+                if job[3] is not None:
+                    self._call(job[3])
             else:
                 for key in job[1]:
                     self._objects.pop(key, None)

@@ -759,6 +759,22 @@ def test_an_error_that_nobody_expected_ends_the_run(where: str) -> None:
     hands.close()
 
 
+def test_who_publishes_is_told_when_it_has_left_behind_what_was_given_before() -> None:
+    inbox, order, stored = Inbox(), [], threading.Event()
+    store, link = Objects(), Line(World(Path()), [], inbox)
+    store.put = lambda *given: stored.wait(5)  # type: ignore[method-assign]
+    link.publish = lambda *given: order.append("left")  # type: ignore[method-assign]
+    hands = ThreadedHands(store, link, inbox)
+    hands.start()
+    hands.put(Piece("k", 1, ""), b"x")
+    hands.publish("t", b"x", lambda: order.append("told"))
+    assert inbox.empty() and not order
+    stored.set()
+    inbox.get(timeout=5)()
+    assert order == ["left", "told"]
+    hands.close()
+
+
 class Slow:
     """Samples that take their time."""
 

@@ -395,6 +395,21 @@ def test_a_large_message_has_the_time_that_a_slow_link_needs(monkeypatch: pytest
     sender.stop(0.0)
 
 
+def test_a_model_that_waits_for_a_silo_that_is_away_does_not_wait_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of FedML's own, which train whatever they are sent, as often as they are sent it."""
+    monkeypatch.setattr(GrpcLink, "_send_all", lambda *given: None)
+    server = link(None, plain=True)
+    kept = pickle.dumps(OrderedDict(nn.Linear(50, 40).state_dict()))
+    for key in ("a", "b"):
+        server._objects.put(Piece(key, len(kept), ""), kept)
+    told = {"msg_type": 2, "sender": 0, "receiver": 1}
+    for fields in ({"model_params": "a"}, {}, {"model_params": "a"}, {}, {"model_params": "b"}):
+        server.publish(to_device("7", 0, 1), json.dumps({**told, **fields}).encode())
+    assert [about for _, about in server._outboxes[1]._waiting] == ["a", None, None, "b"]
+
+
 def test_what_is_on_its_way_over_a_slow_link_is_not_sent_again() -> None:
     """A heartbeat repeats an answer, a reminder a task, while the first is still being sent."""
     receiver, sender = at("127.0.0.1", 0, free_port()), at("127.0.0.1", 1, free_port())

@@ -76,8 +76,13 @@ class ThreadedHands:
 
         self._give(store)
 
-    def publish(self, topic: str, payload: bytes) -> None:
-        self._give(lambda: self._link.publish(topic, payload))
+    def publish(self, topic: str, payload: bytes, then: Callable[[], None] | None = None) -> None:
+        def publish() -> None:
+            self._link.publish(topic, payload)
+            if then is not None:
+                self._inbox.put(then)
+
+        self._give(publish)
 
     def delete(self, keys: Sequence[str]) -> None:
         if not keys:

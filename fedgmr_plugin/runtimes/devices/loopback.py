@@ -125,9 +125,11 @@ class LoopbackHands:
             self.world.objects[piece.key] = bytes(content)
             self.world.stored_bytes += len(content)
 
-    def publish(self, topic: str, payload: bytes) -> None:
+    def publish(self, topic: str, payload: bytes, then: Callable[[], None] | None = None) -> None:
         if not self.cut:
             self.world.deliver(topic, payload)
+            if then is not None:
+                then()
 
     def fetch(self, piece: Piece, then: Fetched) -> None:
         if not self.cut:

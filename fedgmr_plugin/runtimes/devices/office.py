@@ -51,8 +51,8 @@ class Hands(Protocol):
         """Store an object."""
         ...
 
-    def publish(self, topic: str, payload: bytes) -> None:
-        """Send a message, after everything that was given before it."""
+    def publish(self, topic: str, payload: bytes, then: Callable[[], None] | None = None) -> None:
+        """Send a message, after everything that was given before it; then call `then`, as `fetch` does."""
         ...
 
     def fetch(self, piece: Piece, then: Fetched) -> None:

@@ -11,8 +11,9 @@ devices do (``android/fedmlsdk``, ClientManager and TrainingExecutor; ``cross_si
     the newest that waits: not every message is answered, so answers cannot be counted off against messages.
 (d) Whatever trains when the process ends is lost. A started process says ``ONLINE``, and again whenever
     it is asked: hearing it of a phone does not tell that nothing is being trained.
-(e) A silo does one thing after another, training included: when it says ``ONLINE``, it has answered all
-    that it was sent before.
+(e) A silo does one thing after another, training included: before it replies, it has answered all that it
+    was sent before. But its broker hands over what it says only after another round trip (QoS 2): where a
+    message comes in between, an ``ONLINE`` waits until that is trained, and comes just before the answer.
 
 Hence four rules.
 
@@ -29,11 +30,11 @@ Hence four rules.
 3.  *Without number* (silos, and apps that repeat nothing) an answer is credited to the dispatch that was sent
     last. By rule 1 the others were answered, or are lost, so this is right for whoever answers within
     `lost_after` or never, and trains a message once. So a server that goes on does not tell a dispatch
-    again to a client that is not known to number its answers, unless it is the first (c).
+    again to a client that is not known to number its answers, unless it is a phone's first (c).
 4.  *Silos are asked.* One that owes an answer and has been silent for `retry_seconds` may have lost what it
-    was sent, or its answer. It is asked, and again after twice as long; if it replies, it works on nothing
-    (e): it is told again, or gets another sub-model if it was late. Replies to questions of before it was
-    told are over by then: they come in one breath with its last answer, or when it connects.
+    was sent, or its answer. It is asked, and again after twice as long. What it says first may be older than
+    what it was told, or come before the answer (e); so it is asked once more `retry_seconds` later, and if
+    it replies, it works on nothing: it is told again, or gets another sub-model if it was late.
 
 A phone that loses its sub-model is therefore idle for `lost_after`, at the most, and the answers of a device
 that needs longer than that are of no use, in the end. Nobody can sign here:
@@ -42,6 +43,7 @@ that needs longer than that are of no use, in the end. Nobody can sign here:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -128,7 +130,7 @@ class PlainOffice(Office):
     ) -> None:
         super().resume(self._learning(entries), journal, unsent)
         now = self._clock()  # when they were told is not known: not after this
-        self._told = dict.fromkeys(self.server.flights, now)
+        self._told = dict.fromkeys(self.server.flights, now) | self._told
 
     def _learning(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """The same entries; who numbers its answers, and which were heard, is learnt from them."""
@@ -160,7 +162,7 @@ class PlainOffice(Office):
         """Ask everybody whether they are there: who came first was not heard."""
         now = self._clock()
         for client in range(len(self.desk.devices)):
-            self._asked[client] = self._heard_at[client] = now
+            self._asked[client] = now
             self._ask(client)
 
     def tick(self) -> None:
@@ -181,14 +183,10 @@ class PlainOffice(Office):
         silent = set()
         for client in {flight.client for flight in self.server.flights.values()}:
             if owed := self._owed(client):
-                since, asked = self._since(client, max(owed)), self._asked[client]
+                since, asked = max(self._told[max(owed)], self._heard_at[client]), self._asked[client]
                 if now - max(since, asked) >= max(wait, asked - since):
                     silent.add(client)
         return silent
-
-    def _since(self, client: int, dispatch: int) -> float:
-        """Second at which a silo was told its dispatch, or was heard after that."""
-        return max(self._told[dispatch], self._heard_at[client])
 
     def next_tick(self) -> float | None:
         due = super().next_tick()
@@ -223,7 +221,7 @@ class PlainOffice(Office):
     def _silo_online(self, client: int, now: float) -> None:
         """Rule 4."""
         newest = max(self._owed(client), default=None)
-        if newest is not None and self._asked[client] > self._since(client, newest):
+        if newest is not None and self._told[newest] < self._heard_at[client] < self._asked[client]:
             if newest in self.server.overdue:
                 self._restarted.add(client)
             else:
@@ -344,7 +342,8 @@ class PlainOffice(Office):
         return size, size if new else 0.0
 
     def _tell_again(self, dispatch: int) -> None:
-        if self.tasks[dispatch].count == 0 or self.server.flights[dispatch].client in self._numbering:
+        is_first = self._numbered and self.tasks[dispatch].count == 0
+        if is_first or self.server.flights[dispatch].client in self._numbering:
             self._tell(dispatch)
 
     def _tell(self, dispatch: int, kind: int | None = None) -> None:
@@ -354,10 +353,15 @@ class PlainOffice(Office):
         kind = kind or (SYNC if task.count else INIT)
         index = str(self._index(dispatch))
         fields = {"model_params": file.key, "client_idx": index, "client_os": "AndroidClient"}
-        self._told[dispatch] = self._clock()
+        self._told[dispatch] = math.inf  # until it has left: it may wait for its file to be stored
         self._restarted.discard(flight.client)
         message = plain_message(kind, self.desk.server, device, fields)
-        self._hands.publish(to_device(self.desk.run, self.desk.server, device), message)
+        topic = to_device(self.desk.run, self.desk.server, device)
+        self._hands.publish(topic, message, lambda: self._left(dispatch))
+
+    def _left(self, dispatch: int) -> None:
+        if dispatch in self._told:
+            self._told[dispatch] = self._clock()
 
     def _finish(self, client: int) -> None:
         device = self.desk.devices[client]

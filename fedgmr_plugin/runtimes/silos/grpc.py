@@ -245,7 +245,8 @@ class GrpcLink:
     def publish(self, topic: str, payload: bytes) -> None:
         """Send a message to whom its topic names, with the objects that it speaks of.
 
-        A task or an answer that is on its way already is not sent again: links are slow.
+        A task, a model or an answer that is on its way already is not sent again: links are slow, and what
+        is sent to a silo that is away waits for it.
         """
         message = json.loads(payload)
         receiver = int(message["receiver"])
@@ -257,7 +258,9 @@ class GrpcLink:
             ).start()
         box = self._outboxes[receiver]
         if self._plain:
-            box.put(self._pickled(message))
+            model = message.get("model_params")
+            if not box.holds(model):
+                box.put(self._pickled(message), model)
             return
         note = note_of(message, topic, None, _NOTES[message["msg_type"]])
         about = (type(note), note.run, note.dispatch) if isinstance(note, (TaskNote, AnswerNote)) else None
