@@ -517,6 +517,8 @@ def test_a_silo_that_is_started_again_is_given_something_to_do(
         field.plain_device(1)
         go(field, 4)
         assert len(sent(field, 1)) == told + 1
+        again, before = (sent(field, 1)[n]["model_params"] for n in (told, told - 1))
+        assert (again == before) == (not is_late)
         go(field, 30)
         trainings = [n for n, _ in field.trained[known:]]
         assert 4 <= trainings.count(1) <= 6 and len(sent(field, 1)) - told <= trainings.count(1) + 1
