@@ -12,7 +12,6 @@ import pickletools
 import queue
 import struct
 import sys
-import time
 import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks import fuzz_pickle
 from benchmarks.fuzz_pickle import expectation
+from benchmarks.measure import Calls
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol import fedml_pickle
 from fedgmr_plugin.protocol.fedml_pickle import Expected, most_bytes, read_message, read_model
@@ -798,10 +798,9 @@ def test_a_lie_is_refused_with_its_own_code(code: str, data: bytes) -> None:
     reader = (
         read_message if b"msg_params" in data or b"a message" in data or b"msg_type" in data else read_model
     )
-    start = time.perf_counter()
-    with nothing_runs(), pytest.raises(WireError, match=code) as caught:
+    with nothing_runs(), pytest.raises(WireError, match=code) as caught, Calls() as calls:
         reader(data, EXPECTED)
-    assert time.perf_counter() - start < 1.0
+    assert calls.count < 200_000
     assert len(str(caught.value)) < 600
     with nothing_runs(), pytest.raises(WireError):
         (read_model if reader is read_message else read_message)(data, EXPECTED)
@@ -892,17 +891,17 @@ CASES = 20_000
 
 
 def test_no_mutation_escapes(storage: Any) -> None:
-    slowest = 0.0
+    most = 0
     audit = fuzz_pickle.Audit.of_process()
     for number, data, read in fuzz_pickle.cases(seed=1, count=CASES):
-        start = time.perf_counter()
-        found = fuzz_pickle.check(data, read=read, memory=number % 32 == 0)
-        slowest = max(slowest, time.perf_counter() - start)
+        with Calls() as calls:
+            found = fuzz_pickle.check(data, read=read, memory=number % 32 == 0)
+        most = max(most, calls.count)
         if found is not None and read is read_model and number % 8 == 0:
             wanted = fedml_reads(storage, data)
             wanted["flag"] = wanted["flag"].view(torch.uint8) != 0
             assert same_model(found, {name: wanted[name] for name in found}), number
-    assert slowest < 2.0
+    assert most < 200_000
     assert not audit.active
 
 
@@ -939,13 +938,14 @@ def test_no_noise_escapes(data: bytes) -> None:
         assert fuzz_pickle.check(start + data + b".", memory=False) is None
 
 
-def test_a_read_is_fast_enough() -> None:
+def test_a_read_does_nothing_for_each_element() -> None:
     """Of the order of copying the elements; benchmarks/fuzz_pickle.py and docs give figures."""
     model = {"w": torch.randn(2_000_000)}
     sent = pickle.dumps(model)
-    start = time.perf_counter()
-    read_model(sent, expectation(model))
-    assert time.perf_counter() - start < 1.0
+    expected = expectation(model)
+    with Calls() as calls:
+        read_model(sent, expected)
+    assert calls.count < 10_000
 
 
 def test_the_vocabulary_is_closed() -> None:

@@ -7,7 +7,6 @@ import copy
 import io
 import json
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from benchmarks.measure import Calls
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.datasets import digits
 from fedgmr_plugin.runtimes.launch import simulate
@@ -410,11 +410,11 @@ def test_another_framework_names_a_type_that_is_known() -> None:
         parse([lab.line(header)])
 
 
-def test_many_rungs_and_restorations_take_no_time(records: Records) -> None:
+def test_many_rungs_and_restorations_are_not_multiplied(records: Records) -> None:
     many = 20_000
     records[0]["config"]["density_ladder"] = [(i + 1) / many for i in range(many)]
     event = {**nth(records, "restoration"), "cause": "client_plateau", "before": 0.5, "after": 0.6}
     records[-1:-1] = [{**event, "client": i % 6} for i in range(many)]
-    start = time.perf_counter()
-    assert "restored_densities" in violated(records)
-    assert time.perf_counter() - start < 5
+    with Calls() as calls:
+        assert "restored_densities" in violated(records)
+    assert calls.count < 200 * many
