@@ -55,6 +55,7 @@ def test_the_tables_of_the_ablations_are_generated(repository: Path) -> None:
     ("names", "methods"),
     [
         (["omniglot", "fashion_mnist", "cifar10_small"], ["fedgmr", "fedgmr_decoupled"]),
+        (["omniglot"], ["frozen_defaults", "fedgmr_defaults", "defaults_decoupled"]),
         (
             [
                 "omniglot",

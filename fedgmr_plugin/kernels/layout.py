@@ -127,14 +127,14 @@ class ModelLayout:
         """
         own: list[tuple[Tensor, Tensor, Tensor]] = []
         views = list(self.views(flat_D).values())
-        with torch.no_grad():
-            for view, (_, tensor) in zip(views, _tensors(model), strict=True):
-                if _may_be(tensor, view):
-                    own.append((tensor, view, tensor.data))
-                    tensor.data = view
-                else:
-                    tensor.copy_(view)
         try:
+            with torch.no_grad():
+                for view, (_, tensor) in zip(views, _tensors(model), strict=True):
+                    if _may_be(tensor, view):
+                        own.append((tensor, view, tensor.data))
+                        tensor.data = view
+                    else:
+                        tensor.copy_(view)
             yield
             with torch.no_grad():
                 for view, (_, tensor) in zip(views, _tensors(model), strict=True):

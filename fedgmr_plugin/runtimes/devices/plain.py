@@ -113,7 +113,7 @@ class PlainOffice(Office):
         self._told: dict[int, float] = {}  # dispatch to the second at which it was told
         self._numbering: set[int] = set()  # clients that repeat ``client_idx``
         self._silent: set[int] = set()  # clients that do not
-        self._restarted: set[int] = set()  # numbering ones that began anew since they were told theirs
+        self._restarted: set[int] = set()  # clients that have lost what they were told last
         self._unanswered: Counter[int] = Counter()  # client to how often it was asked, and has not replied
         self._heard: dict[int, list[str]] = {}  # client to the names of its last answers
         self._names: dict[int, str] = {}  # dispatch to the name of its answer
@@ -121,7 +121,7 @@ class PlainOffice(Office):
         self.values: dict[tuple[int, str, int], Tensor] = {}  # and to what it holds [S]
         began = dict.fromkeys(range(len(self.desk.devices)), self._clock())
         self._asked = began  # client to the second at which it was asked whether it is there
-        self._heard_at = began.copy()  # client to the second at which it said so
+        self._online_at = began.copy()  # client to the second at which it said so
 
     # -- devices come and go --------------------------------------------------------------------------
 
@@ -181,11 +181,10 @@ class PlainOffice(Office):
     def _silent_for(self, wait: float, now: float) -> set[int]:
         """Silos that are to be asked (rule 4)."""
         silent = set()
-        for client in {flight.client for flight in self.server.flights.values()}:
-            if owed := self._owed(client):
-                since, asked = max(self._told[max(owed)], self._heard_at[client]), self._asked[client]
-                if now - max(since, asked) >= max(wait, asked - since):
-                    silent.add(client)
+        for client, dispatch in self._owed().items():
+            since, asked = max(self._told[dispatch], self._online_at[client]), self._asked[client]
+            if now - max(since, asked) >= max(wait, asked - since):
+                silent.add(client)
         return silent
 
     def next_tick(self) -> float | None:
@@ -213,24 +212,26 @@ class PlainOffice(Office):
             self._silo_online(client, now)
         elif self._unanswered[client]:
             self._unanswered[client] -= 1
-        elif client in self._numbering and self._owed(client):
+        elif client in self._numbering and client in self._owed():
             self._restarted.add(client)
         if client in self.server.away and self._is_new(client) and client not in self._owing():
             self._apply([ClientJoined(client, now, fresh=client in self._restarted)])
 
     def _silo_online(self, client: int, now: float) -> None:
         """Rule 4."""
-        newest = max(self._owed(client), default=None)
-        if newest is not None and self._told[newest] < self._heard_at[client] < self._asked[client]:
+        newest = self._owed().get(client)
+        if newest is not None and self._told[newest] < self._online_at[client] < self._asked[client]:
             if newest in self.server.overdue:
                 self._restarted.add(client)
             else:
                 self._tell(newest, SYNC)
-        self._heard_at[client] = now
+        self._online_at[client] = now
 
-    def _owed(self, client: int) -> set[int]:
-        """A client's dispatches of which no answer is on its way."""
-        return set(self._outstanding(client)) - self._fetching
+    def _owed(self) -> dict[int, int]:
+        """Client to the newest of its dispatches of which no answer is on its way."""
+        answered = self.server.staged.keys() | self._unwritten() | self._fetching
+        flights = sorted(self.server.flights.items())
+        return {flight.client: dispatch for dispatch, flight in flights if dispatch not in answered}
 
     def _owing(self) -> set[int]:
         """Clients that may still work on a dispatch that they did not answer in time."""
