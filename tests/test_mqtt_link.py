@@ -402,12 +402,12 @@ def test_a_second_server_hears_of_the_first_and_a_dead_one_is_followed(where: Wh
 
 def test_of_two_servers_that_meet_again_one_gives_way(where: Where) -> None:
     first, a = alone(where, "a")
-    second, b = alone(where, "b")
-    a.serves = b.serves = True
     first._client.reconnect_delay_set(1, 1)
-    until(second.connected.is_set)
-    until(first.connected.is_set)
-    b.taken_by = ""
+    until(lambda: a._returned is not None)
+    a.serves = True
+    second, b = alone(where, "b")
+    until(lambda: b.taken_by)  # the one answer to its one question: nothing is on its way any more
+    b.taken_by, b.serves = "", True
     first._client.socket().shutdown(socket.SHUT_RDWR)
     until(lambda: b.taken_by)
     assert not a.taken_by
