@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner
 
 from fedgmr_plugin.cli import main
-from fedgmr_plugin.cli.local import refuse_foreign, table, write_project
+from fedgmr_plugin.cli.local import refuse_foreign, table, watch, write_project
 from fedgmr_plugin.config import FedGMRConfig, parse
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.runtimes.devices.connection import MQTT, S3, connection, device_keys, services
@@ -137,6 +137,48 @@ def test_the_table_has_a_line_for_each_device() -> None:
     assert names.split()[:4] == ["device", "state", "density", "staleness"]
     assert first.split() == ["3", "training", "0.05", "2", "2.50", "MB", "1", "4", "s", "ago"]
     assert second.split()[-2:] == ["0", "never"]
+
+
+class Ended:
+    """A supervisor whose processes end one after the other: at each look at the server one more."""
+
+    def __init__(self, *ends: dict[str, int]) -> None:
+        self.ends = list(ends)
+        self.codes: dict[str, int] = {}
+
+    def poll(self, name: str) -> int | None:
+        if name == "server" and self.ends:
+            self.codes |= self.ends.pop(0)
+        return self.codes.get(name)
+
+    def log(self, name: str) -> str:
+        return f"{name}.log"
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        (({}, {"device-1": -9}, {"device-2": 1}), "no device is left"),
+        (({"broker": -11},), "nothing reaches anybody any more: broker ended with status -11"),
+        (({"storage": 0},), "nothing reaches anybody any more: storage ended with status 0"),
+        (({"device-1": -9}, {"server": 2}), "server ended with status 2; its log is server.log"),
+    ],
+)
+def test_without_what_a_run_needs_it_ends(
+    ends: tuple[dict[str, int], ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedgmr_plugin.cli.local._POLL_SECONDS", 0.0)
+    with pytest.raises(click.ClickException, match=told):
+        watch(Ended(*ends), tmp_path, ["device-1", "device-2"])
+
+
+def test_a_device_that_ends_is_told_once_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fedgmr_plugin.cli.local._POLL_SECONDS", 0.0)
+    ends: list[dict[str, int]] = [{}, {"device-1": -9}, {}, {"device-2": 0}, {"server": 0, "broker": -15}]
+    watch(Ended(*ends), tmp_path, ["device-1", "device-2"])
+    assert capsys.readouterr().err == "device-1 ended with status -9; its log is device-1.log\n"
 
 
 def test_a_device_that_is_not_in_the_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

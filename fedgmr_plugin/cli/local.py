@@ -18,6 +18,7 @@ from fedgmr_plugin.cli.keys import write_keys
 FOLDER = Path("fedgmr_local")
 _RUNS = "fedgmr_runs"
 _FILES = _SCRIPT, _CONFIG, _KEYS = "main.py", "fedml_config.yaml", "keys.json"
+_SERVICES = ("broker", "storage")
 _POLL_SECONDS = 0.5
 _HEAD = ("device", "state", "density", "staleness", "uploaded", "refused", "last seen")
 
@@ -46,20 +47,18 @@ def up(devices: int, windows: int, folder: Path, detach: bool) -> None:
         write_project(folder, devices, windows, stack.connection().section()["comm_args"])
         files = [_SCRIPT, "--cf", _CONFIG]
         stack.run("server", [*python, *files], cwd=folder)
-        for n in range(1, devices + 1):
-            stack.run(f"device-{n}", [*python, "device", *files, "--id", str(n)], cwd=folder)
+        names = {f"device-{n}": str(n) for n in range(1, devices + 1)}
+        for name, number in names.items():
+            stack.run(name, [*python, "device", *files, "--id", number], cwd=folder)
         run = folder / _RUNS / "local"
         if detach:
             click.echo(
                 f"running; logs and the run are in {folder}\nto stop: fedgmr local down --folder {folder}"
             )
             return
-        code = _watch(stack, run)
-        if code != 0:
-            log = stack.processes.log("server")
-            raise click.ClickException(f"the server ended with status {code}; its log is {log}")
-        for n in range(1, devices + 1):
-            _wait(stack, f"device-{n}")
+        watch(stack.processes, run, list(names))
+        for name in names:
+            _wait(stack, name)
     _tell_end(run)
 
 
@@ -124,23 +123,48 @@ def _move_away(run: Path) -> None:
     run.rename(target)
 
 
-def _watch(stack: Any, run: Path) -> int:
-    """Show the run until its server has ended; its exit status."""
-    shown = 0
-    said = -1
+def watch(processes: Any, run: Path, devices: list[str]) -> None:
+    """Show the run, and which processes ended before it, until its server has ended.
+
+    Args:
+        processes: their `Supervisor`.
+        run: folder of the run.
+        devices: names of their processes.
+
+    Raises:
+        ClickException: the server failed, or without the processes that ended it cannot go on.
+    """
+    shown, said = 0, -1
+    dead: dict[str, str] = {}
     while True:
-        code = stack.processes.poll("server")
-        status = _status(run)
-        if status is not None and sys.stdout.isatty():
-            lines = table(status)
+        code = processes.poll("server")
+        if code:
+            raise click.ClickException(_ended(processes, "server", code))
+        for name in (*_SERVICES, *devices) if code is None else ():
+            status = processes.poll(name)
+            if name in dead or status is None or (status == 0 and name in devices):
+                continue
+            dead[name], shown = _ended(processes, name, status), 0
+            if name in _SERVICES:
+                raise click.ClickException(f"nothing reaches anybody any more: {dead[name]}")
+            click.echo(dead[name], err=True)
+        if all(name in dead for name in devices):
+            raise click.ClickException("no device is left")
+        found = _status(run)
+        if found is not None and sys.stdout.isatty():
+            lines = table(found)
             click.echo(f"\x1b[{shown}F\x1b[J" * bool(shown) + "\n".join(lines))
             shown = len(lines)
-        elif status is not None and status["window"] // 5 != said:
-            said = status["window"] // 5
-            click.echo(f"window {status['window']} of {status['windows']}, {status['time']:.0f} s")
+        elif found is not None and found["window"] // 5 != said:
+            said = found["window"] // 5
+            click.echo(f"window {found['window']} of {found['windows']}, {found['time']:.0f} s")
         if code is not None:
-            return int(code)
+            return
         time.sleep(_POLL_SECONDS)
+
+
+def _ended(processes: Any, name: str, status: int) -> str:
+    return f"{name} ended with status {status}; its log is {processes.log(name)}"
 
 
 def table(status: dict[str, Any]) -> list[str]:
