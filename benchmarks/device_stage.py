@@ -113,7 +113,7 @@ class StageLink:
     refused = None
     connected = threading.Event()
 
-    def publish(self, topic: str, payload: bytes) -> None:
+    def publish(self, topic: str, payload: bytes, *, at_most_once: bool = False) -> None:
         raise NotImplementedError
 
     def keep(self, topic: str, payload: bytes) -> None:
@@ -155,7 +155,14 @@ class StageHands:
     def put(self, piece: Piece, content: Content) -> None:
         self._give("put", piece, bytes(content))
 
-    def publish(self, topic: str, payload: bytes, then: Callable[[], None] | None = None) -> None:
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        then: Callable[[], None] | None = None,
+        *,
+        at_most_once: bool = False,
+    ) -> None:
         self._give("publish", topic, payload, then)
 
     def delete(self, keys: Sequence[str]) -> None:

@@ -72,7 +72,7 @@ class Line:
         for topic in topics:
             world.inboxes[topic] = inbox
 
-    def publish(self, topic: str, payload: bytes) -> None:
+    def publish(self, topic: str, payload: bytes, *, at_most_once: bool = False) -> None:
         inbox = self._world.inboxes.get(topic)
         if inbox is not None:
             inbox.put((topic, payload))
@@ -740,7 +740,7 @@ def test_whom_the_broker_refuses_ends(
 def test_an_error_that_nobody_expected_ends_the_run(where: str) -> None:
     """Otherwise everything behind it would be waited for without end."""
 
-    def fail(*given: Any) -> Any:
+    def fail(*given: Any, **how: Any) -> Any:
         raise ZeroDivisionError
 
     inbox = Inbox()
@@ -760,18 +760,18 @@ def test_an_error_that_nobody_expected_ends_the_run(where: str) -> None:
 
 
 def test_who_publishes_is_told_when_it_has_left_behind_what_was_given_before() -> None:
-    inbox, order, stored = Inbox(), [], threading.Event()
+    inbox, order, stored = Inbox(), list[Any](), threading.Event()
     store, link = Objects(), Line(World(Path()), [], inbox)
     store.put = lambda *given: stored.wait(5)  # type: ignore[method-assign]
-    link.publish = lambda *given: order.append("left")  # type: ignore[method-assign]
+    link.publish = lambda *given, **how: order.append(how)  # type: ignore[method-assign]
     hands = ThreadedHands(store, link, inbox)
     hands.start()
     hands.put(Piece("k", 1, ""), b"x")
-    hands.publish("t", b"x", lambda: order.append("told"))
+    hands.publish("t", b"x", lambda: order.append("told"), at_most_once=True)
     assert inbox.empty() and not order
     stored.set()
     inbox.get(timeout=5)()
-    assert order == ["left", "told"]
+    assert order == [{"at_most_once": True}, "told"]
     hands.close()
 
 

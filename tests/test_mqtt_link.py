@@ -400,6 +400,52 @@ def test_a_second_server_hears_of_the_first_and_a_dead_one_is_followed(where: Wh
     first.stop()
 
 
+class Breaking:
+    """A broker that receives messages and breaks the connection instead of saying so."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.where = Where("127.0.0.1", self._listener.getsockname()[1])
+        self.connections, self.heard = 0, list[bytes]()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection, connection.makefile("rb") as stream:
+                self._one_packet(stream)  # CONNECT
+                connection.sendall(b"\x20\x02\x00\x00")
+                self.connections += 1
+                self.heard.append(self._one_packet(stream))
+
+    @staticmethod
+    def _one_packet(stream: Any) -> bytes:
+        stream.read(1)
+        return bytes(stream.read(stream.read(1)[0]))
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_what_is_to_come_once_at_most_is_not_sent_again_when_the_connection_breaks() -> None:
+    broker = Breaking()
+    link = MqttLink(broker.where, [], Inbox())
+    link._client.reconnect_delay_set(1, 1)
+    link.start()
+    until(link.connected.is_set)
+    link.publish("t", b"once", at_most_once=True)
+    until(lambda: broker.connections == 2)
+    link.publish("t", b"once or twice")
+    until(lambda: len(broker.heard) == 3)
+    assert broker.heard[0].endswith(b"once")
+    assert broker.heard[1].endswith(broker.heard[2][-13:]) and broker.heard[2].endswith(b"once or twice")
+    link.stop(0.0)
+    broker.close()
+
+
 def test_of_two_servers_that_meet_again_one_gives_way(where: Where) -> None:
     first, a = alone(where, "a")
     first._client.reconnect_delay_set(1, 1)

@@ -96,6 +96,8 @@ class Watched(PlainOffice):
 
 #: A broker and a call keep the order of one sender's messages.
 IN_ORDER = Faults(least=0.05, most=0.05)
+#: The same while connections break.
+LOSSY = Faults(loss=0.3, duplicate=0.3, least=0.05, most=0.05)
 
 
 #: Seconds that a broker takes to ask whether it is to hand over what it was given (QoS 2), and to hear it.
@@ -593,7 +595,7 @@ def test_a_silo_that_starts_while_what_it_is_to_be_told_waits_for_its_file_is_to
         while field.devices[1]._busy:  # type: ignore[union-attr]
             field.world.step()
         waits: list[tuple[Any, ...]] = []
-        with mock.patch.object(field.hands, "publish", lambda *given: waits.append(given)):
+        with mock.patch.object(field.hands, "publish", lambda *given, **how: waits.append(given)):
             go(field, 1.5)
             for _ in range(2):
                 field.plain_device(1)
@@ -809,14 +811,14 @@ def test_in_whatever_history_numbered_answers_are_right(
 
 @settings(max_examples=max(30, settings().max_examples // 4))
 @given(
-    histories("time", "restart", "stop", "leave", "server", "slow", "fast"),
+    histories("time", "restart", "stop", "leave", "server", "slow", "fast", "lossy", "calm"),
     st.integers(0, 2**20),
     st.sampled_from((4.0, 40.0, 1e6)),
 )
 def test_in_whatever_history_answers_of_silos_are_right(
     steps: list[tuple[str, int, float]], seed: int, deadline: float
 ) -> None:
-    """Nothing is ever taken to be lost because of its age."""
+    """Connections break and questions come twice. Nothing is ever taken to be lost because of its age."""
     speed = [0.5, SLOW]
     with fields() as maker, silos():
         field = maker(faults=IN_ORDER, seed=seed, answer_deadline=deadline, lost_after=1e6)
@@ -836,10 +838,13 @@ def test_in_whatever_history_answers_of_silos_are_right(
                 field.kill()
                 right += field.office.credited  # type: ignore[attr-defined]
                 field.restart()
-            elif what != "time":
+            elif what in ("slow", "fast"):
                 speed[n] = {"slow": 2 + seconds, "fast": 0.3}[what]
+            elif what != "time":
+                field.world.faults = LOSSY if what == "lossy" else IN_ORDER
             go(field, seconds)
         speed[:] = [0.5, 0.5]
+        field.world.faults = IN_ORDER
         for n in range(2):
             if n not in field.devices:
                 field.plain_device(n)

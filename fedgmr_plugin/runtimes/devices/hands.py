@@ -36,7 +36,7 @@ class Link(Protocol):
 
     connected: threading.Event
 
-    def publish(self, topic: str, payload: bytes) -> None: ...
+    def publish(self, topic: str, payload: bytes, *, at_most_once: bool = False) -> None: ...
 
 
 class ThreadedHands:
@@ -76,9 +76,16 @@ class ThreadedHands:
 
         self._give(store)
 
-    def publish(self, topic: str, payload: bytes, then: Callable[[], None] | None = None) -> None:
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        then: Callable[[], None] | None = None,
+        *,
+        at_most_once: bool = False,
+    ) -> None:
         def publish() -> None:
-            self._link.publish(topic, payload)
+            self._link.publish(topic, payload, at_most_once=at_most_once)
             if then is not None:
                 self._inbox.put(then)
 

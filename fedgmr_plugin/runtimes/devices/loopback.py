@@ -83,13 +83,13 @@ class Loopback:
         action()
         return True
 
-    def deliver(self, topic: str, payload: bytes) -> None:
-        """A message on its way: lost, delayed, or twice there."""
+    def deliver(self, topic: str, payload: bytes, *, at_most_once: bool = False) -> None:
+        """A message on its way: lost, delayed, or twice there unless it is `at_most_once`."""
         if self.keep_published:
             self.published.append((topic, payload))
         copies = 0 if self._random.random() < self.faults.loss else 1
         copies += int(self._random.random() < self.faults.duplicate)
-        for _ in range(copies):
+        for _ in range(min(copies, 1) if at_most_once else copies):
             self.at(self.now + self._delay(), lambda: self._receive(topic, payload))
 
     def _receive(self, topic: str, payload: bytes) -> None:
@@ -125,9 +125,16 @@ class LoopbackHands:
             self.world.objects[piece.key] = bytes(content)
             self.world.stored_bytes += len(content)
 
-    def publish(self, topic: str, payload: bytes, then: Callable[[], None] | None = None) -> None:
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        then: Callable[[], None] | None = None,
+        *,
+        at_most_once: bool = False,
+    ) -> None:
         if not self.cut:
-            self.world.deliver(topic, payload)
+            self.world.deliver(topic, payload, at_most_once=at_most_once)
             if then is not None:
                 then()
 

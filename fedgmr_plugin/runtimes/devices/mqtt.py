@@ -105,9 +105,14 @@ class MqttLink:
         """Have `receive` called, in the inbox's owner's thread, with what the broker kept; before `start`."""
         self._kept = receive
 
-    def publish(self, topic: str, payload: bytes) -> None:
-        """Send a message, now or when the connection is back."""
-        self._client.publish(topic, payload, qos=_QOS)
+    def publish(self, topic: str, payload: bytes, *, at_most_once: bool = False) -> None:
+        """Send a message, now or when the connection is back.
+
+        Args:
+            at_most_once: without a receipt, and so never again: it is lost where the connection breaks, or is
+                not there, or the receiver's own breaks.
+        """
+        self._client.publish(topic, payload, qos=0 if at_most_once else _QOS)
 
     def keep(self, topic: str, payload: bytes) -> None:
         """Send a message that the broker keeps for whoever subscribes later; an empty one removes it."""

@@ -51,8 +51,19 @@ class Hands(Protocol):
         """Store an object."""
         ...
 
-    def publish(self, topic: str, payload: bytes, then: Callable[[], None] | None = None) -> None:
-        """Send a message, after everything that was given before it; then call `then`, as `fetch` does."""
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        then: Callable[[], None] | None = None,
+        *,
+        at_most_once: bool = False,
+    ) -> None:
+        """Send a message, after everything that was given before it; then call `then`, as `fetch` does.
+
+        Args:
+            at_most_once: where a connection breaks, the message may be lost, but never arrives twice.
+        """
         ...
 
     def fetch(self, piece: Piece, then: Fetched) -> None:

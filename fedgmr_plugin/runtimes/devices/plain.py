@@ -30,7 +30,8 @@ Hence four rules.
 3.  *Without number* (silos, and apps that repeat nothing) an answer is credited to the dispatch that was sent
     last. By rule 1 the others were answered, or are lost, so this is right for whoever answers within
     `lost_after` or never, and trains a message once. So a server that goes on does not tell a dispatch
-    again to a client that is not known to number its answers, unless it is a phone's first (c).
+    again to a client that is not known to number its answers, unless it is a phone's first (c); and what is
+    sent to a silo arrives once at most (over gRPC but for a call that breaks before its answer).
 4.  *Silos are asked.* One that owes an answer and has been silent for `retry_seconds` may have lost what it
     was sent, or its answer. It is asked, and again after twice as long. What it says first may be older than
     what it was told, or come before the answer (e); so it is asked once more `retry_seconds` later, and if
@@ -119,9 +120,9 @@ class PlainOffice(Office):
         self._names: dict[int, str] = {}  # dispatch to the name of its answer
         self._files: dict[tuple[int, str, int], Piece] = {}  # (version, ranking, rung) to its file
         self.values: dict[tuple[int, str, int], Tensor] = {}  # and to what it holds [S]
-        began = dict.fromkeys(range(len(self.desk.devices)), self._clock())
-        self._asked = began  # client to the second at which it was asked whether it is there
-        self._online_at = began.copy()  # client to the second at which it said so
+        never = dict.fromkeys(range(len(self.desk.devices)), -math.inf)
+        self._asked = never  # client to the second at which it was asked whether it is there
+        self._online_at = never.copy()  # client to the second at which it said so
 
     # -- devices come and go --------------------------------------------------------------------------
 
@@ -358,7 +359,8 @@ class PlainOffice(Office):
         self._restarted.discard(flight.client)
         message = plain_message(kind, self.desk.server, device, fields)
         topic = to_device(self.desk.run, self.desk.server, device)
-        self._hands.publish(topic, message, lambda: self._left(dispatch))
+        once = not self._numbered  # rule 3; what is lost comes back by rule 4
+        self._hands.publish(topic, message, lambda: self._left(dispatch), at_most_once=once)
 
     def _left(self, dispatch: int) -> None:
         if dispatch in self._told:

@@ -242,11 +242,14 @@ class GrpcLink:
     def say_when_gone(self, topic: str, payload: Callable[[], bytes]) -> None:
         """There is no broker that could say it."""
 
-    def publish(self, topic: str, payload: bytes) -> None:
+    def publish(self, topic: str, payload: bytes, *, at_most_once: bool = False) -> None:
         """Send a message to whom its topic names, with the objects that it speaks of.
 
         A task, a model or an answer that is on its way already is not sent again: links are slow, and what
         is sent to a silo that is away waits for it.
+
+        Args:
+            at_most_once: not promised here: a call that breaks before its answer is made again.
         """
         message = json.loads(payload)
         receiver = int(message["receiver"])
