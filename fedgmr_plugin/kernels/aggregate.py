@@ -23,7 +23,7 @@ only update of a merge.
 Updates that were cut from the vector's own ranking are prefixes of it: their sums run over contiguous
 memory, block by block, with one weight for a whole rung. With updates of other rankings, blocks are of the
 layout's order instead, in which each rung of each ranking is a slice of that ranking's order: updates of one
-ranking are summed among themselves and placed together. Sums run ranking by ranking (the vector's own first)
+ranking are summed among themselves and placed together. Sums run ranking by ranking (the vector's own last)
 and within one in the order of `updates`: equal inputs give equal bits.
 """
 
@@ -224,6 +224,10 @@ class _Scratch:
             self._room[use] = self._like.new_empty(self._size, dtype=dtype)
         return self._room[use][:length]
 
+    def wide(self, place_S: Tensor) -> Tensor:
+        """Places as int64, as which alone scattering is fast."""
+        return self.take("wide", len(place_S), torch.int64).copy_(place_S)
+
     def sum_of(self, updates: Sequence[MaskedUpdate], at: slice, base_B: Tensor | None) -> Tensor:
         """sum_n c_n (v_n - base) [B] over the positions `at` of updates that all reach that far."""
         length = at.stop - at.start
@@ -261,16 +265,22 @@ def _merge_scattered(
     groups = [home, *others] if any(home.holders) else others
     scratch, tally = _Scratch(w_D), _Tally(len(updates))
     for k, at in enumerate(pieces):
-        rule = rules[at.start >= parameters]
-        place_B = home.places(k, at.start, scratch.take("home", at.stop - at.start, torch.int64))
-        change_B = _sum_of_changes(w_D, home, groups, k, at, place_B, rule.form, scratch)
+        rule, length = rules[at.start >= parameters], at.stop - at.start
+        place_B = home.places(k, at.start, scratch.take("home", length, ranking.order_D.dtype))
+        change_B = _sum_of_others(w_D, home, others, k, at, place_B, rule.form, scratch)
         code_B, weight_C, holds_CN = _combinations(groups, at, scratch)
+        index_B = scratch.take("index of code", length, torch.int32).copy_(code_B)
         keep_C, gain_C = (torch.from_numpy(f).to(w_D) for f in rule.factors(weight_C))
-        change_B.mul_(torch.index_select(gain_C, 0, code_B, out=scratch.take("part", len(code_B))))
-        keep_B = torch.index_select(keep_C, 0, code_B) if rule.rule == "plain_average" else None
-        for part, place_S in home.slices(k, place_B):
-            new_S = torch.index_select(change_B, 0, place_S, out=new_D[part])
-            new_S += w_D[part] if keep_B is None else w_D[part] * torch.index_select(keep_B, 0, place_S)
+        gain_B = torch.index_select(gain_C, 0, index_B, out=scratch.take("gain", length))
+        keep_B = torch.index_select(keep_C, 0, index_B) if rule.rule == "plain_average" else None
+        for holders, (part, place_S) in zip(home.holders, home.slices(k, place_B), strict=True):
+            old_S, size = w_D[part], len(place_S)
+            change_S = torch.index_select(change_B, 0, place_S, out=scratch.take("change here", size))
+            if holders:
+                change_S += scratch.sum_of(holders, part, old_S if rule.form == "replacement" else None)
+            gain_S = torch.index_select(gain_B, 0, place_S, out=scratch.take("gain here", size))
+            kept_S = old_S if keep_B is None else old_S * torch.index_select(keep_B, 0, place_S)
+            torch.addcmul(kept_S, gain_S, change_S, out=new_D[part])
         count_C = torch.bincount(code_B, minlength=len(weight_C)).cpu().numpy()
         tally.add(count_C, weight_C, holds_CN, at.start < parameters)
     return tally.coverage(updates, held)
@@ -299,10 +309,10 @@ class _Tally:
         return Coverage(self._uncovered, self._least_holders if held else 0, held, tuple(shares))
 
 
-def _sum_of_changes(
+def _sum_of_others(
     w_D: Tensor,
     home: _Group,
-    groups: Sequence[_Group],
+    others: Sequence[_Group],
     block: int,
     at: slice,
     home_B: Tensor,
@@ -310,6 +320,8 @@ def _sum_of_changes(
     scratch: _Scratch,
 ) -> Tensor:
     """sum_n c_n m_nj (x_nj - w_j), or of x_nj - x0_nj, over a block in the layout's order [B].
+
+    Of the updates of other rankings than the vector's own.
 
     Args:
         home_B: `home.places` of the block.
@@ -319,18 +331,16 @@ def _sum_of_changes(
     if form == "replacement":
         base_B = scratch.take("base", length)
         for part, place_S in home.slices(block, home_B):
-            base_B.scatter_(0, place_S, w_D[part])
+            base_B.scatter_(0, scratch.wide(place_S), w_D[part])
     change_B = scratch.take("change", length).fill_(-0.0)  # which changes no number that is added to it
-    for group in groups:
-        place_B = home_B
-        if group is not home:
-            place_B = group.places(block, at.start, scratch.take("other", length, torch.int64))
+    for group in others:
+        place_B = group.places(block, at.start, scratch.take("other", length, home_B.dtype))
         for holders, (part, place_S) in zip(group.holders, group.slices(block, place_B), strict=False):
             if holders:
                 base_S = None
                 if base_B is not None:
                     base_S = torch.index_select(base_B, 0, place_S, out=scratch.take("old", len(place_S)))
-                change_B.scatter_add_(0, place_S, scratch.sum_of(holders, part, base_S))
+                change_B.scatter_add_(0, scratch.wide(place_S), scratch.sum_of(holders, part, base_S))
     return change_B
 
 
@@ -367,7 +377,7 @@ class _Group(NamedTuple):
         return cls(ranking, holders, weight_R, np.array(holds, dtype=np.bool_), crossings)
 
     def places(self, block: int, start: int, out_B: Tensor) -> Tensor:
-        """int64 [B]: the block's coordinates rung by rung, counted from its `start`; the head of `out_B`."""
+        """[B]: the block's coordinates rung by rung, counted from its `start`; the head of `out_B`."""
         order_D = self.ranking.order_D
         for part, place_S in self.slices(block, out_B):
             torch.sub(order_D[part], start, out=place_S)
@@ -384,13 +394,15 @@ def _combinations(groups: Sequence[_Group], at: slice, scratch: _Scratch) -> tup
     """Which combination of rungs each coordinate of a block has, and what the combinations mean.
 
     Returns:
-        code_B: int32 [B], numbers of combinations.
+        code_B: int16 [B], or int32 where there are more combinations: their numbers.
         weight_C: sum of the holders' weights.
         holds_CN: which updates hold it.
     """
     length = at.stop - at.start
     first, *rest = groups
-    code_B = scratch.take("code", length, torch.int32).copy_(first.ranking.rung_D[at])
+    most = math.prod(len(group.weight_R) for group in groups)
+    kind = torch.int16 if most <= min(2**15, _MOST_COMBINATIONS) else torch.int32
+    code_B = scratch.take("code", length, kind).copy_(first.ranking.rung_D[at])
     weight_C, holds_CN = first.weight_R, first.holds_RN
     for group in rest:
         rungs = len(group.weight_R)
@@ -399,8 +411,7 @@ def _combinations(groups: Sequence[_Group], at: slice, scratch: _Scratch) -> tup
             code_B.copy_(renumbered_B)
             kept = present.cpu().numpy()
             weight_C, holds_CN = weight_C[kept], holds_CN[kept]
-        rung_B = scratch.take("rung", length, torch.int32).copy_(group.ranking.rung_D[at])
-        torch.add(rung_B, code_B, alpha=rungs, out=code_B)
+        torch.add(group.ranking.rung_D[at], code_B, alpha=rungs, out=code_B)
         weight_C = (weight_C[:, None] + group.weight_R).reshape(-1)
         holds_CN = (holds_CN[:, None] | group.holds_RN).reshape(len(weight_C), -1)
     return code_B, weight_C, holds_CN
