@@ -61,6 +61,7 @@ _LONG = (
     "test_fedml_pickle.py",
     "test_experiments.py",
     "test_device_processes.py",
+    "test_silo_processes.py",
 )
 
 

@@ -7,6 +7,7 @@ import hmac
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ PROBLEM = Problem(mlp, samples, samples(999), samples(998), BatchPlan(8, 2, 1, T
 
 
 @pytest.fixture
-def field(tmp_path: Path) -> Field:
+def field(tmp_path: Path) -> Iterator[Field]:
     """Three devices, of which 1 and 2 are honest; the third's messages come from the test."""
     config = FedGMRConfig(
         densities=(1.0, 0.5, 0.5), interval=3, window_slack=0.1, answer_deadline=5.0, retry_seconds=2.0
@@ -69,7 +70,8 @@ def field(tmp_path: Path) -> Field:
     field = Field(PROBLEM, config, tmp_path, 3, 8, Loopback(0), KEYS).begin()
     field.device(0)
     field.device(1)
-    return field
+    yield field
+    field.kill()
 
 
 def status(device: int, sequence: int, **fields: Any) -> StatusNote:

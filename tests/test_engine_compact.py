@@ -464,6 +464,7 @@ USES: dict[str, Any] = {
 
 @pytest.mark.parametrize("case", [{"momentum": 0.9, "weight_decay": 0.1}, {"optimizer": "adam"}], ids=str)
 @pytest.mark.parametrize("use", USES)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_any_use_of_a_layer_trains_as_the_reference(use: str, case: dict[str, Any]) -> None:
     assert_trains_as_the_reference(lambda: Uses(USES[use]), batches_of(4, 4), case, layers=["net", "out"])
 

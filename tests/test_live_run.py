@@ -1114,8 +1114,8 @@ def test_whose_connection_breaks_at_the_end_has_not_heard_it(tmp_path: Path, sai
     world = World(tmp_path)
     run = world.server()
     device = world.process(1).device
-    office = run.office
-    office.begin(Journal(tmp_path / "journal"))
+    office, journal = run.office, Journal(tmp_path / "journal")
+    office.begin(journal)
     office.seen, office.end = {0: 0.0, 1: 0.0}, {}
     note = StatusNote(run="7", device=1, sequence=device._sequence(), state=said)
     office.message(device.speaks, sign(note, device.speaks, None, {"msg_type": STATUS}))
@@ -1125,6 +1125,7 @@ def test_whose_connection_breaks_at_the_end_has_not_heard_it(tmp_path: Path, sai
     note = StatusNote(run="7", device=2, sequence=device._sequence(), state="FINISHED")
     office.message(to_server("7", 2), sign(note, to_server("7", 2), None, {"msg_type": STATUS}))
     assert not office.somebody_works()
+    journal.close()
 
 
 def test_a_run_with_fedmls_own_devices_keeps_nothing(tmp_path: Path) -> None:

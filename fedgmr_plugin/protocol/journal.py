@@ -41,8 +41,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         is_new = not path.exists()
-        self._file = path.open("ab", buffering=0)
         self._size = 0 if is_new else _sound_bytes(path)
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(self._size)
         self._is_torn = False  # whether something lies behind `_size`
         if is_new:
