@@ -17,7 +17,7 @@ from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.engine.course import model_sha256
-from fedgmr_plugin.engine.events import UploadArrived
+from fedgmr_plugin.engine.events import ClientLeft, UploadArrived
 from fedgmr_plugin.engine.replay import Comparison, Replay
 from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
@@ -139,6 +139,55 @@ def test_a_server_that_goes_on_with_its_clock_set_back_is_heard(tmp_path: Path, 
     each_is_once(field)
     refused = sum(device.refused["GMR-744"] for device in field.devices.values())  # type: ignore[union-attr]
     assert refused <= 4, "what the servers that were killed said last"
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+@pytest.mark.parametrize("when", ["dispatched", "reminded"])
+def test_a_server_that_says_something_once_in_many_minutes_is_heard_with_its_clock_set_back(
+    tmp_path: Path, when: str, kills: int
+) -> None:
+    """It is killed just after messages whose numbers are far above those of the messages before."""
+    options: dict[str, Any] = {"answer_deadline": 3000.0, "seconds": lambda n: 400.0 + n}
+    field = start(make(tmp_path, 3, **options))
+    make_office = field._make_office
+
+    def late() -> Office:
+        office = make_office()
+        office.desk._wall = lambda: int((field.world.now - DAY) * 1000)
+        return office
+
+    field._make_office = late  # type: ignore[method-assign]
+    if when == "dispatched":
+        field.until(lambda: field.office.server.version == 1)
+    else:
+        field.until(lambda: field.world.now > 300)
+        for n in range(field.count):  # they have lost their memory
+            field.device(n)
+    now = field.world.now
+    field.until(lambda: field.world.now > now + 3)  # what it said is there
+    for _ in range(kills):
+        field.kill()
+        field.restart()
+        now = field.world.now
+        field.until(lambda now=now: field.world.now > now + 3)  # type: ignore[misc]
+    assert not any(device.refused for device in field.devices.values())  # type: ignore[union-attr]
+    field.run(6000)
+    assert not any(device.refused for device in field.devices.values())  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_knows_the_number_that_was_written_down(tmp_path: Path) -> None:
+    """The last event before it made no message, and after it there were messages of no event."""
+    field = start(make(tmp_path, 3, answer_deadline=3000.0, seconds=lambda n: 2000.0))
+    field.until(lambda: field.world.now > 500)
+    field.office.tick()
+    field.office._apply([ClientLeft(0, field.clock())])
+    state = field.office.state()
+    field.kill()
+    office = field._make_office()
+    office.load_state(state, {})
+    office.desk._wall = lambda: 0
+    office.desk.go_on_above(office._written)
+    assert office.desk.coming > 500_000
 
 
 @pytest.mark.parametrize("restarted", [True, False])

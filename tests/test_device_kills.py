@@ -22,6 +22,7 @@ from fedgmr_plugin.engine.live import LiveEvent
 from fedgmr_plugin.engine.replay import Replay
 from fedgmr_plugin.engine.snapshot import snapshot_live
 from fedgmr_plugin.protocol import checkpoint, journal, runlog
+from fedgmr_plugin.protocol.history import is_number
 from fedgmr_plugin.protocol.runlog import LOG_NAME
 from fedgmr_plugin.runtimes.devices import live_run
 from fedgmr_plugin.runtimes.devices.live_run import LiveRun
@@ -319,7 +320,8 @@ class Numbers:
         self.begun = {max(later): count - self._entries(max(later))}
 
     def _entries(self, number: int) -> int:
-        return len(list(journal.read(self.folder / f"{number:08d}.journal")))
+        entries = journal.read(self.folder / f"{number:08d}.journal")
+        return sum(not is_number(entry) for entry in entries)
 
     def in_effect(self) -> int:
         """Events that are written down."""

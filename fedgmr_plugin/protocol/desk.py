@@ -237,17 +237,20 @@ class Desk:
     # -- writing --------------------------------------------------------------------------------------
 
     @property
-    def sequence(self) -> int:
-        """Number of the server's last message."""
-        return self._sequence
+    def coming(self) -> int:
+        """Number that the server's next message would have now."""
+        return max(self._sequence + 1, self._wall())
 
     def next_sequence(self) -> int:
         """Number of the server's next message."""
-        self._sequence = max(self._sequence + 1, self._wall())
+        self._sequence = self.coming
         return self._sequence
 
     def go_on_above(self, sequence: int) -> None:
-        """After a restart: devices know numbers up to `sequence` and some more, whatever the clock says."""
+        """After a restart: devices know numbers up to `sequence` and some more, whatever the clock says.
+
+        The server that was killed had written down `sequence`, and used fewer than `RESERVED` above it.
+        """
         known = max(self._sequence, sequence)
         self._sequence = known + RESERVED if known and self._wall() <= known + RESERVED else known
 

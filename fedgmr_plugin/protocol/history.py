@@ -27,8 +27,10 @@ _TYPES = {"<f4": torch.float32, "<f8": torch.float64}
 #: What the entry of an upload, and of a refused one, says besides its event, of clients that know nothing of
 #: masks: whether its client numbers its answers, and the name of this one.
 NUMBERED, ANSWER = "numbered", "answer"
-#: What every entry says besides: the number of the server's last message.
+#: What every entry says besides: the number that the server's next message has at least.
 SEQUENCE = "sequence"
+#: The entry that says nothing but this, and when: no event, but messages go out.
+_NUMBER = "number"
 _BESIDES = frozenset({NUMBERED, ANSWER, SEQUENCE})
 
 
@@ -40,6 +42,16 @@ def entry_of(event: LiveEvent) -> Entry:
     values = event.values_S.detach().cpu().contiguous().numpy()
     dtype = values.dtype.newbyteorder("<").str
     return Entry({"event": "upload", "dtype": dtype, **fields}, values.astype(dtype).tobytes())
+
+
+def number_entry(time: float, sequence: int) -> Entry:
+    """The entry of a number that messages have from second `time` on; it is no event."""
+    return Entry({"event": _NUMBER, "time": time, SEQUENCE: sequence})
+
+
+def is_number(entry: Entry) -> bool:
+    """Whether an entry is one of `number_entry`."""
+    return entry.head.get("event") == _NUMBER
 
 
 def event_of(entry: Entry) -> LiveEvent:

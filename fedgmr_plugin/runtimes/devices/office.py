@@ -24,9 +24,9 @@ from fedgmr_plugin.engine.examiner import Examiner
 from fedgmr_plugin.engine.live import Live, LiveEvent, Tick
 from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.errors import WireError
-from fedgmr_plugin.protocol.desk import Desk, PlainAnswer, PlainStatus, Said
+from fedgmr_plugin.protocol.desk import RESERVED, Desk, PlainAnswer, PlainStatus, Said
 from fedgmr_plugin.protocol.header import MOST_HEADER, Kind
-from fedgmr_plugin.protocol.history import SEQUENCE, entry_of, event_of
+from fedgmr_plugin.protocol.history import SEQUENCE, entry_of, event_of, is_number, number_entry
 from fedgmr_plugin.protocol.journal import Entry, Journal
 from fedgmr_plugin.protocol.messages import PayloadOrder, upload
 from fedgmr_plugin.protocol.notes import AnswerNote, FinishNote, StatusNote, TaskNote, to_device
@@ -142,6 +142,7 @@ class Office:
         ] = {}  # client to the dispatches whose answer may lie in the store
         self._past: dict[str, tuple[Piece, Content]] = {}  # what the past put, while it is repeated
         self._version = server.version
+        self._written = 0  # number of messages that was written down last
 
     # -- beginning ------------------------------------------------------------------------------------
 
@@ -163,15 +164,18 @@ class Office:
             self._hands.put(piece, content)
         if self.server.phase == "ready":
             self.end = self.live.start()
-        sequence = 0
         for entry in entries:
-            sequence = int(entry.head.get(SEQUENCE, 0))
-            self._take(event_of(entry))
-        self.desk.go_on_above(sequence)
+            self._written = int(entry.head.get(SEQUENCE, 0))
+            if not is_number(entry):
+                self._take(event_of(entry))
+        self.desk.go_on_above(self._written)
         self.journal = journal
+        self._has_number()  # else one that follows this server, too, would say what devices have heard
         for piece, content in self._past.values():
             self._hands.put(piece, content)
         self._past = {}
+        if self.end is not None:
+            self._finish_all()
         for dispatch in list(self.live.deadlines) if self.end is None else ():
             self._tell_again(dispatch)
 
@@ -365,6 +369,7 @@ class Office:
             raise RuntimeError("the run has not begun")
         self.waiting += [_finite(event) for event in events]
         self._needless += needless
+        number = self.desk.coming
         try:
             self.journal.append([self._entry(event) for event in self.waiting])
         except OSError as error:
@@ -374,7 +379,7 @@ class Office:
             return
         if self.paused:
             _log.warning("the journal can be written again: going on")
-        self.paused = ""
+        self.paused, self._written = "", number
         ready, self.waiting = self.waiting, []
         needless, self._needless = self._needless, []
         for event in ready:
@@ -384,7 +389,23 @@ class Office:
     def _entry(self, event: LiveEvent) -> Entry:
         """An event as it is written down."""
         entry = entry_of(event)
-        return Entry({**entry.head, SEQUENCE: self.desk.sequence}, entry.payload)
+        return Entry({**entry.head, SEQUENCE: self.desk.coming}, entry.payload)
+
+    def _has_number(self) -> bool:
+        """Whether a message may leave that belongs to no event: a server that goes on would go on above it.
+
+        Numbers follow the clock, so the next one is written down where nothing has been for half of what a
+        server that goes on leaves free.
+        """
+        number = self.desk.coming
+        if self.journal is not None and number > self._written + RESERVED // 2:
+            try:
+                self.journal.append([number_entry(self.live.now, number)])
+            except OSError as error:
+                _log.debug("no number can be written down: %s", error)
+                return False
+            self._written = number
+        return True
 
     def _recorded(self, fields: dict[str, Any]) -> None:
         """A record of the run log; refusals are counted for their device, wherever they were found."""
@@ -406,9 +427,8 @@ class Office:
             gone = self._drop_unused()
             self._past = {key: kept for key, kept in self._past.items() if key not in gone}
             self._hands.delete(gone)
-        if self.end is not None:
-            for client in range(len(self.desk.devices)):
-                self._finish(client)
+        if self.end is not None and self.journal is not None:
+            self._finish_all()
 
     def _forget_answers(self, client: int, answered: int) -> None:
         """Remove a client's answers to `answered` and to dispatches that its device has left behind.
@@ -462,7 +482,8 @@ class Office:
         """Tell a device its dispatch again if it knows of another one or of none."""
         for dispatch in self.live.deadlines:
             flight = self.server.flights[dispatch]
-            if flight.client == client and dispatch != knows and dispatch not in self._fetching:
+            is_missing = flight.client == client and dispatch != knows and dispatch not in self._fetching
+            if is_missing and self._has_number():
                 self._tell(dispatch)
 
     def _tell_again(self, dispatch: int) -> None:
@@ -490,6 +511,11 @@ class Office:
         )
         fields = {"model_params": values[0].key, "client_idx": str(flight.client)}
         self._hands.publish(*self.desk.write(note, flight.client, fields))
+
+    def _finish_all(self) -> None:
+        """Tell everybody of the end."""
+        for client in range(len(self.desk.devices)):
+            self._finish(client)
 
     def _finish(self, client: int) -> None:
         self._hands.publish(*self._farewell(client))
@@ -564,6 +590,7 @@ class Office:
         return {
             "token": self.token,
             "desk": self.desk.state(),
+            "number": self._written,
             "pieces": self.pieces.state(),
             "tasks": [[d, task.count, task.scale] for d, task in self.tasks.items()],
             "asked": [[client, asked] for client, asked in self._left_behind.items()],
@@ -576,6 +603,7 @@ class Office:
     def load_state(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Continue from what `state` and `tensors` returned; there may be more tensors."""
         self.desk.load_state(state["desk"])
+        self._written = state.get("number", 0)
         self.pieces.load_state(state["pieces"])
         self.tasks = {d: Task(count, scale) for d, count, scale in state["tasks"]}
         self._left_behind = {client: list(asked) for client, asked in state.get("asked", [])}
