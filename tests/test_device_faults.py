@@ -175,6 +175,47 @@ def test_a_server_that_says_something_once_in_many_minutes_is_heard_with_its_clo
     assert not any(device.refused for device in field.devices.values())  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("returns", [1.0, 6.0])
+def test_a_device_that_leaves_after_it_was_refused_is_gone(
+    tmp_path: Path, returns: float, killed: bool
+) -> None:
+    """Its next sub-model waits for `retry_seconds`, or until it is there."""
+    field = start(make(tmp_path, 8, answer_deadline=1000.0, retry_seconds=4.0))
+    field.until(lambda: field.office.server.version == 2)
+    field.until(lambda: any(flight.client == 0 for flight in field.office.server.flights.values()))
+    office = field.office
+    flight = next(d for d, flight in office.server.flights.items() if flight.client == 0)
+    office._refuse(0, flight, WireError("GMR-710", "rubbish"))
+    device, then = field.devices[0], field.world.now
+    assert isinstance(device, Device)
+    field.world.deliver(device.speaks, device.last_will())
+    field.stop(0)
+    field.until(lambda: field.world.now > then + 0.5)
+    if killed:
+        meta, tensors = snapshot_live(field.office.live)
+        assert meta["live"]["gone"] == [0]
+        server, examiner = field.parts()
+        other = Office(
+            server, examiner, field.log.append, office.desk, office.pieces, "", field.hands, field.clock
+        )
+        restore_live(other.live, Snapshot(json.loads(json.dumps(meta)), tensors))
+        assert other.live.gone == {0}
+        field.kill()
+        field.restart()
+    field.until(lambda: field.world.now > then + returns)
+    dispatches = [r for r in field.records("dispatch") if r["client"] == 0 and r["time"] > then]
+    assert not dispatches and 0 in field.office.server.away
+    field.device(0, device.memory)
+    if returns < 4.0:  # it is there again, and waits no less
+        field.until(lambda: field.world.now > then + 3.5)
+        assert 0 in field.office.server.away
+    field.until(lambda: 0 not in field.office.server.away, then + 8.0)
+    field.run()
+    each_is_once(field)
+    assert not replayed(field).differences
+
+
 def test_a_checkpoint_knows_the_number_that_was_written_down(tmp_path: Path) -> None:
     """The last event before it made no message, and after it there were messages of no event."""
     field = start(make(tmp_path, 3, answer_deadline=3000.0, seconds=lambda n: 2000.0))

@@ -74,6 +74,7 @@ class Live(Course):
         self.early: dict[int, ClientJoined] = {}  # who joined before there were enough to begin
         self.begun = server.config.clients_at_start <= 1
         self.retries: dict[int, float] = {}  # when clients whose answer was refused are dispatched to again
+        self.gone: set[int] = set()  # those of them that have left meanwhile
 
     def start(self) -> dict[str, Any] | None:
         """Begin with nobody there."""
@@ -103,9 +104,11 @@ class Live(Course):
             return self.server.handle(event) + self._try_again(event.dispatch, event.client)
         if isinstance(event, ClientJoined):
             if event.client not in self.server.away or event.client in self.retries:
+                self.gone.discard(event.client)
                 return []
         elif event.client in self.server.away:
             self.early.pop(event.client, None)
+            self.gone.update({event.client} & self.retries.keys())
             return []
         self.retries.pop(event.client, None)
         return self.server.handle(event) if self.begun else self._gather(event)
@@ -149,7 +152,9 @@ class Live(Course):
             effects += self.server.handle(DispatchOverdue(dispatch, self.now))
         for client in [n for n, time in self.retries.items() if time <= self.now]:
             del self.retries[client]
-            effects += self.server.handle(ClientJoined(client, self.now))
+            if client not in self.gone:
+                effects += self.server.handle(ClientJoined(client, self.now))
+            self.gone.discard(client)
         return effects
 
     # -- windows --------------------------------------------------------------------------------------
@@ -210,6 +215,7 @@ class Live(Course):
             "initial": list(self.initial),
             "deadlines": list(self.deadlines.items()),
             "retries": list(self.retries.items()),
+            "gone": sorted(self.gone),
             "early": [asdict(joined) for joined in self.early.values()],
             "begun": self.begun,
             "traffic": self.traffic,
@@ -222,6 +228,7 @@ class Live(Course):
         self.window_up, self.window_server_down = state["window_up"], state["window_server_down"]
         self.initial = list(state["initial"])
         self.deadlines, self.retries = dict(state["deadlines"]), dict(state["retries"])
+        self.gone = set(state.get("gone", ()))
         self.early = {joined["client"]: ClientJoined(**joined) for joined in state["early"]}
         self.begun = state["begun"]
         self.traffic = state["traffic"]

@@ -274,7 +274,8 @@ class Office:
 
     def _is_new(self, client: int) -> bool:
         """Whether it would change anything that a client who is away joins."""
-        return client not in self.live.retries and client not in self.live.early
+        waits = client in self.live.retries and client not in self.live.gone
+        return not waits and client not in self.live.early
 
     def _answer(self, client: int, note: AnswerNote, now: float) -> None:
         flight = self.server.flights.get(note.dispatch)
