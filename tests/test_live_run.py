@@ -420,6 +420,27 @@ def test_where_the_last_checkpoint_is_damaged_the_one_before_it_and_the_journals
     assert (folder / "run.jsonl").read_bytes().startswith(lines) and end is not None and end["windows"] == 12
 
 
+@pytest.mark.parametrize("checkpoints", [0.0, None])
+def test_a_run_does_not_go_on_with_its_devices_in_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: float | None
+) -> None:
+    """A silo answers without a number: it would be credited with what another one was sent."""
+    world = World(tmp_path, 12, checkpoint_seconds=checkpoints)
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    break_after_window(3, run, monkeypatch)
+    world.args.client_id_list = [2, 1]
+    with resume.resuming(tmp_path / "live"):
+        run = world.server()
+    with pytest.raises(RunLogError, match="GMR-606 client_id_list: 1 became 2, 2 became 1"):
+        run.train()
+    world.args.client_id_list = [1, 2]
+    with resume.resuming(tmp_path / "live"):
+        world.server().train()
+    for device in devices:
+        device.join(20)
+
+
 def test_a_journal_that_is_missing_before_another_one_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

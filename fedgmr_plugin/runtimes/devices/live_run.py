@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 #: What a status display reads, in the run's directory.
 STATUS = "devices.json"
 TOKEN = "token"
+#: Ids of the devices, in the order of the clients.
+CLIENTS = "clients.json"
 #: The initial global vector, for a replay.
 INITIAL = "initial.safetensors"
 _JOURNALS = "journal"
@@ -165,7 +167,9 @@ class LiveRun(RecordedRun):
     def _open(self, checkpoint: Checkpoint | None) -> None:
         """Begin the run, or go on from `checkpoint` and the journals behind it."""
         office = self.office
+        self._check_clients()
         if checkpoint is None:
+            _write_whole(self.directory / CLIENTS, json.dumps(office.desk.devices).encode())
             _write_whole(self.directory / TOKEN, office.token.encode())
             _write_whole(self.directory / INITIAL, save({"w": office.server.w_D.cpu().contiguous()}))
         first = 0 if checkpoint is None else checkpoint.meta["journal"]
@@ -193,6 +197,20 @@ class LiveRun(RecordedRun):
             for topic in office.kept_topics():
                 self.link.keep(topic, b"")  # the end of an earlier run of this name
         office.hello()
+
+    def _check_clients(self) -> None:
+        """Refuse to go on with other clients: what one device was sent, another would be believed to answer.
+
+        Raises:
+            RunLogError: GMR-606.
+        """
+        path = self.directory / CLIENTS
+        if not self.resumed or not path.exists():
+            return
+        before, now = json.loads(path.read_text(encoding="utf-8")), list(self.office.desk.devices)
+        if before != now:
+            changed = ", ".join(f"{a} became {b}" for a, b in zip(before, now, strict=True) if a != b)
+            raise RunLogError("GMR-606", f"client_id_list: {changed}"[:200], where=str(self.directory))
 
     @contextmanager
     def _helped(self) -> Iterator[None]:
