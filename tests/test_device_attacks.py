@@ -165,6 +165,16 @@ def test_a_flood_of_strangers_uses_up_nobodys_rate(field: Field) -> None:
     assert 0 in {r["client"] for r in field.records("arrival") if r["window"] > 1}
 
 
+def test_a_flood_of_what_was_recorded_uses_up_nobodys_rate(field: Field) -> None:
+    field.until(lambda: field.office.server.version == 1)
+    recorded = next(payload for topic, payload in field.world.published if topic == "fedml_7_1")
+    for _ in range(2000):
+        field.office.message("fedml_7_1", recorded)
+    field.run()
+    assert refused(field, 0)["GMR-744"] == 2000 and "GMR-745" not in refused(field, 0)
+    assert 0 in {r["client"] for r in field.records("arrival") if r["window"] > 1}
+
+
 def test_a_flood_of_a_device_is_cut(field: Field) -> None:
     for n in range(500):
         hear(field, 3, status(3, n), KEYS[3])

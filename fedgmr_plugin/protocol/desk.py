@@ -177,11 +177,12 @@ class Desk:
             if client is None:
                 raise WireError("GMR-742", f"topic={shown(topic)} is no device's of this run")
             said = self._said(client, topic, parse(payload))
-            self._buckets[client].take(now)  # authentic by now: nobody uses up a device's rate but itself
             if isinstance(said, (StatusNote, AnswerNote)):
                 # The broker sends a last will long after it was signed: it has a sequence of its own.
                 is_will = isinstance(said, StatusNote) and said.state == "OFFLINE"
                 (self._wills if is_will else self._replays)[client].check(said.sequence)
+            # Authentic, and heard for the first time: nobody uses up a device's rate but itself.
+            self._buckets[client].take(now)
             return client, said
         except WireError as refusal:
             (self.strangers if client is None else self.refused[client])[refusal.code] += 1
