@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib.util
+import os
 import struct
 import sys
 from pathlib import Path
@@ -443,3 +445,51 @@ def test_stacks_that_were_not_used_for_long_are_forgotten(monkeypatch: pytest.Mo
             values_S = w_D[ranking.support(rung)]
             assert torch.equal(files.decode(files.encode(values_S, ranking, rung), ranking, rung), values_S)
         assert len(files._known) <= 3
+
+
+def no_space(*given: Any, **named: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_mnn_itself_never_meets_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end the process."""
+    saved: list[Path] = []
+    monkeypatch.setattr(mnn.build, "save", lambda model, shape, path: saved.append(path))
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        mnn.write(perceptron(), (1, 6), tmp_path / "model.mnn")
+    assert saved == []
+
+
+def test_a_full_disk_keeps_no_server_from_its_files(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stack's first file waits for space; the others, in both directions, do without the disk."""
+    model, write, tries = perceptron(), mnn.write, []
+
+    def full_at_first(*given: Any) -> None:
+        tries.append(given)
+        (write if len(tries) == 3 else no_space)(*given)
+
+    monkeypatch.setattr(mnn, "write", full_at_first)
+    monkeypatch.setattr(codecs, "_WAIT", 0.0)
+    layout = build_layout(model)
+    files = codecs.MaskedFiles(copy.deepcopy(model), layout, (1, 6))
+    assert len(tries) == 3
+    assert [r.message for r in caplog.records] == [
+        f"a model file waits until it can be written: [Errno {errno.ENOSPC}] No space left on device"
+    ]
+    for name in ("open", "write_bytes"):
+        monkeypatch.setattr(Path, name, no_space)
+    ranking = rank_widths(model, layout, (1.0,))
+    values_S = ranking.cut(torch.arange(layout.size, dtype=torch.float32), 0)
+    assert torch.equal(files.decode(files.encode(values_S, ranking, 0), ranking, 0), values_S)
+
+
+def test_a_disk_that_fails_otherwise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(mnn, "write", fail)
+    with pytest.raises(PermissionError):
+        codecs.MaskedFiles(perceptron(), build_layout(perceptron()), (1, 6))

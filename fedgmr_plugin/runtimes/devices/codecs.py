@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +20,9 @@ from fedgmr_plugin.kernels.width import narrow, widths
 from fedgmr_plugin.runtimes.devices import mnn
 from fedgmr_plugin.runtimes.devices.office import Content
 
+_log = logging.getLogger(__name__)
+#: Seconds between two tries to write a file.
+_WAIT = 1.0
 #: Stacks that are kept at the same time, each with files of its own; densities may change without end.
 _MOST_KNOWN = 64
 
@@ -32,19 +38,15 @@ class ModelFile:
     def __init__(self, model: nn.Module, input_shape: Sequence[int]) -> None:
         self._model = model
         self._order = mnn.parameter_order(model)
-        self._folder = tempfile.TemporaryDirectory(prefix="fedgmr-mnn-")
-        self._template = Path(self._folder.name) / "template.mnn"
-        mnn.write(model, input_shape, self._template)
-        self.size = self._template.stat().st_size
+        self._template = _written(model, input_shape)
+        self.size = len(self._template)
 
     def write(self, layout: ModelLayout, w_D: Tensor) -> bytes:
         """The file of a vector [D] of the stack's own layout."""
         layout.scatter(self._model, w_D)
         named = dict(self._model.named_parameters())
         values = [named[name].detach().cpu().numpy().reshape(shape) for name, shape in self._order]
-        path = self._template.with_name("written.mnn")
-        mnn.fill(self._template, values, path)
-        return path.read_bytes()
+        return bytes(mnn.filled(self._template, values))
 
     @torch.no_grad()
     def read(self, layout: ModelLayout, content: Content) -> Tensor:
@@ -53,13 +55,29 @@ class ModelFile:
         Raises:
             ModelError: GMR-208 or GMR-209; it is no file of this stack.
         """
-        path = self._template.with_name("read.mnn")
-        path.write_bytes(content)
-        values = mnn.read(path, [shape for _, shape in self._order], most_bytes=2 * self.size)
+        values = mnn.loads(content, [shape for _, shape in self._order], most_bytes=2 * self.size)
         named = dict(self._model.named_parameters())
         for (name, _), array in zip(self._order, values, strict=True):
             named[name].copy_(torch.from_numpy(array.copy()).reshape(named[name].shape))
         return layout.gather(self._model)
+
+
+def _written(model: nn.Module, input_shape: Sequence[int]) -> bytes:
+    """The file of a stack, by way of the disk: MNN writes nowhere else. Waits where that is full."""
+    told = False
+    while True:
+        try:
+            with tempfile.TemporaryDirectory(prefix="fedgmr-mnn-") as folder:
+                path = Path(folder) / "template.mnn"
+                mnn.write(model, input_shape, path)
+                return path.read_bytes()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not told:
+                _log.warning("a model file waits until it can be written: %s", error)
+            told = True
+            time.sleep(_WAIT)
 
 
 class MaskedFiles:

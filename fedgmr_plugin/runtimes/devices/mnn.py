@@ -43,8 +43,19 @@ def read(path: Path, shapes: Shapes | None = None, *, most_bytes: int = MOST_BYT
     Raises:
         ModelError: GMR-208, the file is damaged; GMR-209, its tensors have other shapes.
     """
-    graph = _graph(path, most_bytes)
-    _compare(path, graph, shapes)
+    return loads(_content(path, most_bytes), shapes, most_bytes=most_bytes, where=str(path))
+
+
+def loads(
+    content: bytes | bytearray | memoryview,
+    shapes: Shapes | None = None,
+    *,
+    most_bytes: int = MOST_BYTES,
+    where: str = "",
+) -> list[Values]:
+    """As `read`, of a file's bytes; `where` they come from is for the error."""
+    graph = _graph(content, most_bytes, where)
+    _compare(graph, shapes, where)
     return [tensor.values for tensor in graph.parameters]
 
 
@@ -56,15 +67,24 @@ def fill(template: Path, values: Sequence[Values], path: Path, *, most_bytes: in
     Raises:
         ModelError: GMR-208, `template` is damaged; GMR-209, its tensors have other shapes than `values`.
     """
-    graph = _graph(template, most_bytes)
-    _compare(template, graph, [v.shape for v in values])
+    content = _content(template, most_bytes)
+    data = filled(content, values, most_bytes=most_bytes, where=str(template))
+    _replace(path, lambda new_path: new_path.write_bytes(data))
+
+
+def filled(
+    template: bytes, values: Sequence[Values], *, most_bytes: int = MOST_BYTES, where: str = ""
+) -> bytearray:
+    """As `fill`, from the template's bytes to the file's."""
+    graph = _graph(template, most_bytes, where)
+    _compare(graph, [v.shape for v in values], where)
     data = bytearray(graph.data)
     for tensor, new in zip(graph.parameters, values, strict=True):
         place, kind = tensor.place, tensor.operator.table.place(5)
         data[place.start : place.start + 4 * place.count] = np.ascontiguousarray(new, "<f4").tobytes()
         if kind is not None:
             struct.pack_into("<i", data, kind, TRAINABLE)
-    _replace(path, lambda new_path: new_path.write_bytes(data))
+    return data
 
 
 def parameter_order(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
@@ -109,8 +129,15 @@ def write(model: nn.Module, input_shape: Sequence[int], path: Path) -> None:
     Raises:
         HostError: GMR-511, MNN is missing.
         ModelError: GMR-210, a layer has no counterpart or the shape does not fit the model.
+        OSError: there is no space, which MNN itself would end the process of.
     """
-    _replace(path, lambda new_path: build.save(model, input_shape, new_path))
+    room = 8 * sum(p.numel() for p in model.parameters()) + 2**16
+
+    def save(new_path: Path) -> None:
+        new_path.write_bytes(bytes(room))
+        build.save(model, input_shape, new_path)
+
+    _replace(path, save)
 
 
 def to_torch(path: Path, *, most_bytes: int = MOST_BYTES) -> nn.Sequential:
@@ -119,7 +146,7 @@ def to_torch(path: Path, *, most_bytes: int = MOST_BYTES) -> nn.Sequential:
     Raises:
         ModelError: GMR-208, the file is damaged; GMR-210, the graph is no chain of operators known here.
     """
-    graph = _graph(path, most_bytes)
+    graph = _graph(_content(path, most_bytes), most_bytes, str(path))
     try:
         return stack_of(graph)
     except Untranslated as error:
@@ -134,7 +161,8 @@ def input_shape(path: Path, *, most_bytes: int = MOST_BYTES) -> tuple[int, ...]:
     Raises:
         ModelError: GMR-208, the file is damaged; GMR-210, it has not one input.
     """
-    inputs = [op for op in _graph(path, most_bytes).operators if op.kind == INPUT]
+    graph = _graph(_content(path, most_bytes), most_bytes, str(path))
+    inputs = [op for op in graph.operators if op.kind == INPUT]
     if len(inputs) != 1:
         raise ModelError("GMR-210", f"the graph has {len(inputs)} inputs", where=str(path))
     try:
@@ -143,30 +171,34 @@ def input_shape(path: Path, *, most_bytes: int = MOST_BYTES) -> tuple[int, ...]:
         raise ModelError("GMR-208", str(error), where=str(path)) from error
 
 
-def _graph(path: Path, most_bytes: int) -> Graph:
-    """The checked graph of a file of at most `most_bytes`."""
+def _content(path: Path, most_bytes: int) -> bytes:
+    """A file's bytes, no more than one beyond `most_bytes`."""
     with open(path, "rb") as file:
-        data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
-        raise ModelError("GMR-208", f"the file is longer than {most_bytes} bytes", where=str(path))
+        return file.read(most_bytes + 1)
+
+
+def _graph(content: bytes | bytearray | memoryview, most_bytes: int, where: str) -> Graph:
+    """The checked graph of a file of at most `most_bytes`."""
+    if len(content) > most_bytes:
+        raise ModelError("GMR-208", f"the file is longer than {most_bytes} bytes", where=where)
     try:
-        graph = parse(data)
+        graph = parse(bytes(content))
         _ = graph.parameters
     except Damaged as error:
-        raise ModelError("GMR-208", str(error), where=str(path)) from error
+        raise ModelError("GMR-208", str(error), where=where) from error
     return graph
 
 
-def _compare(path: Path, graph: Graph, shapes: Shapes | None) -> None:
+def _compare(graph: Graph, shapes: Shapes | None, where: str) -> None:
     """Refuse a file whose trained tensors are not of `shapes`."""
     found = [tensor.shape for tensor in graph.parameters]
     if shapes is None or found == [tuple(shape) for shape in shapes]:
         return
     if len(found) != len(shapes):
-        raise ModelError("GMR-209", f"{len(found)} tensors instead of {len(shapes)}", where=str(path))
+        raise ModelError("GMR-209", f"{len(found)} tensors instead of {len(shapes)}", where=where)
     place = next(i for i, shape in enumerate(shapes) if found[i] != tuple(shape))
     message = f"tensor {place} has shape {found[place]} instead of {tuple(shapes[place])}"
-    raise ModelError("GMR-209", message, where=str(path))
+    raise ModelError("GMR-209", message, where=where)
 
 
 def _replace(path: Path, make: Callable[[Path], object]) -> None:
