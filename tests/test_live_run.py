@@ -429,11 +429,13 @@ def test_a_run_does_not_go_on_with_its_devices_in_another_order(
     run = world.server()
     devices = [world.device(n) for n in (1, 2)]
     break_after_window(3, run, monkeypatch)
+    before = (tmp_path / "live" / "run.jsonl").read_bytes()
     world.args.client_id_list = [2, 1]
     with resume.resuming(tmp_path / "live"):
         run = world.server()
     with pytest.raises(RunLogError, match="GMR-606 client_id_list: 1 became 2, 2 became 1"):
         run.train()
+    assert (tmp_path / "live" / "run.jsonl").read_bytes() == before
     world.args.client_id_list = [1, 2]
     with resume.resuming(tmp_path / "live"):
         world.server().train()

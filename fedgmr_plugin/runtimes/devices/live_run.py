@@ -126,6 +126,11 @@ class LiveRun(RecordedRun):
         if self.link.refused is not None:
             raise self.link.refused
 
+    def _prepare(self) -> Checkpoint | None:
+        """As `RecordedRun._prepare`, for the same clients."""
+        self._check_clients()
+        return super()._prepare()
+
     def record(self, fields: dict[str, Any]) -> None:
         """As `RecordedRun.record`; where the disk is full, the log is written when there is space again."""
         self._unwritten.append(fields)
@@ -167,7 +172,6 @@ class LiveRun(RecordedRun):
     def _open(self, checkpoint: Checkpoint | None) -> None:
         """Begin the run, or go on from `checkpoint` and the journals behind it."""
         office = self.office
-        self._check_clients()
         if checkpoint is None:
             _write_whole(self.directory / CLIENTS, json.dumps(office.desk.devices).encode())
             _write_whole(self.directory / TOKEN, office.token.encode())
