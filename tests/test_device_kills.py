@@ -431,18 +431,19 @@ def beginning(folder: Path, points: Points) -> None:
 
 @pytest.mark.parametrize("how", ["killed", "torn"])
 def test_killed_while_it_begins_it_begins_again(whole: Whole, tmp_path: Path, how: str) -> None:
-    """The run's token and its initial model are whole, or not there and made again."""
+    """The run's token, its clients and its initial model are whole, or not there and made again."""
     dry = Points()
     beginning(tmp_path / "dry", dry)
-    assert dry.names.count("rename") == 2 and "open" in dry.names
+    assert dry.names.count("rename") == 3 and "open" in dry.names
     for at, name in enumerate(dry.names):
         if how == "torn" and name not in TEARS:
             continue
         folder = tmp_path / str(at)
         with pytest.raises(Killed):
             beginning(folder, Points(at, how))
-        give(folder, whole.events[:8])
+        run = give(folder, whole.events[:8])
         assert len((folder / "token").read_text()) == 16, name
+        assert tuple(json.loads((folder / "clients.json").read_text())) == run.office.desk.devices, name
         initial = load_file(folder / "initial.safetensors")["w"]
         assert torch.equal(initial, stage.LAYOUT.gather(stage.model())), name
 
