@@ -345,6 +345,7 @@ def from_checkpoint(folder: Path, field: Field, office: Office, rest: list[Entry
     other.office = other._make_office()
     restore_live(other.office.live, Snapshot(kept["live"], tensors))
     other.office.load_state(kept["office"], tensors)
+    assert other.office._left_behind == office._left_behind, "answers that may still be in the store"
     journal = folder / "again"
     journal.unlink(missing_ok=True)
     with Journal(journal) as file:
