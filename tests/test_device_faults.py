@@ -25,6 +25,7 @@ from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.history import event_of
 from fedgmr_plugin.protocol.journal import Entry, Journal, read
+from fedgmr_plugin.protocol.notes import SYNC
 from fedgmr_plugin.protocol.pieces import Piece
 from fedgmr_plugin.runtimes.devices import field as field_module
 from fedgmr_plugin.runtimes.devices import office as office_module
@@ -214,6 +215,27 @@ def test_a_device_that_leaves_after_it_was_refused_is_gone(
     field.run()
     each_is_once(field)
     assert not replayed(field).differences
+
+
+def test_a_task_that_was_lost_is_told_again_to_a_device_that_repeats_its_last_answer(tmp_path: Path) -> None:
+    """It says nothing else until it hears of its next task, and does not wait for that until its deadline."""
+    field = start(make(tmp_path, 4, answer_deadline=1000.0))
+    deliver, lost = field.world.deliver, []
+
+    def lose(topic: str, payload: bytes) -> None:
+        is_second = topic == field.devices[0].hears and json.loads(payload)["msg_type"] == SYNC
+        if is_second and not lost:
+            lost.append(payload)
+        else:
+            deliver(topic, payload)
+
+    field.world.deliver = lose  # type: ignore[method-assign]
+    field.until(lambda: bool(lost))
+    then = field.world.now
+    trained = len([n for n, _ in field.trained if n == 0])
+    field.until(lambda: len([n for n, _ in field.trained if n == 0]) > trained, then + 3 * field.heartbeat)
+    field.run()
+    each_is_once(field)
 
 
 def test_a_checkpoint_knows_the_number_that_was_written_down(tmp_path: Path) -> None:

@@ -379,6 +379,33 @@ def test_an_interrupted_run_leaves_what_going_on_needs(
     assert sorted(world.store.keys("")) == sorted(kept)
 
 
+def test_a_run_that_is_interrupted_as_it_goes_on_leaves_what_its_checkpoint_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, needed = World(tmp_path, 12, checkpoint_seconds=0.0), set[str]()
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    break_after_window(6, run, monkeypatch)
+    with resume.resuming(tmp_path / "live"):
+        again = world.server()
+    load = again.office.load_state
+
+    def loading(*state: Any) -> None:
+        load(*state)
+        needed.update(again.office.needed())
+
+    monkeypatch.setattr(again.office, "load_state", loading)
+    monkeypatch.setattr(again, "_loop", Mock(side_effect=Broken))
+    with pytest.raises(Broken):
+        again.train()
+    needed &= again.office.needed()  # the journal stores the rest again, or removes it
+    assert needed and needed <= set(world.store.keys(""))
+    with resume.resuming(tmp_path / "live"):
+        world.server().train()
+    for device in devices:
+        device.join(20)
+
+
 def test_a_checkpoint_says_what_is_still_to_be_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
