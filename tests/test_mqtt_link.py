@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -28,6 +29,7 @@ from fedgmr_plugin.runtimes.local.broker import Broker
 from fedgmr_plugin.runtimes.local.processes import Supervisor
 
 pytest.importorskip("paho.mqtt.client", reason="paho-mqtt is not installed")
+from paho.mqtt import client as mqtt
 from paho.mqtt.client import Client as Paho
 
 if broker_module.find("mosquitto") is None:
@@ -500,3 +502,26 @@ def test_a_server_begins_only_once_it_was_connected_all_the_while(
     until(link.claim)
     assert presence.serves
     link.stop()
+
+
+def test_a_sign_of_life_that_did_not_leave_is_given_again() -> None:
+    """The connection may break when it is published: then it proves nothing, and is waited for in vain."""
+    link = MqttLink(Where("127.0.0.1", 1), [], Inbox())
+    link.watch(mock.Mock(serves=False, topic="t"))
+    lost = mock.Mock(rc=mqtt.MQTT_ERR_NO_CONN)
+    lost.is_published.side_effect = RuntimeError("Message publish failed")
+    sent = mock.Mock(rc=mqtt.MQTT_ERR_SUCCESS)
+    sent.is_published.side_effect = [False, True]
+    link._client = mock.Mock()
+    link._client.publish.side_effect = [lost, sent]
+    assert [bool(link.claim()) for _ in range(4)] == [False, False, False, True]
+
+
+def test_a_refusal_is_over_when_the_broker_takes_the_connection() -> None:
+    link = MqttLink(Where("127.0.0.1", 1), ["t"], Inbox())
+    client = mock.Mock()
+    client.subscribe.return_value = 0, 1
+    link._on_connect(client, None, None, 5)
+    assert link.refused is not None and not link.connected.is_set()
+    link._on_connect(client, None, None, 0)
+    assert link.refused is None and link.connected.is_set()
