@@ -585,6 +585,13 @@ def test_sequence_numbers_follow_the_clock_and_never_repeat(tmp_path: Path) -> N
     assert used[-1] == 1_600_001
 
 
+def test_sequence_numbers_do_not_run_away_from_a_clock_that_is_set_back(tmp_path: Path) -> None:
+    """A device that loses its memory then is refused for no longer than its clock was ahead."""
+    memory = Memory.load(tmp_path)
+    assert memory.next_sequence(1_000_000) == 1_000_000
+    assert [memory.next_sequence(now) for now in range(5, 5 + 1000)] == list(range(1_000_001, 1_001_001))
+
+
 def test_a_device_remembers_which_answer_was_not_heard(tmp_path: Path) -> None:
     piece = Piece("k", 3, "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae")
     Memory(tmp_path, "t", answered=4, update=piece, content=b"foo").save(with_answer=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import queue
 import threading
@@ -287,6 +288,16 @@ def test_all_pages_of_a_bucket_are_read(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(store, "_client", SimpleNamespace(list_objects_v2=page))
     assert store.keys("a/") == ["a/0", "a/2"]
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 64], ids=["not announced", "announced"])
+def test_an_object_that_ends_too_early_is_got_again(monkeypatch: pytest.MonkeyPatch, digest: str) -> None:
+    """FedML's own devices announce no digest: what is missing would be zeros."""
+    store = S3Store(Bucket("http://127.0.0.1:1", "b", "k", "s"))
+    cut = {"ContentLength": 10, "Body": io.BytesIO(b"12345")}
+    monkeypatch.setattr(store, "_client", SimpleNamespace(get_object=lambda **named: cut))
+    with pytest.raises(Unreachable, match="key=a ended after 5 of 10 bytes"):
+        store.get(Piece("a", 10, digest))
 
 
 def test_objects_that_stay_are_told_of_or_tried_again(
