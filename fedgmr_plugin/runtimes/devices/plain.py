@@ -113,7 +113,6 @@ class PlainOffice(Office):
         self._patience = config.lost_after or _LOST * config.answer_deadline
         self._told: dict[int, float] = {}  # dispatch to the second at which it was told
         self._numbering: set[int] = set()  # clients that repeat ``client_idx``
-        self._silent: set[int] = set()  # clients that do not
         self._restarted: set[int] = set()  # clients that have lost what they were told last
         self._unanswered: Counter[int] = Counter()  # client to how often it was asked, and has not replied
         self._heard: dict[int, list[str]] = {}  # client to the names of its last answers
@@ -143,9 +142,10 @@ class PlainOffice(Office):
             yield entry
 
     def _learn(self, client: int, numbers: bool) -> None:
-        is_it, is_not = (self._numbering, self._silent) if numbers else (self._silent, self._numbering)
-        is_it.add(client)
-        is_not.discard(client)
+        if numbers:
+            self._numbering.add(client)
+        else:
+            self._numbering.discard(client)
 
     def _remember(self, client: int, name: str) -> None:
         self._heard[client] = [*self._heard.get(client, ()), name][-REMEMBERED:]
@@ -298,8 +298,6 @@ class PlainOffice(Office):
         except (WireError, ModelError) as refusal:
             self._refuse(client, dispatch, WireError(refusal.code, refusal.message), [said.key])
             return
-        if client not in self._numbering:
-            self._silent.add(client)
         self._unanswered[client] = 0  # it has replied to what it was asked before, or never will
         self.received[client] = self.received.get(client, 0) + len(content)
         arrived = self._upload(dispatch, flight, values_S, said.samples, len(content), now)
@@ -393,11 +391,15 @@ class PlainOffice(Office):
 
     def state(self) -> dict[str, Any]:
         files = [[*key, piece] for key, piece in self._files.items()]
-        known = {"numbering": sorted(self._numbering), "silent": sorted(self._silent)}
         # What is not written down yet is to be heard again.
         lost = {self._names.get(d) for d in (*self._fetching, *self._unwritten())}
         heard = [[client, [n for n in names if n not in lost]] for client, names in self._heard.items()]
-        return {**super().state(), "files": files, **known, "heard": heard}
+        return {
+            **super().state(),
+            "files": files,
+            "numbering": sorted(self._numbering),
+            "heard": heard,
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"sent.{v}.{digest}.{rung}": t for (v, digest, rung), t in self.values.items()}
@@ -406,5 +408,5 @@ class PlainOffice(Office):
         super().load_state(state, tensors)
         self._files = {(v, digest, rung): Piece(*p) for v, digest, rung, p in state["files"]}
         self.values = {key: tensors["sent.{}.{}.{}".format(*key)] for key in self._files}
-        self._numbering, self._silent = set(state["numbering"]), set(state["silent"])
+        self._numbering = set(state["numbering"])
         self._heard = {client: list(names) for client, names in state.get("heard", [])}
