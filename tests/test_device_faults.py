@@ -217,6 +217,21 @@ def test_a_device_that_leaves_after_it_was_refused_is_gone(
     assert not replayed(field).differences
 
 
+def test_who_left_before_there_were_enough_to_begin_is_not_counted(tmp_path: Path) -> None:
+    field = make(tmp_path, 4, clients_at_start=3).begin()
+    device = field.device(0)
+    field.until(lambda: 0 in field.office.live.early)
+    field.world.deliver(device.speaks, device.last_will())
+    memory = field.stop(0)
+    for n in (1, 2):
+        field.device(n)
+    field.until(lambda: field.world.now > 20)
+    assert set(field.office.live.early) == {1, 2} and not field.records("dispatch")
+    field.device(0, memory)
+    field.run()
+    assert {r["client"] for r in field.records("arrival")} == {0, 1, 2}
+
+
 def test_a_task_that_was_lost_is_told_again_to_a_device_that_repeats_its_last_answer(tmp_path: Path) -> None:
     """It says nothing else until it hears of its next task, and does not wait for that until its deadline."""
     field = start(make(tmp_path, 4, answer_deadline=1000.0))

@@ -150,6 +150,21 @@ def test_however_late_messages_are_one_stays(letters: list[str], data: st.DataOb
     assert len(stays) == 1 and stays[0].begin()
 
 
+def test_who_has_begun_says_so_to_one_whose_answer_comes_late() -> None:
+    """It asked before, and the other, which goes before it, answered: what took longer than the wait."""
+    broker = Broker()
+    first, second = broker.server("c"), broker.server("a")
+    asked = broker.said[0]
+    late = second.heard(asked)
+    assert late is not None
+    broker.waiting = [("c", asked)]  # nothing else arrived
+    broker.wait()
+    assert first.begin() and not second.taken_by
+    answer = first.heard(late)
+    assert answer is not None and not first.taken_by
+    assert second.heard(answer) is None and second.taken_by == "place c"
+
+
 def test_while_it_looks_whether_it_may_begin_nothing_is_heard() -> None:
     """Whoever asks just then is told by one that serves, or makes it wait: never both."""
     now, heard = [0.0], [False]
