@@ -337,8 +337,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-606": CatalogueEntry(
         "another run than the one to resume",
-        "The script does not describe the run that it is to continue: options, seed, layers or numbers of "
-        "samples differ.",
+        "The script does not describe the run that it is to continue: options, seed, layers, numbers of "
+        "samples or the order of the devices differ.",
         "Undo the changes that the message names, or start a new run.",
     ),
     "GMR-607": CatalogueEntry(

@@ -471,7 +471,7 @@ def test_a_run_does_not_go_on_with_its_devices_in_another_order(
     world.args.client_id_list = [2, 1]
     with resume.resuming(tmp_path / "live"):
         run = world.server()
-    with pytest.raises(RunLogError, match="GMR-606 client_id_list: 1 became 2, 2 became 1"):
+    with pytest.raises(RunLogError, match=r"GMR-606 client_id_list: \[1, 2\] became \[2, 1\]"):
         run.train()
     assert (tmp_path / "live" / "run.jsonl").read_bytes() == before
     world.args.client_id_list = [1, 2]

@@ -213,8 +213,8 @@ class LiveRun(RecordedRun):
             return
         before, now = json.loads(path.read_text(encoding="utf-8")), list(self.office.desk.devices)
         if before != now:
-            changed = ", ".join(f"{a} became {b}" for a, b in zip(before, now, strict=True) if a != b)
-            raise RunLogError("GMR-606", f"client_id_list: {changed}"[:200], where=str(self.directory))
+            message = f"client_id_list: {_short(before)} became {_short(now)}"
+            raise RunLogError("GMR-606", message, where=str(self.directory))
 
     @contextmanager
     def _helped(self) -> Iterator[None]:
@@ -393,6 +393,10 @@ class _Journals:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}.journal"
+
+
+def _short(ids: list[int]) -> str:
+    return str(ids) if len(ids) <= 20 else f"{str(ids[:20])[:-1]}, ...]"
 
 
 def _when_there_is_space(what: str, write: Callable[[], object]) -> None:
