@@ -237,12 +237,12 @@ def test_a_task_that_was_lost_is_told_again_to_a_device_that_repeats_its_last_an
     field = start(make(tmp_path, 4, answer_deadline=1000.0))
     deliver, lost = field.world.deliver, []
 
-    def lose(topic: str, payload: bytes) -> None:
+    def lose(topic: str, payload: bytes, **how: bool) -> None:
         is_second = topic == field.devices[0].hears and json.loads(payload)["msg_type"] == SYNC
         if is_second and not lost:
             lost.append(payload)
         else:
-            deliver(topic, payload)
+            deliver(topic, payload, **how)
 
     field.world.deliver = lose  # type: ignore[method-assign]
     field.until(lambda: bool(lost))
