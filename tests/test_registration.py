@@ -414,12 +414,15 @@ def test_likely_slips_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixt
     train = "train_args: {federated_optimizer: %s, local_steps: 9}\n"
     tracking = "tracking_args: {run_name: wandb-needs-it}\n"
     for name, slip in (
-        ("FedGRM", "note: fedgmr_args has no effect: federated_optimizer='FedGRM' is not fedgmr\n"),
+        ("FedGRM", "note: federated_optimizer='FedGRM' is not fedgmr; did you mean \"fedgmr\"?\n"),
         ("FedGMR", "note: local_steps in train_args has no effect: options of fedgmr belong in "),
     ):
         path.write_text(train % name + tracking + "fedgmr_args: {trigger: none}\n")
         registration.check_command_line(["--cf", str(path)])
         assert capsys.readouterr().err.startswith(slip)
+    path.write_text("train_args: {comm_round: 3}\nfedgmr_args: {trigger: none}\n")
+    registration.check_command_line(["--cf", str(path)])
+    assert 'has no effect: there is no `federated_optimizer: "fedgmr"`' in capsys.readouterr().err
     path.write_text("train_args: {federated_optimizer: FedGMR}\n" + tracking)
     registration.check_command_line(["--cf", str(path)])
     assert capsys.readouterr().err == ""
@@ -590,6 +593,17 @@ def test_run_leaves_the_script_its_own_exit(tmp_path: Path, quiet: list[str]) ->
     assert CliRunner().invoke(run, [str(script)]).exit_code == 5
     script.write_text("raise ZeroDivisionError\n")
     assert isinstance(CliRunner().invoke(run, [str(script)]).exception, ZeroDivisionError)
+
+
+def test_a_traceback_of_a_script_begins_at_the_script(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text("def inner():\n    raise ZeroDivisionError('mine')\ninner()\n")
+    command = [sys.executable, "-m", "fedgmr_plugin", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    shown = done.stderr[done.stderr.index("Traceback") :]
+    assert done.returncode == 1 and shown.count("  File ") == 2, done.stderr
+    assert f'File "{script}", line 3' in shown and shown.endswith("ZeroDivisionError: mine\n")
+    assert "main.py --cf fedml_config.yaml" in done.stderr  # the note for a script without one
 
 
 def test_run_says_when_a_script_was_given_no_configuration(tmp_path: Path, quiet: list[str]) -> None:

@@ -31,7 +31,8 @@ def run(script: str, arguments: tuple[str, ...]) -> None:
         sys.exit(2)
     except Exception:
         if path_from(arguments) is None:
-            click.echo("note: the script was given no --cf; fedml.init() needs one", err=True)
+            form = f"fedgmr run {script} --cf fedml_config.yaml"
+            click.echo(f"note: the script was given no --cf; fedml.init() needs one: {form}", err=True)
         raise
 
 

@@ -7,6 +7,7 @@ calls FedML's constructor with its arguments untouched.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import sys
@@ -169,8 +170,12 @@ def notes(sections: config_file.Sections) -> list[str]:
             if key not in job.RECORDING
         ]
     if not is_fedgmr(optimizer):
-        message = f"{SECTION} has no effect: federated_optimizer={optimizer!r} is not fedgmr"
-        return [message] if SECTION in sections else []
+        message = f"federated_optimizer={optimizer!r} is not fedgmr"
+        if optimizer is None:
+            message = 'there is no `federated_optimizer: "fedgmr"` in train_args'
+        elif difflib.get_close_matches(str(optimizer).lower(), [OPTIMIZER], cutoff=0.8):
+            return [f'{message}; did you mean "{OPTIMIZER}"?']
+        return [f"{SECTION} has no effect: {message}"] if SECTION in sections else []
     return [
         f"{key} in {section} has no effect: options of fedgmr belong in the section {SECTION}"
         for section, keys in sections.items()

@@ -2,7 +2,8 @@
 
 A program that registers fedgmr itself runs under Python's own top level, so `install` puts a hook there.
 FedML puts its own in that place in `fedml.init`; `wrap` lets that one, too, show our errors by message. All
-other exceptions take the way that they took before.
+other exceptions take the way that they took before; the traceback of one that ends a script under
+`fedgmr run` begins at the script, as it does under `python`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ from fedgmr_plugin.runtimes.distributed import job
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
 #: Codes of errors whose cause is the user's own code, here or on another rank: only its traceback says where.
-OF_USERS_CODE = frozenset({"GMR-506", "GMR-507"})
+OF_USERS_CODE = frozenset({"GMR-304", "GMR-506", "GMR-507"})
 
 #: Our hook, and the one in whose place it stands, while it is installed.
 _installed: list[tuple[Hook, Hook]] = []
+
+
+def from_script(trace: TracebackType | None, script: str) -> TracebackType | None:
+    """A traceback without the frames that lead to `script`; whole where the script is not in it."""
+    found = trace
+    while found is not None and found.tb_frame.f_code.co_filename != script:
+        found = found.tb_next
+    return found or trace
 
 
 def describe(error: FedGMRError) -> str:
@@ -48,7 +57,8 @@ def wrap(hook: Hook) -> Hook:
         if isinstance(error, FedGMRError):
             tell(error)
         else:
-            hook(kind, error, trace)
+            trace = from_script(trace, sys.argv[0])
+            hook(kind, error.with_traceback(trace), trace)
         if isinstance(error, FedGMRError) or job.is_ours():
             job.abandon(1)
 
