@@ -66,7 +66,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "GMR-107": CatalogueEntry(
         "missing key",
         "FedML, or an experiment, needs a key that the YAML does not have.",
-        "Add the key to the section that the message names.",
+        "Add the key that the message names.",
     ),
     "GMR-108": CatalogueEntry(
         "configuration file missing or unreadable",
@@ -104,7 +104,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "GMR-201": CatalogueEntry(
         "no prunable weights",
         "No convolution, linear or embedding weight is left to prune, so every sub-model is the model.",
-        "Use a model with hidden layers, shorten `dense_layers`, or choose FedAvg.",
+        "Use a model with a hidden layer of one of these kinds (the last linear layer is never pruned, and "
+        "recurrent layers are not supported), shorten `dense_layers`, or choose FedAvg.",
     ),
     "GMR-202": CatalogueEntry(
         "mixed or unsupported parameter types",
@@ -174,6 +175,12 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "bandwidth traces not usable",
         "The .npz file of `bandwidth_traces` is missing or lacks the arrays time_s, mbit_s and offset.",
         "See docs/configuration.md, section bandwidth traces, for the format.",
+    ),
+    "GMR-304": CatalogueEntry(
+        "batch does not fit the model",
+        "The model, or the built-in trainer's loss, raised an error on a batch of a client.",
+        "Compare the shapes and types in the message with what the model takes and gives: scores "
+        "[samples, classes, ...] for labels 0 to classes - 1.",
     ),
     "GMR-401": CatalogueEntry(
         "unknown or repeated dispatch",

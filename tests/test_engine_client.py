@@ -19,6 +19,7 @@ from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.samples import Batch, BatchList, BatchPlan, Subset, TensorSamples, in_batches, split
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
 from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats, Metrics
+from fedgmr_plugin.errors import DataError
 from fedgmr_plugin.kernels import ModelLayout, build_layout, rank, scores
 
 few = settings(max_examples=max(10, settings().max_examples // 5))
@@ -156,6 +157,15 @@ def test_a_list_of_batches_is_a_sequence_that_reads_when_asked() -> None:
 
 
 # -- the built-in trainer --------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_fit_the_model_is_told_with_its_shapes() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    batches = [(torch.zeros(5, 3), torch.full((5,), 2))]
+    with pytest.raises(DataError, match=r"GMR-304 client=7: IndexError: Target 2") as caught:
+        BuiltinTrainer().train(model, batches, None, learning_rate=0.1, client=7)
+    assert "(batch: x float32 [5, 3], y int64 [5])" in str(caught.value)
+    assert isinstance(caught.value.__cause__, IndexError)
 
 
 def mlp(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:

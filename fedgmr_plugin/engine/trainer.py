@@ -6,7 +6,8 @@ method page, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from fedgmr_plugin.engine.formats import fast_formats
 from fedgmr_plugin.engine.narrow import without_absent_units
 from fedgmr_plugin.engine.objectives import PLAIN, Context
 from fedgmr_plugin.engine.samples import Batch, BatchList
+from fedgmr_plugin.errors import DataError, FedGMRError
 from fedgmr_plugin.kernels.chain import is_chain
 
 
@@ -107,12 +109,24 @@ class BuiltinTrainer:
         client: int,
         context: Context = PLAIN,
     ) -> LocalStats:
+        """As `LocalTrainer.train`.
+
+        Raises:
+            DataError: GMR-304 if the model or the loss raises (its exception is the cause).
+        """
         model.train()
-        if isinstance(batches, BatchList) and batches.watched:
-            return self._steps(model, batches, masks, context, learning_rate, watched=True)
-        with without_absent_units(model, masks, context) as (own_masks, own_context):
-            watched = not is_chain(model)
-            return self._steps(model, batches, own_masks, own_context, learning_rate, watched=watched)
+        try:
+            if isinstance(batches, BatchList) and batches.watched:
+                return self._steps(model, batches, masks, context, learning_rate, watched=True)
+            with without_absent_units(model, masks, context) as (own_masks, own_context):
+                watched = not is_chain(model)
+                return self._steps(model, batches, own_masks, own_context, learning_rate, watched=watched)
+        except _Misfit as misfit:
+            cause = misfit.__cause__
+            raised = f"{type(cause).__name__}: {cause}"
+            raise DataError(
+                "GMR-304", f"client={client}: {raised} (batch: {misfit})", where=type(model).__name__
+            ) from cause
 
     def _steps(
         self,
@@ -137,7 +151,7 @@ class BuiltinTrainer:
                 x, y = x.to(self.device), y.to(self.device)
                 for leaf in leaves:
                     leaf.parameter.grad = leaf.tensor.grad = None
-                with view.step():
+                with _told(x, y), view.step():
                     loss = self.loss_of(_scores(model(x), context.classes), y)
                     loss.backward()
                 for leaf in leaves:
@@ -197,6 +211,22 @@ class BuiltinTrainer:
             return SGD(tensors, learning_rate, self.momentum, self.weight_decay).step
         adam = torch.optim.Adam(tensors, lr=learning_rate, weight_decay=self.weight_decay, amsgrad=True)
         return adam.step
+
+
+class _Misfit(Exception):
+    """The batch on which a model or a loss raised what is the cause."""
+
+
+@contextmanager
+def _told(x: Tensor, y: Tensor) -> Iterator[None]:
+    """Raise `_Misfit` for what is raised in a step on a batch, but for a want of memory."""
+    try:
+        yield
+    except (FedGMRError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a user's forward raises
+        shapes = ", ".join(f"{n} {str(t.dtype)[6:]} {list(t.shape)}" for n, t in (("x", x), ("y", y)))
+        raise _Misfit(shapes) from error
 
 
 def _scores(output: Tensor, classes: Tensor | None) -> Tensor:
