@@ -453,10 +453,15 @@ def test_a_users_trainer_and_aggregator_are_honoured(tmp_path: Path) -> None:
     assert small.any() and (log.column("arrival", "change_sq")[small] > 0).all()
 
 
-def test_nan_from_a_client_is_rejected_counted_and_harmless(tmp_path: Path) -> None:
+def test_nan_from_a_client_is_rejected_counted_and_harmless(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = dataset()
     data[5][2] = [(x * float("nan"), y) for x, y in data[5][2]]
-    finished = run(arguments(tmp_path, {"trigger": "none"}), data)
+    finished = run(arguments(tmp_path, {"trigger": "none", "progress": True}), data)
+    told = capfd.readouterr()
+    assert told.err.count("an upload of client 2 is refused: GMR-403 ") == 1
+    assert f"{finished.end['rejected']} uploads were refused" in told.out
     log = read_run(finished.directory)
     assert finished.end["rejected"] == log.count("rejected") > 0
     assert {(r["client"], r["code"]) for r in log.records("rejected")} == {(2, "GMR-403")}

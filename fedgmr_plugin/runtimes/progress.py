@@ -1,4 +1,4 @@
-"""Live progress on standard error: a bar on a terminal, else one line per evaluation."""
+"""Live progress on standard error: a bar on a terminal, else one line per evaluation; and what is refused."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Progress:
             mininterval=0.5,
         )
         self._note: dict[str, str] = {}
+        self._refused: set[str] = set()
 
     def __enter__(self) -> Progress:
         return self
@@ -57,11 +58,17 @@ class Progress:
             self._note["accuracy"] = f"{100 * fields['accuracy']:.1f} %"
             if self._bar.disable:
                 click.echo(_line(fields), err=True)
+        elif fields["type"] == "rejected" and fields["code"] not in self._refused:
+            self._refused.add(fields["code"])
+            why = f"{fields['code']} {fields['message']}"
+            self._bar.write(f"an upload of client {fields['client']} is refused: {why}", file=sys.stderr)
 
     def close_with(self, end: dict[str, Any], directory: Path) -> None:
         """Say how the run ended and where its files are."""
         if not self._silent:
             say(f"run: {directory}  ({end['windows']} windows, {end['time']:,.0f} {self._seconds})")
+            if end.get("rejected"):
+                say(f"{end['rejected']} uploads were refused; see the log's `rejected` records")
             say(f"model sha256: {end['model_sha256']}")
 
 
