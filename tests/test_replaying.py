@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from fedgmr_plugin.errors import DataError, RunLogError
+from fedgmr_plugin.protocol import RunLogWriter
 from fedgmr_plugin.runtimes import host
 
 host.prepare()
 
 from fedml import FedMLRunner  # noqa: E402
 
-from fedgmr_plugin.runtimes.replaying import Script  # noqa: E402
+from fedgmr_plugin.runtimes.registration import unregister  # noqa: E402
+from fedgmr_plugin.runtimes.replaying import Script, replay  # noqa: E402
 from fedgmr_plugin.runtimes.silos.data import SiloSamples  # noqa: E402
 from fedgmr_plugin.runtimes.silos.rebuilding import rebuild  # noqa: E402
 from fedgmr_plugin.runtimes.trainer import FedMLTrainer  # noqa: E402
@@ -72,6 +74,21 @@ def test_the_script_is_run_until_it_has_given_everything(tmp_path: Path, trainer
 def test_what_cannot_be_replayed_is_told(tmp_path: Path, text: str, submodel: str, problem: str) -> None:
     with pytest.raises(RunLogError, match=f"GMR-608.*{problem}"):
         rebuild(script(tmp_path, text, submodel))
+
+
+def test_a_simulation_is_not_replayed(tmp_path: Path) -> None:
+    header = {
+        "type": "header", "schema": "1.0", "method": "fedgmr", "run_name": "x", "seed": 0, "config": {},
+        "fedml": {}, "versions": {}, "clients": 1, "client_samples": [10], "densities": [1.0], "layout": {},
+        "model_megabytes": 1.0, "eta": 0.1, "local_steps": 5, "windows": 1, "time_budget": None,
+    }  # fmt: skip
+    with RunLogWriter(tmp_path) as log:
+        log.write(header)
+    try:
+        with pytest.raises(RunLogError, match="GMR-608 this is a simulation"):
+            replay(tmp_path)
+    finally:
+        unregister()
 
 
 def test_a_silo_may_have_its_own_data_only() -> None:

@@ -79,6 +79,13 @@ def replay(run: Path) -> Comparison:
     """
     register()  # FedML's aggregator measures, and its import needs our help
     log = read_run(run)
+    if "training_type" not in log.header["fedml"]:
+        raise RunLogError(
+            "GMR-608",
+            "this is a simulation, which has no devices to repeat",
+            where=str(run),
+            hint="Run its script once more: the same seed and options give the same model.",
+        )
     given = _json(run / COMMAND)
     folder, path = str(given.get("folder", "")), str(given.get("script", ""))
     passed = [str(a) for a in given.get("arguments", [])]

@@ -116,7 +116,8 @@ def fedml_keys(args: Any) -> FedMLKeys:
     names = ("comm_round", "client_num_in_total", "client_num_per_round", "batch_size", "learning_rate")
     missing = [name for name in names if getattr(args, name, None) is None]
     if missing:
-        raise ConfigError("GMR-107", f"{', '.join(missing)} missing", where=path)
+        hint = f"Add {'it' if len(missing) == 1 else 'them'} to the section `train_args`."
+        raise ConfigError("GMR-107", f"{', '.join(missing)} missing", where=path, hint=hint)
 
     def whole(name: str, least: int, default: int | None = None) -> int:
         value = getattr(args, name, default)
