@@ -42,5 +42,5 @@ for t in range(WINDOWS):
     w = w + step
     records += [*arrivals, {"type": "window", "window": t, "arrivals": N, "gamma_min": int(weight.min()),
                             "uncovered": 0, "step_sq": step @ step, "learning_rate": ETA}]  # fmt: skip
-with open(sys.argv[1], "w", encoding="utf-8") as file:
+with open(sys.argv[1] if len(sys.argv) > 1 else "my_run.jsonl", "w", encoding="utf-8") as file:
     file.writelines(json.dumps(record) + "\n" for record in [*records, {"type": "end", "windows": WINDOWS}])

@@ -408,8 +408,12 @@ def test_columns(run: RunLog) -> None:
     assert run.column("restoration", "cause").tolist() == ["text", "text"]
     assert run.column("arrival", "staleness").shape == (0,)
     assert list(run.columns("evaluation", "loss", "window")) == ["loss", "window"]
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="no key of evaluation records is called 'colour'; there are window, "):
         run.column("evaluation", "colour")
+    for read in (run.count, run.records, lambda kind: run.column(kind, "time")):
+        with pytest.raises(KeyError, match="no type of record is called 'evaluations'; did you mean 'eval"):
+            read("evaluations")
+    assert repr(run).startswith("<RunLog '") and str(run.path) in repr(run)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -159,6 +160,15 @@ class RunLogWriter:
         self.close()
 
 
+def _named(name: str, among: Mapping[str, Any], what: str) -> Any:
+    """What stands under a name; a KeyError that helps where nothing does."""
+    if name not in among:
+        near = difflib.get_close_matches(name, among, n=1)
+        guess = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(among)}"
+        raise KeyError(f"no {what} is called {name!r}; {guess}")
+    return among[name]
+
+
 class RunLog:
     """The records of one run, as columns or as dictionaries.
 
@@ -177,22 +187,32 @@ class RunLog:
         ends = self.records("end")
         self.end: dict[str, Any] | None = ends[0] if ends else None
 
+    def __repr__(self) -> str:
+        end = "still going or stopped" if self.end is None else f"{self.end['windows']} windows"
+        return f"<RunLog {self.name!r} at {str(self.path)!r}: {end}>"
+
     @property
     def name(self) -> str:
         """The run's name, from the header."""
         return str(self.header["run_name"])
 
     def count(self, kind: str) -> int:
-        """Number of records of one type."""
+        """Number of records of one type.
+
+        Raises:
+            KeyError: there is no such type.
+        """
+        _named(kind, RECORDS, "type of record")
         return len(self._rows[kind])
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """The records of one type as dictionaries (known keys only), in the order of the file.
 
         Raises:
+            KeyError: there is no such type.
             RunLogError: GMR-602 if a value has another type than the schema says.
         """
-        keys = tuple(RECORDS[kind])
+        keys = tuple(_named(kind, RECORDS, "type of record"))
         found = [dict(zip(keys, row, strict=True)) for row in self._rows[kind]]
         for number, record in enumerate(found):
             wrong = problems({"type": kind, **record})
@@ -212,11 +232,13 @@ class RunLog:
             [records, n] for lists of numbers; object [records] for everything else.
 
         Raises:
+            KeyError: there is no such type, or key of it.
             RunLogError: GMR-602 if a value has another type than the schema says.
         """
         outer, _, inner = key.partition(".")
-        word = RECORDS[kind][outer]
-        place = list(RECORDS[kind]).index(outer)
+        keys = _named(kind, RECORDS, "type of record")
+        word = _named(outer, keys, f"key of {kind} records")
+        place = list(keys).index(outer)
         values = self._checked([row[place] for row in self._rows[kind]], word, kind, outer)
         if inner:
             word = "number"
