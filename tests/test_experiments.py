@@ -270,6 +270,10 @@ def test_progress_is_read_from_the_logs(place: Path) -> None:
         ({"fedgmr_args": {}}, "GMR-107 neither time_budget nor comm_round"),
         ({"against": "fedprox", "methods": {"fedavg": {"method": "fedavg"}}}, "GMR-103 against=fedprox"),
         ({"problem": "nowhere:build"}, "GMR-113 problem=nowhere:build cannot be imported"),
+        (
+            {"problem": "benchmarks.problems:bild"},
+            "GMR-113 .*problems has no 'bild'.*Did you mean `benchmarks.problems:build`",
+        ),
         ({"tittle": "x"}, "GMR-101 tittle is not a key.*digits.yaml: tittle.*Did you mean `title`"),
         ({"arguments": {}}, "GMR-101 arguments is not a key.*Its keys are title, problem, with,"),
         ({"title": 2024}, 'GMR-102 title=2024 is a whole number; it must be text.*"2024"'),

@@ -306,15 +306,21 @@ def problem_of(experiment: Experiment) -> Problem:
     home, _, name = experiment.problem.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
+    failed = f"problem={experiment.problem} cannot be imported"
     try:
-        found: Problem = getattr(importlib.import_module(home), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            "GMR-113",
-            f"problem={experiment.problem} cannot be imported: {error}",
-            where="problem",
-            hint="Run the command in the folder that has the module.",
-        ) from error
+        module = importlib.import_module(home)
+    except ImportError as error:
+        hint = "Run the command in the folder that has the module."
+        raise ConfigError("GMR-113", f"{failed}: {error}", where="problem", hint=hint) from error
+    found: Problem | None = getattr(module, name, None)
+    if found is None:
+        guess = closest(name, vars(module))
+        hint = (
+            f"Did you mean `{home}:{guess}`?"
+            if guess
+            else "Name a function of the module: `module:function`."
+        )
+        raise ConfigError("GMR-113", f"{failed}: {home} has no {name!r}", where="problem", hint=hint)
     return found
 
 
