@@ -80,8 +80,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-110": CatalogueEntry(
         "run directory cannot be used",
-        "The run's directory holds a finished or interrupted run, of which nothing is overwritten, or cannot "
-        "be made.",
+        "The run's directory cannot be made, or already holds a finished or interrupted run, which is never "
+        "overwritten.",
         "Choose another `run_name`, leave it out to number runs, or name an `output_dir` to write to.",
     ),
     "GMR-111": CatalogueEntry(
@@ -98,7 +98,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-113": CatalogueEntry(
         "script without its functions",
-        "The script of a run with devices does not define what a device or a replay needs.",
+        "The script of a run with devices does not define what a device or a replay needs; or the `problem` "
+        "of an experiment names a function that is not there.",
         "Define make_model(args), train_data(args, client) and test_data(args); see docs/devices.md.",
     ),
     "GMR-201": CatalogueEntry(
@@ -200,7 +201,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "GMR-404": CatalogueEntry(
         "wrong sample count",
         "An upload claims zero, negative, non-finite or more than 2^53 samples.",
-        "Check the client; the upload is counted and ignored.",
+        "Check the client: a ClientTrainer has to iterate over the batches that it is given, which are "
+        "counted. The upload is counted and ignored.",
     ),
     "GMR-405": CatalogueEntry(
         "event out of order",
@@ -250,8 +252,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-507": CatalogueEntry(
         "worker process failed",
-        "A process that trains clients (one of `workers`, or a rank) raised an error, or is gone: ended by "
-        "the kernel for want of memory perhaps. The run stops; its log and its checkpoints stay.",
+        "A process that trains clients (one of `workers`, or a rank) raised an error, or is gone, perhaps "
+        "because the kernel ended it for want of memory. The run stops; its log and its checkpoints stay.",
         "The message has the error or the exit code, and the traceback stands above it. Repair the cause and "
         "continue with `fedgmr resume`.",
     ),
@@ -306,16 +308,16 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "GMR-517": CatalogueEntry(
         "run served twice",
         "Another process serves the run of this `run_id` and `server_id` at the same broker, or over gRPC "
-        "listens where this one would. Two would send the same devices to and fro.",
-        "Stop the other process, or give this run a `run_id`, over gRPC a port, of its own. A server that "
-        "was killed is no other: `fedgmr resume` goes on with its run at once.",
+        "listens at this one's address. Two servers would give the same devices contradictory tasks.",
+        "Stop the other process, or give this run a `run_id` (over gRPC, a port) of its own. A server that "
+        "was killed does not count: `fedgmr resume` continues its run at once.",
     ),
     "GMR-518": CatalogueEntry(
         "server gone",
         "A device has heard nothing of its server for `server_patience` seconds: the run is over, or nobody "
         "went on with it.",
-        "Look at the server. Where it lives, start the device again, with a longer `server_patience` if it "
-        "may be idle for so long.",
+        "Look at the server. If it is running, start the device again, with a longer `server_patience` if "
+        "the server may be silent for so long.",
     ),
     "GMR-601": CatalogueEntry(
         "run log not found",
@@ -325,7 +327,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "GMR-602": CatalogueEntry(
         "run log damaged",
         "A line before the last one is not valid JSON, or the header is missing.",
-        "Copy the file again; a torn last line alone is tolerated.",
+        "Check that the file is a run's `run.jsonl`, and copy it again; only its last line may be torn.",
     ),
     "GMR-603": CatalogueEntry(
         "run log of another schema",
@@ -356,7 +358,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-608": CatalogueEntry(
         "run cannot be replayed",
-        "The run is none with devices or with fedgmr's own silos, or what it was started with is not there "
+        "The run is a simulation, or one with FedML's own clients; or what it was started with is not there "
         "any more.",
         "Replay on the machine of the server, with the script and the configuration where they were.",
     ),
