@@ -45,6 +45,7 @@ class FedGMRConfig(BaseModel):
 
     method: Literal[
         "fedgmr",
+        "fedgmr+buffer",
         "fedavg",
         "fedprox",
         "fedasync",
@@ -63,7 +64,8 @@ class FedGMRConfig(BaseModel):
         "fiarse+gmr",
     ] = Field(
         "fedgmr",
-        description="Method that sets the defaults of the options below; those that are written win. `+aux` "
+        description="Method that sets the defaults of the options below; those that are written win. "
+        "`fedgmr+buffer` averages everybody's last upload, `fedgmr` the changes of the window. `+aux` "
         "makes a sub-model method asynchronous with a buffer, `+gmr` restores its densities too.",
     )
 

@@ -81,7 +81,7 @@ Data = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
 
 def restores(method: str) -> bool:
-    return method == "fedgmr" or method.endswith("+gmr")
+    return method.startswith("fedgmr") or method.endswith("+gmr")
 
 
 def trained(tmp_path: Path, data: Data, windows: int, **options: Any) -> tuple[nn.Sequential, RunLog]:

@@ -94,7 +94,7 @@ def test_the_configuration_is_complete_and_valid(tmp_path: Path) -> None:
     assert sum(len(keys) for keys in sections.values()) == len(config_file.flatten(sections))
 
 
-def test_every_option_is_shown_once_with_its_default() -> None:
+def test_every_option_is_shown_once_with_its_value() -> None:
     lines = options(EXAMPLE).splitlines()
     assert all(len(line) <= 110 for line in project()["fedml_config.yaml"].splitlines())
     shown = [
@@ -114,10 +114,6 @@ def test_every_option_is_shown_once_with_its_default() -> None:
     assert set(section) == set(FedGMRConfig.model_fields)
     chosen = {name: value for name, (value, _) in EXAMPLE.items()}
     assert parse(section, where="test") == FedGMRConfig(**chosen)
-    for name, field in FedGMRConfig.model_fields.items():
-        if name not in chosen:
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
-            assert section[name] == default
 
 
 def test_every_option_is_described() -> None:

@@ -130,7 +130,7 @@ def test_every_method_has_its_paper_and_no_other() -> None:
             fedgmr_plugin.cite()
         )
         keys = re.findall(r"^@inproceedings\{([a-z]+)(\d{4})(\w+),$", own, re.M)
-        if method.name == "fedgmr":
+        if method.name.partition("+")[0] == "fedgmr":
             assert keys == []
             continue
         ((author, year, name),) = keys

@@ -37,7 +37,7 @@ _SUBMODEL = ("heterofl", "fjord", "fedrolex", "fiarse")
 #: ``config``: option -> what it can be.
 OPTIONS: dict[str, Rule] = {
     "method": word(
-        "fedgmr", "fedavg", "fedprox", "fedasync", "fedbuff",
+        "fedgmr", "fedgmr+buffer", "fedavg", "fedprox", "fedasync", "fedbuff",
         *(f"{name}{form}" for name in _SUBMODEL for form in ("", "+aux", "+gmr")),
     ),
     "heterogeneity": word("high", "medium", "low", "none"),

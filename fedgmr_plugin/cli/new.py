@@ -19,9 +19,7 @@ EXAMPLE: dict[str, tuple[Any, str]] = {
     "model_megabytes": (26.0, "Pretend a model as large as the paper's for FEMNIST, so that links matter."),
     "interval": (10, "Check often: the run is short."),
     "patience": (2, "Restore soon after progress stops."),
-    "update_scope": ("buffer", "With the next two: what did best in the comparison of docs/results.md."),
-    "update_form": ("replacement", "As above."),
-    "staleness": ("constant", "As above."),
+    "method": ("fedgmr+buffer", "Restored clients arrive seldom: average what everybody uploaded last."),
 }
 _WINDOWS = 150
 _WIDTH = 108
@@ -63,7 +61,7 @@ def project() -> dict[str, str]:
 def options(chosen: Mapping[str, tuple[Any, str]], indent: str = "  ") -> str:
     """The lines of a ``fedgmr_args`` section: `chosen` options first, all others commented out.
 
-    Every option has its description above it, from `FedGMRConfig.model_fields`.
+    Every option has its description above it, and the value that it has with those chosen.
 
     Args:
         chosen: option to (value, reason).
@@ -74,9 +72,10 @@ def options(chosen: Mapping[str, tuple[Any, str]], indent: str = "  ") -> str:
         blocks.append(
             [*_commented(f"{reason} {_description(name)} Default: {default}."), f"{name}: {_flow(value)}"]
         )
-    for name, field in FedGMRConfig.model_fields.items():
+    others = FedGMRConfig(**{name: value for name, (value, _) in chosen.items()})
+    for name in FedGMRConfig.model_fields:
         if name not in chosen:
-            blocks.append([*_commented(_description(name)), f"# {name}: {_flow(field.default)}"])
+            blocks.append([*_commented(_description(name)), f"# {name}: {_flow(getattr(others, name))}"])
     lines = [line for block in blocks for line in ["", *block]]
     return "\n".join(indent + line if line else "" for line in lines[1:])
 

@@ -35,7 +35,14 @@ from fedgmr_plugin.methods import (
 from fedgmr_plugin.methods.parts import AUXILIARY, RESTORED, Method
 
 #: Methods of the whole model, and FedGMR itself.
-PLAIN: tuple[Method, ...] = (fedgmr.METHOD, fedavg.METHOD, fedprox.METHOD, fedasync.METHOD, fedbuff.METHOD)
+PLAIN: tuple[Method, ...] = (
+    fedgmr.METHOD,
+    fedgmr.BUFFERED,
+    fedavg.METHOD,
+    fedprox.METHOD,
+    fedasync.METHOD,
+    fedbuff.METHOD,
+)
 #: Methods of sub-models, which come in three forms.
 SUBMODEL: tuple[Method, ...] = (heterofl.METHOD, fjord.METHOD, fedrolex.METHOD, fiarse.METHOD)
 

@@ -23,6 +23,7 @@ class Contender(NamedTuple):
 
 #: Ten clients of high heterogeneity on the clock of the paper's FEMNIST setting (S = 25.98 MB).
 COMMON: dict[str, Any] = {
+    "method": "fedgmr+buffer",
     "heterogeneity": "high",
     "model_megabytes": 25.98,
     "time_budget": 1600.0,
@@ -30,9 +31,6 @@ COMMON: dict[str, Any] = {
     "patience": 3,
     "trigger_metric": "loss",
     "validation_fraction": 0.15,
-    "update_scope": "buffer",
-    "update_form": "replacement",
-    "staleness": "constant",
     "workers": min(4, os.cpu_count() or 1),
 }
 CONTENDERS = (
