@@ -23,10 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from fedgmr_plugin.cli.plan import table
 from fedgmr_plugin.config import parse
 from fedgmr_plugin.engine.course import model_sha256
+from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.errors import ConfigError, DataError, FedGMRError, HostError, ModelError
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes import registration
+from fedgmr_plugin.runtimes.command import Command
 from fedgmr_plugin.runtimes.planning import plan_run
 from fedgmr_plugin.runtimes.run import run_directory
 from fedgmr_plugin.runtimes.settings import fedml_keys
@@ -534,6 +536,32 @@ def security_of(args: Any) -> None:
     FedMLFHE.get_instance().is_enabled = False
     if getattr(args, "enable_defense", False):
         FedMLDefender.get_instance().init(args)
+
+
+def test_a_label_among_all_scores_is_no_finding(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="GMR-106 top_k=3 finds every label right: .* class_num=3"):
+        run(arguments(tmp_path, {"top_k": 3}))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"), [(ValueError(), "failed; to continue when"), (KeyboardInterrupt(), "interrupted; to")]
+)
+def test_how_to_go_on_is_said_with_what_ended_a_run(
+    raised: BaseException,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*given: Any, **named: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(BuiltinTrainer, "train", fail)
+    monkeypatch.setattr("fedgmr_plugin.runtimes.run.next_run", lambda: Command("main.py", [], ".", 1))
+    with pytest.raises(type(raised)):
+        run(arguments(tmp_path, {}))
+    assert said in capsys.readouterr().err
 
 
 def test_probe_needs_the_built_in_trainer(tmp_path: Path) -> None:

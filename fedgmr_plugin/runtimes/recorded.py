@@ -133,13 +133,16 @@ class RecordedRun(ABC):
 
     @contextmanager
     def _way_on(self) -> Iterator[None]:
-        """Say how to continue where training is interrupted."""
+        """Say how to continue where training is interrupted, or fails."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if self.command.script and self.command.run == 1:
-                path = shlex.quote(str(self.directory))
-                click.echo(f"interrupted; to continue: {self.again} {path}", err=True)
+                failed = isinstance(error, Exception)
+                when = (
+                    "failed; to continue when the cause is repaired" if failed else "interrupted; to continue"
+                )
+                click.echo(f"{when}: {self.again} {shlex.quote(str(self.directory))}", err=True)
             raise
 
     def _prepare(self) -> Checkpoint | None:

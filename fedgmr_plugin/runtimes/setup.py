@@ -87,6 +87,12 @@ def prepare(args: Any, device: Any, dataset: Any, model: nn.Module, client_train
     config, keys = options(args), fedml_keys(args)
     device = torch.device(device) if device is not None else torch.device("cpu")
     data = read_dataset(dataset, keys.clients)
+    if data.classes is not None and config.top_k >= data.classes > 1:
+        raise ConfigError(
+            "GMR-106",
+            f"top_k={config.top_k} finds every label right: the data have class_num={data.classes}",
+            where="fedgmr_args.top_k",
+        )
     counts = _training_samples(config, keys, data)
     densities = config.initial_densities(keys.clients)
     model.to(device)
