@@ -338,7 +338,7 @@ def test_an_error_on_a_rank_ends_the_job_with_its_traceback(job: Job, backend: s
     status, output = job.run(launcher(backend, 3), TROUBLE="raise 2 20")
     assert status != 0
     assert "ValueError: this network has had enough" in output and 'main.py", line' in output
-    assert "GMR-507 client=" in output and "in rank 2" in output
+    assert "GMR-507 GMR-304 client=" in output and "in rank 2" in output
     assert "; to continue" in output and "fedgmr resume " in output and "has come to the end" not in output
 
 
