@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -64,12 +65,13 @@ class Progress:
             self._bar.write(f"an upload of client {fields['client']} is refused: {why}", file=sys.stderr)
 
     def close_with(self, end: dict[str, Any], directory: Path) -> None:
-        """Say how the run ended and where its files are."""
+        """Say how the run ended, where its files are, and how to look at them."""
         if not self._silent:
             say(f"run: {directory}  ({end['windows']} windows, {end['time']:,.0f} {self._seconds})")
             if end.get("rejected"):
                 say(f"{end['rejected']} uploads were refused; see the log's `rejected` records")
             say(f"model sha256: {end['model_sha256']}")
+            say(f"its curves: fedgmr report {shlex.quote(str(directory))}")
 
 
 def say(text: str) -> None:
