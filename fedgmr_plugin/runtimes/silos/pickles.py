@@ -17,11 +17,14 @@ from fedgmr_plugin.runtimes.devices.office import Content
 class PickledModels:
     """Whole state dictionaries, with zeros where a sub-model holds nothing; what comes back there is ignored.
 
+    Integer buffers are those of the global model in what is sent, and ignored in what comes back: they are
+    not merged, so one client's would go to the others as they are.
+
     FedML's clients unpickle what they are sent, as they always do; the server interprets their pickles with
     a closed list of operations and executes none (`fedgmr_plugin.protocol.fedml_pickle`).
 
     Args:
-        model: the global model, used as scratch.
+        model: the global model; untouched.
         layout: its layout.
     """
 
@@ -37,11 +40,11 @@ class PickledModels:
         plain = OrderedDict((name, state[name].detach().cpu().contiguous()) for name in self.expected)
         return pickle.dumps(plain)
 
-    @torch.no_grad()
     def decode(self, content: Content, ranking: Ranking, rung: int) -> Tensor:
         """See `fedgmr_plugin.runtimes.devices.plain.Codec`."""
-        self._model.load_state_dict(read_model(content, self.expected))
-        return ranking.cut(self._layout.gather(self._model), rung)
+        none_D = torch.zeros(self._layout.size, dtype=self._layout.dtype)
+        w_D = self._layout.from_state_dict(read_model(content, self.expected), none_D)
+        return ranking.cut(w_D, rung)
 
     def most_bytes(self, ranking: Ranking, rung: int) -> int:
         """See `fedgmr_plugin.runtimes.devices.plain.Codec`."""
