@@ -110,18 +110,21 @@ def cut_update(
         payload_dtype: type in which the update travels; None is the model's own.
     """
     values_S = sent.ranking.cut(x_D, sent.rung)
-    stop = sent.ranking.ends[0]
-    first_buffer = stop - (layout.size - layout.parameters)
+    parts = parameter_parts(sent.ranking, layout)
     if form == "delta":
-        buffers = values_S[first_buffer:stop].clone()
-        values_S -= sent.values_S
-        values_S[first_buffer:stop] = buffers
+        for part in parts:
+            values_S[part] -= sent.values_S[part]
     values_S = travelled(values_S, payload_dtype)
     change_sq = sum(
-        sum_sq(values_S[part], None if form == "delta" else sent.values_S[part])
-        for part in (slice(0, first_buffer), slice(stop, None))
+        sum_sq(values_S[part], None if form == "delta" else sent.values_S[part]) for part in parts
     )
     return LocalUpdate(sent.dispatch, sent.client, values_S, change_sq, stats)
+
+
+def parameter_parts(ranking: Ranking, layout: ModelLayout) -> tuple[slice, slice]:
+    """Where a payload [S] holds parameters: buffers are the last of rung 0, and never travel as changes."""
+    stop = ranking.ends[0]
+    return slice(0, stop - (layout.size - layout.parameters)), slice(stop, None)
 
 
 def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> dict[str, Tensor] | None:

@@ -52,6 +52,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedgmr_plugin.engine.admission import InFlight
+from fedgmr_plugin.engine.client import parameter_parts
 from fedgmr_plugin.engine.events import ClientJoined, ClientLeft, Dispatch, UploadArrived, UploadRefused
 from fedgmr_plugin.engine.live import LiveEvent
 from fedgmr_plugin.errors import ModelError, WireError
@@ -310,9 +311,11 @@ class PlainOffice(Office):
         self, dispatch: int, flight: InFlight, values_S: Tensor, samples: int, size: int, now: float
     ) -> UploadArrived:
         sent_S = self.values[flight.version, flight.ranking.digest, flight.rung]
-        change_S = values_S - sent_S
+        parts = parameter_parts(flight.ranking, self.server.layout)
+        change_sq = sum(sum_sq(values_S[part], sent_S[part]) for part in parts)
         if self.server.config.update_form == "delta":
-            values_S = change_S
+            for part in parts:
+                values_S[part] -= sent_S[part]
         return UploadArrived(
             dispatch=dispatch,
             client=flight.client,
@@ -321,7 +324,7 @@ class PlainOffice(Office):
             time=now,
             bytes_up=float(size),
             steps=self._steps,
-            change_sq=sum_sq(change_S),
+            change_sq=change_sq,
         )
 
     # -- to devices -----------------------------------------------------------------------------------
