@@ -402,7 +402,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "GMR-708": CatalogueEntry(
         "value type not accepted",
         "Values are of a type that the format does not have or the receiver did not ask for.",
-        "Use the model's own type, or accept bfloat16 or float16 on both sides.",
+        "Use the model's own type, or accept bfloat16 or float16 on both sides (`payload_dtype`).",
     ),
     "GMR-709": CatalogueEntry(
         "tensors contradict each other",

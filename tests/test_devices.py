@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -112,6 +113,18 @@ def test_the_log_replayed_gives_the_same_model(tmp_path: Path, options: dict[str
     field.log[:] = [record for record in field.log if record["type"] != "layers"]  # an older release's log
     found = replayed(field)
     assert (found.where, found.differences) == ("", []) and found.end is not None
+
+
+@pytest.mark.parametrize(("merged", "own"), [("replacement", "delta"), ("delta", "replacement")])
+def test_updates_have_the_form_that_the_server_merges(tmp_path: Path, merged: Any, own: Any) -> None:
+    """A device has a file of its own, which may say otherwise."""
+    field = make(tmp_path, update_form=merged).begin()
+    with mock.patch.object(field, "config", field.config.model_copy(update={"update_form": own})):
+        for n in range(4):
+            field.device(n)
+    end, found = field.run(), replayed(field)
+    assert (found.where, found.differences) == ("", [])
+    assert found.end is not None and found.end["model_sha256"] == end["model_sha256"]
 
 
 def test_nothing_is_fetched_twice_where_every_message_comes_twice(

@@ -144,6 +144,7 @@ class Dispatch:
         rung: the mask within it.
         values_S: w_s on the support, in payload order; shared by the dispatches of one rung, so read-only.
         learning_rate_scale: factor on the clients' learning rate in this window (warm-up).
+        form: of the update, where the server is elsewhere and says so; else as the configuration has it.
     """
 
     dispatch: int
@@ -155,6 +156,7 @@ class Dispatch:
     rung: int
     values_S: Tensor
     learning_rate_scale: float = 1.0
+    form: Literal["delta", "replacement"] | None = None
 
     @property
     def index_S(self) -> Tensor:

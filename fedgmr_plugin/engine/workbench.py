@@ -153,7 +153,7 @@ class Workbench:
             samples=self.clients.train(sent.client),
             plan=self.training.plan,
             learning_rate=self.training.learning_rate,
-            form=self.config.update_form,
+            form=sent.form or self.config.update_form,
             on_step=on_step,
             interrupt=interrupt,
             recent=self.masks,

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fedgmr_plugin.errors import WireError
 from fedgmr_plugin.protocol.header import MOST_INTEGER, MOST_SEGMENTS, shown
@@ -81,6 +81,7 @@ class TaskNote:
     Attributes:
         dispatch, client, version, density, count, scale: as in `fedgmr_plugin.engine.events.Dispatch`.
         ranking: digest.
+        form: what the server merges: ``delta`` for x_K - x_0, ``replacement`` for x_K.
         size: coordinates of the model, D.
         cuts: ends of the increments.
         values, masks: the increments, and the packed mask of each.
@@ -96,6 +97,7 @@ class TaskNote:
     count: int
     scale: float
     ranking: str
+    form: Literal["delta", "replacement"]
     size: int
     cuts: tuple[int, ...]
     values: tuple[Piece, ...]
@@ -267,6 +269,12 @@ def _state(name: str, value: Any) -> str:
     return str(value)
 
 
+def _form(name: str, value: Any) -> str:
+    if value not in ("delta", "replacement"):
+        raise _wrong(name, value)
+    return str(value)
+
+
 def _ranking(name: str, value: Any) -> str:
     if not isinstance(value, str) or not _DIGEST.fullmatch(value):
         raise _wrong(name, value)
@@ -313,6 +321,7 @@ _RULES: dict[type[Any], dict[str, _Rule]] = {
         "density": _density,
         "scale": _number,
         "ranking": _ranking,
+        "form": _form,
         "cuts": _several(_integer),
         "values": _several(_piece),
         "masks": _several(_piece),

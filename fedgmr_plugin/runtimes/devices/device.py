@@ -301,6 +301,7 @@ class Device:
             rung,
             values_S,
             note.scale,
+            note.form,
         )
 
     def _answer(self, note: TaskNote, sent: Dispatch, update: LocalUpdate) -> None:

@@ -505,6 +505,7 @@ class Office:
             count=task.count,
             scale=task.scale,
             ranking=flight.ranking.digest,
+            form=self.server.config.update_form,
             size=self.server.layout.size,
             cuts=PayloadOrder.by_rung(flight.ranking, flight.rung).cuts,
             values=values,
