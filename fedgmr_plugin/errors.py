@@ -219,6 +219,13 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "An upload answers a dispatch that is more than `staleness_limit` windows old.",
         "Raise `staleness_limit`, or leave it out: late work then counts by its staleness weight.",
     ),
+    "GMR-408": CatalogueEntry(
+        "too few updates for the defence",
+        "A window closed with fewer updates than FedML's defence compares, or not with one of every client "
+        "where it remembers them by their place: clients left, or did not answer in time. None is merged.",
+        "Raise `answer_deadline`, leave `window_limit` out, or choose `norm_bound` and `trim`, which take "
+        "any number.",
+    ),
     "GMR-501": CatalogueEntry(
         "unsupported FedML version",
         "fedgmr wraps FedML's internals and is tested with 0.9.6 only.",
@@ -233,7 +240,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "GMR-503": CatalogueEntry(
         "defence needs more updates",
         "FedML's multi-client defences need at least three updates per aggregation.",
-        "Set `min_updates: 3` or more in fedgmr_args, or disable the defence.",
+        "Set `min_updates: 3` or more in fedgmr_args, and `client_num_per_round`, or disable the defence.",
     ),
     "GMR-504": CatalogueEntry(
         "homomorphic encryption not supported",

@@ -548,6 +548,25 @@ def test_hooks_see_the_window_and_may_change_or_drop_updates() -> None:
     assert [a["pibar"] for a in records(effects, "arrival")] == [None] * 3
 
 
+def test_what_a_defence_cannot_judge_is_refused_and_the_run_goes_on() -> None:
+    """One of three clients does not answer; those that did get the model as it was."""
+
+    def before(window: int, w_D: Tensor, updates: list[MaskedUpdate]) -> list[MaskedUpdate]:
+        if len(updates) < 3:
+            raise UpdateRejected("GMR-408", "too few")
+        return updates
+
+    world = World(hooks={"before_merge": before}, windows=20).start()
+    w_D = world.server.w_D.clone()
+    effects = world.window([0, 1])
+    refused = [(r["client"], r["code"]) for r in records(effects, "rejected")]
+    assert refused == [(0, "GMR-408"), (1, "GMR-408")]
+    assert torch.equal(world.server.w_D, w_D) and records(effects, "window")[0]["arrivals"] == 0
+    assert world.server.rejected == 2 and {d["client"] for d in records(effects, "dispatch")} == {0, 1}
+    world.window()
+    assert not torch.equal(world.server.w_D, w_D)
+
+
 @pytest.mark.parametrize("rule", ["mask_aware", "global_average"])
 def test_a_defence_that_drops_every_update_leaves_the_model_untouched(rule: Any) -> None:
     world = World(aggregation=rule, hooks={"before_merge": lambda window, w_D, updates: []}).start()

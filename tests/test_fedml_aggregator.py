@@ -6,6 +6,7 @@ import logging
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgmr_plugin.engine.trainer import Metrics
-from fedgmr_plugin.errors import ConfigError, HostError
+from fedgmr_plugin.errors import ConfigError, HostError, UpdateRejected
 from fedgmr_plugin.runtimes import host
 from fedgmr_plugin.runtimes.aggregator import AggregatorBridge, State, Update
 
@@ -356,6 +357,25 @@ def test_a_defence_needs_enough_updates(
     if needed > 1:
         with pytest.raises(HostError, match=f"GMR-503 defense_type={kind} needs {needed} updates"):
             made.check(needed - 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "clients", "taken"),
+    [
+        ("krum", 9, range(5, 10)),
+        ("3sigma", 9, range(3, 10)),
+        ("foolsgold", 4, [4]),
+        ("crfl", 4, range(1, 10)),
+    ],
+)
+def test_a_window_with_fewer_updates_than_a_defence_needs_is_refused(
+    kind: str, clients: int, taken: Any
+) -> None:
+    """And one with two of a client, for a defence that knows clients by their places."""
+    made = bridge(**defence(kind), client_num_in_total=clients)
+    for updates in range(1, 10):
+        with nullcontext() if updates in taken else pytest.raises(UpdateRejected, match="GMR-408"):
+            made.require(updates)
 
 
 @pytest.mark.parametrize("byzantine", [0, 1])

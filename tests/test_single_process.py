@@ -500,6 +500,18 @@ def zero_samples() -> list[Any]:
             HostError,
             {"keys": {"enable_defense": True, "defense_type": "krum", "byzantine_client_num": 1}},
         ),
+        (
+            "GMR-503",
+            HostError,
+            {
+                "keys": {
+                    "enable_defense": True,
+                    "defense_type": "3sigma",
+                    "client_num_per_round": 2,
+                },
+                "options": {"min_updates": 3},
+            },
+        ),
         ("GMR-504", HostError, {"keys": {"enable_fhe": True}}),
         ("GMR-103", ConfigError, {"keys": {"client_optimizer": "lion"}}),
         ("GMR-102", ConfigError, {"keys": {"learning_rate": "1e-3"}}),

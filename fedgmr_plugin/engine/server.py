@@ -82,7 +82,8 @@ class Plan:
     layer_costs: tuple[float, ...] | None = None
 
 
-#: Hook on the updates of a window before they are merged: (window, w_D, updates) -> updates.
+#: Hook on the updates of a window before they are merged: (window, w_D, updates) -> updates. Where it raises
+#: `UpdateRejected`, none is merged.
 BeforeMerge = Callable[[int, Tensor, list[MaskedUpdate]], list[MaskedUpdate]]
 #: Hook on the merged vector: (window, w_D) -> w_D.
 AfterMerge = Callable[[int, Tensor], Tensor]
@@ -342,7 +343,10 @@ class Server:
             if a.upload.dispatch not in weights:
                 weights[a.upload.dispatch] = self._weighted(a, most).weight
         if updates and self.before_merge is not None:
-            updates = self.before_merge(self.version, self.w_D, updates)
+            try:
+                updates = self.before_merge(self.version, self.w_D, updates)
+            except UpdateRejected as refusal:
+                return self._refuse_window(arrived, event, refusal)
         coverage, moved = records.NOBODY, 0.0
         shares: list[float | None] = [None] * len(arrived)
         if updates:
@@ -362,7 +366,8 @@ class Server:
                 new_D = self.ranking.ranked(self.after_merge(self.version, self.ranking.flat(new_D)))
             moved = step_sq(self.ranked_D, new_D, self.ranking, self._buffers)
             if not math.isfinite(moved):
-                return self._refuse_window(arrived, event)
+                problem = "the merged model would hold NaN or infinity"
+                return self._refuse_window(arrived, event, UpdateRejected("GMR-403", problem))
             self.spare_D, self.ranked_D, self._flat_D = self.ranked_D, new_D, None
             self.buffer = latest
             if self.config.update_scope == "arrivals" and len(updates) == len(arrived):
@@ -388,12 +393,13 @@ class Server:
             updates, undefended = trimmed(updates, config.trim, self.layout.size, self.layout.parameters)
         return updates, [records.defence(self.version, len(updates), reduced, undefended)]
 
-    def _refuse_window(self, arrived: list[Admitted], event: WindowClosed) -> list[Effect]:
-        """Finite uploads added up to something that is not: none is merged, and the buffer stays."""
+    def _refuse_window(
+        self, arrived: list[Admitted], event: WindowClosed, why: UpdateRejected
+    ) -> list[Effect]:
+        """Uploads that are sound one by one cannot be merged: none is, and the buffer stays."""
         self.rejected += len(arrived)
-        problem = "the merged model would hold NaN or infinity"
         refused: list[Effect] = [
-            records.rejected(self.version, a.upload, "GMR-403", problem) for a in arrived
+            records.rejected(self.version, a.upload, why.code, why.message) for a in arrived
         ]
         return [*refused, self._window(event, 0, 0, records.NOBODY, 0.0)]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedgmr_plugin.engine.samples import Batch
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.trainer import Metrics
-from fedgmr_plugin.errors import ConfigError, HostError
+from fedgmr_plugin.errors import ConfigError, HostError, UpdateRejected
 from fedgmr_plugin.runtimes.trainer import metrics_of, refuse_encryption
 
 State = OrderedDict[str, Tensor]
@@ -114,9 +114,10 @@ class AggregatorBridge:
             if min_updates < needed:
                 raise HostError(
                     "GMR-503",
-                    f"defense_type={defence} needs {needed} updates, min_updates={min_updates}",
+                    f"defense_type={defence} needs {needed} updates, but windows may have {min_updates}",
                     where="fedgmr_args.min_updates",
-                    hint=f"Set `min_updates: {needed}` or more, or disable the defence.",
+                    hint=f"Set `min_updates: {needed}` and `client_num_per_round: {needed}` or more, or "
+                    "disable the defence.",
                 )
         privacy = _privacy()
         if privacy not in (None, "cdp", "ldp"):
@@ -127,6 +128,19 @@ class AggregatorBridge:
                 where="dp_solution_type",
                 hint="Use `cdp` (noise on the server) or `ldp` (noise on the clients).",
             )
+
+    def require(self, updates: int) -> None:
+        """Refuse an aggregation of so many updates where FedML's defence would fail, or mistake clients.
+
+        Raises:
+            UpdateRejected: GMR-408.
+        """
+        defence = _defence()
+        if defence is None:
+            return
+        needed = self._updates_needed(defence, int(self._args.client_num_in_total))
+        if updates < needed or (defence in _ALL_CLIENTS and updates > needed):
+            raise UpdateRejected("GMR-408", f"updates={updates}, but defense_type={defence} needs {needed}")
 
     def before(
         self,

@@ -25,7 +25,12 @@ class MergeHooks:
     seed: int
 
     def before(self, window: int, w_D: Tensor, updates: list[MaskedUpdate]) -> list[MaskedUpdate]:
-        """Dense weights of an update: the server's, with the update's own on its support."""
+        """Dense weights of an update: the server's, with the update's own on its support.
+
+        Raises:
+            UpdateRejected: GMR-408; they are too few for FedML's defence.
+        """
+        self.bridge.require(len(updates))
         is_delta = self.config.update_form == "delta"
 
         def base_S(index_S: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def serving(setup: Setup, server_aggregator: Any = None) -> Serving:
         train_loaders=data.train_loaders,
         test_loaders=data.test_loaders,
     )
-    bridge.check(config.min_updates, keys.clients)
+    bridge.check(min(config.min_updates, keys.in_flight), keys.clients)
     hooks = MergeHooks(bridge, layout, model, config, keys.seed) if bridge.active else None
     server = Server(
         config,

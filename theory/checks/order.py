@@ -25,7 +25,7 @@ _STAGES = {
     "evaluation": ("window", -5), "validation": ("window", -4), "restoration": ("window", -3),
 }  # fmt: skip
 #: Refusals that answer a dispatch of the very client, and the one of another client's.
-_OWN, _OTHERS = ("GMR-402", "GMR-403", "GMR-404", "GMR-407"), "GMR-406"
+_OWN, _OTHERS = ("GMR-402", "GMR-403", "GMR-404", "GMR-407", "GMR-408"), "GMR-406"
 _CODES = ("GMR-401", *_OWN, "GMR-405", _OTHERS)
 
 
