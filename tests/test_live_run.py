@@ -228,6 +228,46 @@ def test_sub_models_in_place_of_those_that_are_overdue_are_no_violation(tmp_path
     assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
 
 
+def test_another_sub_model_in_the_window_of_a_refused_answer_is_no_violation(tmp_path: Path) -> None:
+    world = World(tmp_path, windows=3, window_slack=1.0, retry_seconds=0.1)
+    world.args.training_type = "cross_device"
+    run, process = world.server(), world.process(1)
+    device, real = process.device, process.device._train
+
+    def train(sent: Any, then: Any) -> None:
+        if sent.count == 0:
+            real(sent, lambda update: then(update._replace(values_S=update.values_S * float("nan"))))
+        else:
+            real(sent, then)
+
+    device._train = train
+    devices = [threading.Thread(target=process.run, daemon=True), world.device(2)]
+    devices[0].start()
+    run.train()
+    for thread in devices:
+        thread.join(20)
+    log = read_run(tmp_path / "live")
+    assert [(r["client"], r["code"]) for r in log.records("rejected")] == [(0, "GMR-403")]
+    assert [r["version"] for r in log.records("dispatch") if r["client"] == 0][:2] == [0, 0]
+    findings = check_runs([tmp_path / "live"]).runs[0].findings
+    assert {f.name: f.verdict for f in findings}["one_in_flight"] is Verdict.HOLDS
+    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+
+
+def test_densities_that_were_measured_are_no_violation(tmp_path: Path) -> None:
+    world = World(tmp_path, densities=[0.5, 0.2], measured_densities=True, client_upload=1e-6)
+    world.args.training_type = "cross_device"
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    run.train()
+    for thread in devices:
+        thread.join(20)
+    log = read_run(tmp_path / "live")
+    assert {r["density"] for r in log.records("dispatch")} == {1.0}
+    findings = check_runs([tmp_path / "live"]).runs[0].findings
+    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+
+
 def test_a_server_that_is_refused_its_place_begins_nothing(tmp_path: Path) -> None:
     """As one whose gRPC port is another's."""
     run = World(tmp_path).server()

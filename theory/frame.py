@@ -400,12 +400,12 @@ class Frame:
         """The density that each of `client` starts with; nan where the header does not say.
 
         With ``dense_start`` every client starts whole, and nobody starts below ``density_min``; the header's
-        densities are then bandwidth classes.
+        densities are then bandwidth classes. With ``measured_densities`` the header cannot know.
         """
         if self.log.config("dense_start") is True:
             return np.ones(len(client))
         start = self.log.header.get("densities")
-        if start is None:
+        if start is None or self.log.config("measured_densities") is True:
             return np.full(len(client), np.nan)
         lifted = np.maximum(np.array(start, dtype=np.float64), self.log.config("density_min") or 0.0)
         return gather(lifted, rows_of(np.arange(len(start), dtype=np.float64), client))

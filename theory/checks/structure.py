@@ -126,18 +126,21 @@ def applied_once(frame: Frame) -> Finding:
 
 
 def one_in_flight(frame: Frame) -> Finding:
-    """No sub-model is answered after the client was sent the next one (one that never is was lost)."""
+    """No sub-model is answered after the client was sent the next one (one that never is was lost).
+
+    After an answer that was merged the next one leaves with a later version; after a refused one perhaps not.
+    """
     sent, got, refused = frame.log["dispatch"], frame.log["arrival"], frame.log["rejected"]
     answered = np.full(len(sent), np.inf)
-    for table, key in ((refused, "window"), (got, "window")):
+    for table, least in ((refused, 0), (got, 1)):
         rows = rows_of(sent["dispatch"], table["dispatch"])
         known = rows >= 0
-        answered[rows[known]] = table[key][known]
+        answered[rows[known]] = table["window"][known] + least
     order = np.lexsort((sent["dispatch"], sent["client"]))
     same = np.concatenate([[False], np.diff(sent["client"][order]) == 0])
     before = np.concatenate([[-np.inf], answered[order][:-1]])
     bad = np.zeros(len(sent), dtype=bool)
-    bad[order] = same & np.isfinite(before) & (before >= sent["version"][order])
+    bad[order] = same & np.isfinite(before) & (before > sent["version"][order])
     return law(
         "one_in_flight", "a client has one sub-model at a time", bad, place_of(frame, "dispatch"),
         lhs=sent["version"], detail="sent before the previous one was answered",
@@ -177,8 +180,8 @@ def restorations(frame: Frame) -> Finding:
     """Each dispatch has the density that the header and the restorations before it give the client."""
     title = "densities follow the restorations"
     table, raised = frame.log["dispatch"], frame.log["restoration"]
-    if frame.log.header.get("densities") is None:
-        return undetermined("restorations", "log", title, "the header has no densities")
+    if frame.log.header.get("densities") is None or frame.log.config("measured_densities") is True:
+        return undetermined("restorations", "log", title, "densities are not in the header")
     expected = frame.header_density(table["client"])
     events = raised.take(~np.isnan(raised["client"]) & ~np.isnan(raised["after"]))
     client = np.concatenate([events["client"], table["client"]])
@@ -201,8 +204,10 @@ def mean_density(frame: Frame) -> Finding:
     """A window's mean density is that of the header and the restorations up to it."""
     title = "the mean density follows the restorations"
     window, raised = frame.log["window"], frame.log["restoration"]
-    if frame.log.header.get("densities") is None or not window.logged("mean_density"):
-        return undetermined("mean_density", "log", title, "densities or mean_density are not logged")
+    is_unknown = frame.log.header.get("densities") is None or frame.log.config("measured_densities") is True
+    if is_unknown or not window.logged("mean_density"):
+        problem = "densities or mean_density are not logged, or they were measured"
+        return undetermined("mean_density", "log", title, problem)
     events = raised.take(
         ~np.isnan(raised["client"]) & ~np.isnan(raised["after"]) & ~np.isnan(raised["before"])
     )
