@@ -254,6 +254,39 @@ def test_another_sub_model_in_the_window_of_a_refused_answer_is_no_violation(tmp
     assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
 
 
+def test_an_answer_that_was_overdue_for_windows_is_no_violation(tmp_path: Path) -> None:
+    world = World(tmp_path, windows=6, answer_deadline=0.4, retry_seconds=0.1)
+    world.args.training_type = "cross_device"
+    run, process = world.server(), world.process(2)
+    real = process.device._train  # type: ignore[union-attr]
+
+    def train(sent: Any, then: Any) -> None:
+        def later(update: Any) -> None:
+            threading.Thread(target=wait, args=(update,), daemon=True).start()
+
+        def wait(update: Any) -> None:
+            while run.office.server.version < 3:
+                time.sleep(0.02)
+            process._inbox.put(lambda: then(update))
+
+        real(sent, later)
+
+    process.device._train = train  # type: ignore[union-attr]
+    slow = threading.Thread(target=process.run, daemon=True)
+    slow.start()
+    server = threading.Thread(target=run.train, daemon=True)
+    server.start()
+    while not run.office.server.overdue:
+        time.sleep(0.02)
+    devices = [slow, server, world.device(1)]
+    for thread in devices:
+        thread.join(30)
+    log = read_run(tmp_path / "live")
+    assert max(r["staleness"] for r in log.records("arrival") if r["client"] == 1) > 1
+    findings = check_runs([tmp_path / "live"]).runs[0].findings
+    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+
+
 def test_densities_that_were_measured_are_no_violation(tmp_path: Path) -> None:
     world = World(tmp_path, densities=[0.5, 0.2], measured_densities=True, client_upload=1e-6)
     world.args.training_type = "cross_device"

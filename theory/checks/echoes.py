@@ -30,7 +30,8 @@ def echoes(frame: Frame) -> Iterator[Finding]:
 def in_flight(frame: Frame) -> Finding:
     """Dispatches still out: at least those answered later, at most one a client that was not answered.
 
-    A sub-model that was lost is in no record, hence no equality.
+    A sub-model that was lost is in no record, hence no equality. A real client's is not counted while it is
+    overdue, though it may be answered in the end.
     """
     title, table, sent = "dispatches in flight fit those answered", frame.log["window"], frame.log["dispatch"]
     answered = np.full(len(sent), np.inf)
@@ -40,7 +41,7 @@ def in_flight(frame: Frame) -> Finding:
     same = np.diff(sent["client"][order]) == 0
     replaced = np.full(len(sent), np.inf)
     replaced[order[:-1][same]] = sent["version"][order[1:][same]]
-    certain = np.isfinite(answered)
+    certain = np.isfinite(answered) & (not frame.log.is_live)
     least = _open_at(table["window"], sent["version"][certain], answered[certain])
     most = _open_at(table["window"], sent["version"], np.minimum(answered, replaced))
     logged = table["in_flight"]
