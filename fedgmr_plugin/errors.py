@@ -162,6 +162,12 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "something that the model does (recurrent layers, decisions that depend on values).",
         "Leave `batch_clients` out: clients then train one after another.",
     ),
+    "GMR-212": CatalogueEntry(
+        "state that is no tensor",
+        "The model's state dictionary has entries that are no tensors (`get_extra_state`), which are neither "
+        "merged nor stored.",
+        "Keep such state out of the model, or in a buffer.",
+    ),
     "GMR-301": CatalogueEntry(
         "client without training data",
         "A client has no training sample (or none is left after the validation split).",

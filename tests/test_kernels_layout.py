@@ -428,6 +428,17 @@ def uninitialised_buffers() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.LazyBatchNorm1d(affine=False), nn.Linear(4, 2))
 
 
+class Counting(nn.Linear):
+    """Keeps a number that is no tensor."""
+
+    def get_extra_state(self) -> int:
+        return 1
+
+
+def extra_state() -> nn.Module:
+    return nn.Sequential(Counting(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+
+
 ERRORS: list[tuple[Callable[[], nn.Module], str, str]] = [
     (lambda: nn.Sequential(nn.Linear(3, 2)), "GMR-201", "no prunable"),
     (lambda: nn.Sequential(nn.LayerNorm(3), nn.ReLU()), "GMR-201", "no prunable"),
@@ -438,6 +449,7 @@ ERRORS: list[tuple[Callable[[], nn.Module], str, str]] = [
     (lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), "GMR-204", "0.weight, 0.bias"),
     (lambda: nn.Sequential(nn.Linear(3, 0), nn.Linear(3, 2)), "GMR-204", "0.weight"),
     (uninitialised_buffers, "GMR-204", "1.running_mean"),
+    (extra_state, "GMR-212", "0._extra_state"),
 ]
 
 

@@ -310,6 +310,9 @@ def validate(model: nn.Module, dense_layers: Sequence[str] = ()) -> list[Finding
     empty = [n for n, p in model.named_parameters() if n not in lazy and p.numel() == 0]
     if lazy or empty:
         return [Finding("GMR-204", "error", f"parameters without elements: {', '.join(lazy + empty)}")]
+    other = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if other:
+        return [Finding("GMR-212", "error", f"entries that are no tensors: {', '.join(other)}")]
     types = sorted({str(t.dtype).removeprefix("torch.") for _, t in _tensors(model)})
     if len(types) > 1 or (types and types[0] not in ("float32", "float64")):
         errors.append(Finding("GMR-202", "error", f"parameter types are {', '.join(types)}"))
