@@ -465,7 +465,7 @@ def trickle(listener: socket.socket, port: int) -> None:
             threading.Thread(target=pass_on, args=ends, daemon=True).start()
 
 
-def test_a_silo_without_a_row_is_told_so(tmp_path: Path) -> None:
+def test_a_silo_without_a_row_or_with_noise_that_nobody_adds_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "peers.csv").write_text("eid,rank,grpc_server_ip,grpc_server_port\n0,0,127.0.0.1,1\n")
     given = {
         "run_id": "7",
@@ -491,6 +491,9 @@ def test_a_silo_without_a_row_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no row for silo 1") as found:
         client.build(SimpleNamespace(**given), None, [None] * 5 + [data], stack)
     assert found.value.code == "GMR-112"
+    private = SimpleNamespace(**given, enable_dp=True, dp_solution_type="ldp")
+    with pytest.raises(ConfigError, match="GMR-106 dp_solution_type=ldp"):
+        client.build(private, None, [None] * 5 + [data], stack)
     given["fedgmr_args"] |= {"proximal": 0.1}  # type: ignore[operator]
     with pytest.raises(ConfigError, match=r"GMR-106 proximal=0.1 needs the built-in trainer"):
         client.build(SimpleNamespace(**given), None, [None] * 5 + [data], stack, object())

@@ -513,6 +513,8 @@ def zero_samples() -> list[Any]:
             },
         ),
         ("GMR-504", HostError, {"keys": {"enable_fhe": True}}),
+        ("GMR-106", ConfigError, {"keys": {"enable_dp": True, "dp_solution_type": "ldp"}}),
+        ("GMR-106", ConfigError, {"keys": {"enable_attack": True, "attack_type": "label_flipping"}}),
         ("GMR-103", ConfigError, {"keys": {"client_optimizer": "lion"}}),
         ("GMR-102", ConfigError, {"keys": {"learning_rate": "1e-3"}}),
         ("GMR-104", ConfigError, {"keys": {"learning_rate": 0.0}}),

@@ -168,6 +168,7 @@ def _trainer(
         refuse_for_trainer(config)
         fallback = BuiltinTrainer(device=device, loss=config.loss)
         return FedMLTrainer(client_trainer, args, device, data=data, fallback=fallback)
+    refuse_without_trainer(args)
     return builtin_trainer(config, keys, device)
 
 
@@ -191,6 +192,23 @@ def refuse_for_trainer(config: FedGMRConfig) -> None:
                 "GMR-106",
                 f"{key} needs the built-in trainer: a ClientTrainer does not give its loss",
                 where="fedgmr_args",
+            )
+
+
+def refuse_without_trainer(args: Any) -> None:
+    """Refuse what FedML does in the hooks of a ClientTrainer, where there is none.
+
+    Raises:
+        ConfigError: GMR-106.
+    """
+    asked = {("enable_dp", "dp_solution_type"): "ldp", ("enable_attack", "attack_type"): "label_flipping"}
+    for (switch, key), kind in asked.items():
+        if getattr(args, switch, False) and str(getattr(args, key, "")).strip() == kind:
+            raise ConfigError(
+                "GMR-106",
+                f"{key}={kind} is what FedML does in the hooks of a ClientTrainer, and there is none",
+                where=key,
+                hint="Give FedMLRunner a `client_trainer` of your own.",
             )
 
 

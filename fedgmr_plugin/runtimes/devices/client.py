@@ -40,7 +40,7 @@ from fedgmr_plugin.runtimes.devices.store import S3Store, Unreachable
 from fedgmr_plugin.runtimes.recorded import threads
 from fedgmr_plugin.runtimes.samples import samples_of
 from fedgmr_plugin.runtimes.settings import fedml_keys, options
-from fedgmr_plugin.runtimes.setup import builtin_trainer
+from fedgmr_plugin.runtimes.setup import builtin_trainer, refuse_without_trainer
 
 _log = logging.getLogger(__name__)
 #: Object by which a device measures its bandwidth at its start.
@@ -107,6 +107,7 @@ class DeviceProcess:
         if isinstance(data, Parts):
             parts = data
         else:
+            refuse_without_trainer(args)
             own = samples_of(data, f"device {device_id}")
             parts = Parts(lambda client: own, len(own), builtin_trainer(config, keys, place))
         steps = config.local_steps if isinstance(config.local_steps, int) else None

@@ -14,7 +14,7 @@ from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts
 from fedgmr_plugin.runtimes.devices.connection import connection, device_keys
 from fedgmr_plugin.runtimes.settings import fedml_keys, options
-from fedgmr_plugin.runtimes.setup import builtin_trainer, refuse_for_trainer
+from fedgmr_plugin.runtimes.setup import builtin_trainer, refuse_for_trainer, refuse_without_trainer
 from fedgmr_plugin.runtimes.silos.data import SiloSamples
 from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, most_bytes, peers
 from fedgmr_plugin.runtimes.silos.objects import Objects
@@ -47,6 +47,8 @@ def build(args: Any, device: Any, dataset: Any, model: nn.Module, model_trainer:
         refuse_for_trainer(config)
         fallback = BuiltinTrainer(device=place, loss=config.loss)
         trainer = FedMLTrainer(model_trainer, args, place, fallback=fallback)
+    else:
+        refuse_without_trainer(args)
     samples = SiloSamples(dataset[5])
 
     def over_grpc(hears: str, inbox: queue.Queue[Any]) -> tuple[GrpcLink, Objects]:
