@@ -63,6 +63,16 @@ def test_true_logs_are_never_violated(drawn: tuple[Quadratic, Schedule]) -> None
     assert all(f.verdict is not UNDETERMINED or f.reason for f in report.runs[0].findings)
 
 
+def test_gradients_off_an_empty_mask_have_no_proportion() -> None:
+    """Nothing that is logged is as large as the gradient at m w = 0."""
+    problem = Quadratic(
+        np.full((1, 1, 1), 1 / 64), np.full((1, 1), 1.25), np.full(1, 1.25), sigma=0.0, dense=0
+    )
+    schedule = Schedule(windows=1, eta=0.25, local_steps=1, densities=(0.25,), delays=(0,), samples=(0.125,))
+    report = check_logs([parse(simulate(problem, schedule).lines())])
+    assert verdicts(report)["terms_scale"] is HOLDS and report.violated() == ()
+
+
 @pytest.mark.parametrize("form", ["delta", "replacement"])
 def test_everything_that_can_be_decided_holds(form: str) -> None:
     report = check_logs([run(quadratic(), replace(SCHEDULE, form=form))])

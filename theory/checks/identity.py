@@ -76,7 +76,10 @@ def accounted_sq(frame: Frame) -> Floats:
 
 
 def scale(frame: Frame) -> Finding:
-    """``scale_sq`` is no less than the probe's largest gradient, and not out of all proportion."""
+    """``scale_sq`` is no less than the probe's largest gradient, and not out of all proportion.
+
+    Where the log accounts for nothing (all gradients are 0 on the masks) there is no proportion.
+    """
     title, table, probe = "the gradients' scale fits the probe", frame.log["terms"], frame.log["probe"]
     logged, own = table["scale_sq"], probe["client_grad_sq"]
     largest = own.max(axis=1) if own.shape[1] else np.full(len(own), np.nan)
@@ -84,7 +87,7 @@ def scale(frame: Frame) -> Finding:
     most = _BELIEVED * accounted_sq(frame)
     small = frame.precision.gradient(logged, logged).hi < frame.precision.gradient(least, least).lo
     return law(
-        "terms_scale", title, small | (logged > most), place_of(frame, "terms"), lhs=logged,
+        "terms_scale", title, small | ((logged > most) & (most > 0)), place_of(frame, "terms"), lhs=logged,
         rhs=np.where(small, least, most), applies=~np.isnan(logged + least),
         reason="scale_sq or the clients' gradients are not logged",
     )  # fmt: skip
