@@ -25,6 +25,7 @@ from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.formats import fast_formats
 from fedgmr_plugin.engine.samples import Batch, BatchList, BatchPlan, TensorSamples
 from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats
+from fedgmr_plugin.errors import DataError
 from fedgmr_plugin.kernels import build_layout, rank, scores
 from fedgmr_plugin.kernels.sparse_linear import flat_index, sparse_linear, support
 
@@ -653,7 +654,7 @@ def test_a_model_that_fails_computes_as_before_on_what_it_reached(
     masks, batches = cut(dense), batches_of(3, 4)
     cut(thin)
     _, _, path = reference(dense, masks, batches, {})
-    with pytest.raises(RuntimeError, match="enough"):
+    with pytest.raises(DataError, match="GMR-304 client=0: RuntimeError: enough"):
         BuiltinTrainer().train(thin, batches, masks, learning_rate=0.1, client=0)
     assert all("forward" not in m.__dict__ for m in thin.modules())
     for got, wanted in zip(thin.parameters(), path[steps], strict=True):

@@ -241,7 +241,7 @@ FORGERIES: list[tuple[Forgery, str]] = [
     (option("client_num_per_round", 5, "fedml"), "capacity"),
     (refused(window=999, dispatch=9999, client=-5), "refusals"),
     (refused(code="X"), "refusals"),
-    (refused(code="GMR-408"), "refusals"),
+    (refused(code="GMR-409"), "refusals"),
     (refused(code="GMR-403", client=-5), "refusals"),
     (refused(code="GMR-402", dispatch=9999), "refusals"),
     (refused(code="GMR-406"), "refusals"),
