@@ -184,10 +184,10 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "See docs/configuration.md, section bandwidth traces, for the format.",
     ),
     "GMR-304": CatalogueEntry(
-        "batch does not fit the model",
+        "error in a training step",
         "The model, or the built-in trainer's loss, raised an error on a batch of a client.",
-        "Compare the shapes and types in the message with what the model takes and gives: scores "
-        "[samples, classes, ...] for labels 0 to classes - 1.",
+        "The message has the error. If it is about shapes, types or labels, compare those of the batch with "
+        "what the model takes and gives: scores [samples, classes, ...] for labels 0 to classes - 1.",
     ),
     "GMR-401": CatalogueEntry(
         "unknown or repeated dispatch",

@@ -195,9 +195,7 @@ def test_a_dense_device_that_comes_late_is_no_violation(tmp_path: Path) -> None:
     devices.append(world.device(1))
     for thread in (server, *devices):
         thread.join(30)
-    findings = check_runs([tmp_path / "live"]).runs[0].findings
-    assert {f.name: f.verdict for f in findings}["server_bytes"] is Verdict.HOLDS
-    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+    assert unviolated(tmp_path)["server_bytes"] is Verdict.HOLDS
 
 
 def test_sub_models_in_place_of_those_that_are_overdue_are_no_violation(tmp_path: Path) -> None:
@@ -223,9 +221,7 @@ def test_sub_models_in_place_of_those_that_are_overdue_are_no_violation(tmp_path
         thread.join(20)
     log = read_run(tmp_path / "live")
     assert [r["version"] for r in log.records("dispatch")][:4] == [0] * 4
-    findings = check_runs([tmp_path / "live"]).runs[0].findings
-    assert {f.name: f.verdict for f in findings}["capacity"] is Verdict.HOLDS
-    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+    assert unviolated(tmp_path)["capacity"] is Verdict.HOLDS
 
 
 def test_another_sub_model_in_the_window_of_a_refused_answer_is_no_violation(tmp_path: Path) -> None:
@@ -249,9 +245,7 @@ def test_another_sub_model_in_the_window_of_a_refused_answer_is_no_violation(tmp
     log = read_run(tmp_path / "live")
     assert [(r["client"], r["code"]) for r in log.records("rejected")] == [(0, "GMR-403")]
     assert [r["version"] for r in log.records("dispatch") if r["client"] == 0][:2] == [0, 0]
-    findings = check_runs([tmp_path / "live"]).runs[0].findings
-    assert {f.name: f.verdict for f in findings}["one_in_flight"] is Verdict.HOLDS
-    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+    assert unviolated(tmp_path)["one_in_flight"] is Verdict.HOLDS
 
 
 def test_an_answer_that_was_overdue_for_windows_is_no_violation(tmp_path: Path) -> None:
@@ -283,8 +277,7 @@ def test_an_answer_that_was_overdue_for_windows_is_no_violation(tmp_path: Path) 
         thread.join(30)
     log = read_run(tmp_path / "live")
     assert max(r["staleness"] for r in log.records("arrival") if r["client"] == 1) > 1
-    findings = check_runs([tmp_path / "live"]).runs[0].findings
-    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+    unviolated(tmp_path)
 
 
 def test_densities_that_were_measured_are_no_violation(tmp_path: Path) -> None:
@@ -297,8 +290,7 @@ def test_densities_that_were_measured_are_no_violation(tmp_path: Path) -> None:
         thread.join(20)
     log = read_run(tmp_path / "live")
     assert {r["density"] for r in log.records("dispatch")} == {1.0}
-    findings = check_runs([tmp_path / "live"]).runs[0].findings
-    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+    unviolated(tmp_path)
 
 
 def test_a_server_that_is_refused_its_place_begins_nothing(tmp_path: Path) -> None:
@@ -992,6 +984,13 @@ def test_a_device_whose_run_is_over_trains_no_more(tmp_path: Path, own: bool, en
     assert not thread.is_alive() and slow.taken < 100
     run.inbox.put(interrupt)
     server.join(20)
+
+
+def unviolated(folder: Path) -> dict[str, Verdict]:
+    """Verdicts of the theory's check of the run in `folder`, none of which says violated."""
+    findings = check_runs([folder / "live"]).runs[0].findings
+    assert not [f for f in findings if f.verdict is Verdict.VIOLATED]
+    return {f.name: f.verdict for f in findings}
 
 
 def until(true: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -396,17 +396,23 @@ class Frame:
         """d_n^0 of each arrival's client, from the header, ``[A]``; nan where it has none."""
         return self.header_density(self.log["arrival"]["client"])
 
+    @property
+    def knows_densities(self) -> bool:
+        """Whether the header says which densities clients start with; measured ones it cannot know."""
+        is_measured = self.log.config("measured_densities") is True
+        return self.log.header.get("densities") is not None and not is_measured
+
     def header_density(self, client: Floats) -> Floats:
         """The density that each of `client` starts with; nan where the header does not say.
 
         With ``dense_start`` every client starts whole, and nobody starts below ``density_min``; the header's
-        densities are then bandwidth classes. With ``measured_densities`` the header cannot know.
+        densities are then bandwidth classes.
         """
         if self.log.config("dense_start") is True:
             return np.ones(len(client))
-        start = self.log.header.get("densities")
-        if start is None or self.log.config("measured_densities") is True:
+        if not self.knows_densities:
             return np.full(len(client), np.nan)
+        start = self.log.header["densities"]
         lifted = np.maximum(np.array(start, dtype=np.float64), self.log.config("density_min") or 0.0)
         return gather(lifted, rows_of(np.arange(len(start), dtype=np.float64), client))
 

@@ -138,11 +138,10 @@ class RecordedRun(ABC):
             yield
         except BaseException as error:
             if self.command.script and self.command.run == 1:
-                failed = isinstance(error, Exception)
-                when = (
-                    "failed; to continue when the cause is repaired" if failed else "interrupted; to continue"
-                )
-                click.echo(f"{when}: {self.again} {shlex.quote(str(self.directory))}", err=True)
+                what = "interrupted; to continue"
+                if isinstance(error, Exception):
+                    what = "failed; to continue when the cause is repaired"
+                click.echo(f"{what}: {self.again} {shlex.quote(str(self.directory))}", err=True)
             raise
 
     def _prepare(self) -> Checkpoint | None:

@@ -180,7 +180,7 @@ def restorations(frame: Frame) -> Finding:
     """Each dispatch has the density that the header and the restorations before it give the client."""
     title = "densities follow the restorations"
     table, raised = frame.log["dispatch"], frame.log["restoration"]
-    if frame.log.header.get("densities") is None or frame.log.config("measured_densities") is True:
+    if not frame.knows_densities:
         return undetermined("restorations", "log", title, "densities are not in the header")
     expected = frame.header_density(table["client"])
     events = raised.take(~np.isnan(raised["client"]) & ~np.isnan(raised["after"]))
@@ -204,8 +204,7 @@ def mean_density(frame: Frame) -> Finding:
     """A window's mean density is that of the header and the restorations up to it."""
     title = "the mean density follows the restorations"
     window, raised = frame.log["window"], frame.log["restoration"]
-    is_unknown = frame.log.header.get("densities") is None or frame.log.config("measured_densities") is True
-    if is_unknown or not window.logged("mean_density"):
+    if not (frame.knows_densities and window.logged("mean_density")):
         problem = "densities or mean_density are not logged, or they were measured"
         return undetermined("mean_density", "log", title, problem)
     events = raised.take(

@@ -170,7 +170,7 @@ class Office:
                 self._take(event_of(entry))
         self.desk.go_on_above(self._written)
         self.journal = journal
-        self._has_number()  # else one that follows this server, too, would say what devices have heard
+        self._note_number()  # else one that follows this server, too, would say what devices have heard
         for piece, content in self._past.values():
             self._hands.put(piece, content)
         self._past = {}
@@ -392,7 +392,7 @@ class Office:
         entry = entry_of(event)
         return Entry({**entry.head, SEQUENCE: self.desk.coming}, entry.payload)
 
-    def _has_number(self) -> bool:
+    def _note_number(self) -> bool:
         """Whether a message may leave that belongs to no event: a server that goes on would go on above it.
 
         Numbers follow the clock, so the next one is written down where nothing has been for half of what a
@@ -484,7 +484,7 @@ class Office:
         for dispatch in self.live.deadlines:
             flight = self.server.flights[dispatch]
             is_missing = flight.client == client and dispatch != knows and dispatch not in self._fetching
-            if is_missing and self._has_number():
+            if is_missing and self._note_number():
                 self._tell(dispatch)
 
     def _tell_again(self, dispatch: int) -> None:

@@ -397,12 +397,7 @@ class PlainOffice(Office):
         # What is not written down yet is to be heard again.
         lost = {self._names.get(d) for d in (*self._fetching, *self._unwritten())}
         heard = [[client, [n for n in names if n not in lost]] for client, names in self._heard.items()]
-        return {
-            **super().state(),
-            "files": files,
-            "numbering": sorted(self._numbering),
-            "heard": heard,
-        }
+        return {**super().state(), "files": files, "numbering": sorted(self._numbering), "heard": heard}
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"sent.{v}.{digest}.{rung}": t for (v, digest, rung), t in self.values.items()}
