@@ -34,7 +34,7 @@ THIN_DENSITY = 0.4
 SPARSE_DENSITY = 0.2
 THIN_SIZE = 2**17
 
-_CHUNK = 2**17  # coordinates of a large tensor that are worked on at a time: scratch that stays in the cache
+_CHUNK = 2**16  # coordinates of a large tensor that are worked on at a time: scratch that stays in the cache
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -130,9 +130,9 @@ class Leaf:
         if x.device.type != "cpu" or not x.is_contiguous() or x.numel() <= _CHUNK:
             moved = (x - start).double().reshape(-1)
             return torch.dot(moved, moved)
-        parts = []
-        for a, b in zip(x.view(-1).split(_CHUNK), start.view(-1).split(_CHUNK), strict=True):
-            part = (a - b).double()
+        room, parts = x.new_empty(_CHUNK // 2, dtype=torch.float64), []
+        for a, b in zip(x.view(-1).split(len(room)), start.view(-1).split(len(room)), strict=True):
+            part = torch.sub(a, b, out=room[: len(a)])  # subtracted in their own type
             parts.append(torch.dot(part, part))
         return torch.stack(parts).sum()
 
