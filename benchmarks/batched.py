@@ -32,7 +32,7 @@ WINDOWS = 50
 #: Name, model, shape of an image, classes.
 Model = tuple[str, Callable[[], nn.Module], tuple[int, ...], int]
 MODELS: tuple[Model, ...] = (
-    ("the demo's CNN", models.tiny_cnn, (1, 28, 28), 10),
+    ("tiny_cnn", models.tiny_cnn, (1, 28, 28), 10),
     ("Conv2", models.conv2, (1, 28, 28), 62),
     ("VGG11", models.vgg11, (3, 32, 32), 10),
 )

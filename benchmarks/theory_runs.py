@@ -53,9 +53,9 @@ def train(folder: Path, name: str) -> Path:
 
     from benchmarks import data, models
     from benchmarks.fashion_mnist import COMMON as FASHION
+    from benchmarks.payloads import COMMON as DIGITS
     from fedgmr_plugin.datasets import DigitsCNN, digits
     from fedgmr_plugin.engine.seeds import isolated_rng
-    from fedgmr_plugin.runtimes.demo import COMMON as DIGITS
     from fedgmr_plugin.runtimes.launch import simulate
 
     task = TASKS[name]

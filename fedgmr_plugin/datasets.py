@@ -1,7 +1,7 @@
 """A small real data set, cut into federated clients: what the demonstration trains on, offline.
 
 `digits` gives scikit-learn's handwritten digits as FedML's 8-element dataset; `DigitsCNN` is a model that
-fits them. `dirichlet_partition`, `iid_partition` and `fedml_dataset` do the same for any labelled arrays.
+fits them, `DigitsMLP` one that just does. `dirichlet_partition`, `iid_partition` and `fedml_dataset` do the same for any labelled arrays.
 
 Legend: n samples, N clients, C classes.
 """
@@ -186,6 +186,24 @@ class DigitsCNN(nn.Module):
         """Scores [b, C] of images [b, 1, 8, 8]."""
         x = torch.relu(self.conv1(x))
         x = torch.max_pool2d(torch.relu(self.conv2(x)), 2)
+        out: Tensor = self.fc2(torch.relu(self.fc1(x.flatten(1))))
+        return out
+
+
+class DigitsMLP(nn.Module):
+    """One hidden layer for 8 x 8 grey images: as small as the task allows.
+
+    1,210 parameters with 16 hidden units, of which 1,184 are prunable weights: a client of density .05 trains
+    59 of them and the biases.
+    """
+
+    def __init__(self, hidden: int = 16, classes: int = 10) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(64, hidden)
+        self.fc2 = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores [b, C] of images [b, 1, 8, 8]."""
         out: Tensor = self.fc2(torch.relu(self.fc1(x.flatten(1))))
         return out
 

@@ -11,7 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgmr_plugin.datasets import DigitsCNN, digits, dirichlet_partition, fedml_dataset, iid_partition
+from fedgmr_plugin.datasets import (
+    DigitsCNN,
+    DigitsMLP,
+    digits,
+    dirichlet_partition,
+    fedml_dataset,
+    iid_partition,
+)
 from fedgmr_plugin.errors import ConfigError, DataError, HostError
 from fedgmr_plugin.kernels.layout import build_layout
 from fedgmr_plugin.runtimes.data import read_dataset
@@ -185,6 +192,12 @@ def test_digits_cnn_is_small_and_almost_all_prunable() -> None:
     layout = build_layout(model)
     assert layout.size == 38_282 and layout.prunable == 37_520
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_digits_mlp_has_the_parameters_that_the_demonstration_tells_of() -> None:
+    layout = build_layout(DigitsMLP())
+    assert layout.size == 1_210 and layout.prunable == 1_184
+    assert DigitsMLP()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_digits_cnn_learns_the_digits() -> None:

@@ -32,7 +32,7 @@ def test_the_demonstration_trains_compares_and_reports(
         assert any(line.startswith(contender.title) and "%" in line for line in table)
     restored = {name: run.count("restoration") for name, run in runs.items()}
     assert table[2].endswith("restored") and "how often a client's density was raised" in result.output
-    for line, name in zip(table[3:6], names, strict=True):
+    for line, name in zip(table[3:7], names, strict=True):
         assert line.split()[-1] == str(restored[name])
     page = (tmp_path / "001" / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page and str((tmp_path / "001" / "report.html").resolve()) in result.output
