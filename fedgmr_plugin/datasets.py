@@ -1,7 +1,8 @@
 """A small real data set, cut into federated clients: what the demonstration trains on, offline.
 
 `digits` gives scikit-learn's handwritten digits as FedML's 8-element dataset; `DigitsCNN` is a model that
-fits them, `DigitsMLP` one that just does. `dirichlet_partition`, `iid_partition` and `fedml_dataset` do the same for any labelled arrays.
+fits them, `DigitsMLP` one that just does. `dirichlet_partition`, `iid_partition` and `fedml_dataset` do the
+same for any labelled arrays.
 
 Legend: n samples, N clients, C classes.
 """
@@ -193,8 +194,8 @@ class DigitsCNN(nn.Module):
 class DigitsMLP(nn.Module):
     """One hidden layer for 8 x 8 grey images: as small as the task allows.
 
-    1,210 parameters with 16 hidden units, of which 1,184 are prunable weights: a client of density .05 trains
-    59 of them and the biases.
+    1,210 parameters with 16 hidden units, of which the hidden layer's 1,024 weights are prunable: a client of
+    density .05 has 51 of them.
     """
 
     def __init__(self, hidden: int = 16, classes: int = 10) -> None:
