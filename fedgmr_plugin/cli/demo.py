@@ -43,13 +43,15 @@ def demo(output: str, seed: int) -> None:
             f"{row.megabytes_down:>9,.0f}{_number(row.mean_density):>9}{run.count('restoration'):>10}"
         )
     say(
-        f"\naccuracy: mean of the last {LAST} evaluations. restored: how often a client's density was raised."
+        f"\naccuracy: mean of the last {LAST} evaluations; restored: how often a client's density was raised."
     )
     say(
-        "The network has 1,210 parameters, so that a client of density .05 trains 59 weights: without GMR its"
+        "The network is tiny: of the hidden layer's 1,024 weights a client of density .05 has 51, and without"
     )
-    say("capacity is the limit. Larger networks and other data: docs/results.md. One seed (another: --seed);")
-    say("a run completes the window in which its budget ends.")
+    say(
+        "GMR that capacity is the limit. docs/results.md has larger networks and other data. One seed (another:"
+    )
+    say("--seed); a run completes the window in which its budget ends.")
     say(f"report: {report.resolve()}")
 
 
