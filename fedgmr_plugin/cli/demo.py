@@ -10,6 +10,12 @@ import click
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.report import render, summarise_all
 
+_READING = """
+accuracy: mean of the last {last} evaluations; restored: how often a client's density was raised. The network is
+tiny: of the hidden layer's 1,024 weights a client of density .05 has 51, and without GMR that capacity is the
+limit. docs/results.md has larger networks and other data. One seed (another: --seed); a run completes the window
+in which its budget ends."""
+
 
 @click.command()
 @click.option(
@@ -42,16 +48,7 @@ def demo(output: str, seed: int) -> None:
             f"{contender.title:<22}{_percent(row.accuracy):>10}{reached:>12}{row.megabytes_up:>9,.0f}"
             f"{row.megabytes_down:>9,.0f}{_number(row.mean_density):>9}{run.count('restoration'):>10}"
         )
-    say(
-        f"\naccuracy: mean of the last {LAST} evaluations; restored: how often a client's density was raised."
-    )
-    say(
-        "The network is tiny: of the hidden layer's 1,024 weights a client of density .05 has 51, and without"
-    )
-    say(
-        "GMR that capacity is the limit. docs/results.md has larger networks and other data. One seed (another:"
-    )
-    say("--seed); a run completes the window in which its budget ends.")
+    say(_READING.format(last=LAST))
     say(f"report: {report.resolve()}")
 
 
