@@ -11,10 +11,10 @@ from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.report import render, summarise_all
 
 _READING = """
-accuracy: mean of the last {last} evaluations; restored: how often a client's density was raised. The network is
-tiny: of the hidden layer's 1,024 weights a client of density .05 has 51, and without GMR that capacity is the
-limit. docs/results.md has larger networks and other data. One seed (another: --seed); a run completes the window
-in which its budget ends."""
+accuracy: mean of the last {last} evaluations; restored: how often a client's density was raised.
+The network is tiny: of the hidden layer's 1,024 weights a client of density .05 has 51, and without
+GMR that capacity is the limit. docs/results.md has larger networks and other data. One seed
+(another: --seed); a run completes the window in which its budget ends."""
 
 
 @click.command()
