@@ -147,7 +147,9 @@ class FedGMRConfig(BaseModel):
         "looks from the first check on.",
     )
     trigger_metric: Literal["accuracy", "loss"] = Field(
-        "accuracy", description="Validation metric that the plateau detectors watch."
+        "accuracy",
+        description="Validation metric that the plateau detectors watch: `accuracy`, or `loss`, which "
+        "changes more smoothly. The trainer's `test` has to return it.",
     )
     time_fractions: tuple[Fraction, ...] = Field(
         (0.2, 0.4, 0.6, 0.8), description="Shares of the budget at which the `time` trigger raises the floor."

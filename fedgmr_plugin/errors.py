@@ -189,6 +189,13 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "The message has the error. If it is about shapes, types or labels, compare those of the batch with "
         "what the model takes and gives: scores [samples, classes, ...] for labels 0 to classes - 1.",
     ),
+    "GMR-305": CatalogueEntry(
+        "metric that nobody gives",
+        "The plateau trigger watches a metric that the trainer's `test` does not return, or not as a finite "
+        "number, on the validation data: no client would ever be restored.",
+        "Let `test` return it (test_correct and test_total, or test_loss), or set `trigger_metric` to "
+        "the one that it does return.",
+    ),
     "GMR-401": CatalogueEntry(
         "unknown or repeated dispatch",
         "An upload names a dispatch that is not in flight: it was applied, dropped or never made.",

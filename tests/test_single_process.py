@@ -455,6 +455,55 @@ def test_a_users_trainer_and_aggregator_are_honoured(tmp_path: Path) -> None:
     assert small.any() and (log.column("arrival", "change_sq")[small] > 0).all()
 
 
+def silent_trainer(model: nn.Module, args: Any, answer: dict[str, float]) -> Any:
+    """A trainer whose `test` returns `answer`, and that trains nothing."""
+    from fedml.core import ClientTrainer
+
+    class Trainer(ClientTrainer):  # type: ignore[misc]
+        def get_model_params(self) -> Any:
+            return self.model.state_dict()
+
+        def set_model_params(self, model_parameters: Any) -> None:
+            self.model.load_state_dict(model_parameters)
+
+        def train(self, train_data: Any, device: Any, args: Any) -> None:
+            pass
+
+        def test(self, test_data: Any, device: Any, args: Any) -> dict[str, float]:
+            return answer
+
+    return Trainer(model, args)
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer"),
+    [
+        ("loss", {"test_correct": 1.0, "test_total": 2.0}),
+        ("loss", {"test_correct": 1.0, "test_total": 2.0, "test_loss": float("nan")}),
+        ("accuracy", {"test_total": 2.0, "test_loss": 1.0}),
+    ],
+)
+def test_a_plateau_of_a_metric_that_the_trainer_does_not_give_is_refused_at_the_first_look(
+    tmp_path: Path, metric: str, answer: dict[str, float]
+) -> None:
+    """And nowhere where it would not be looked for: such a run would restore nobody, without a word."""
+    for changes, is_watched in (
+        ({"trigger": "plateau"}, True),
+        ({"trigger": "mixed", "time_budget": 30.0}, True),
+        ({"trigger": "none"}, False),
+        ({"trigger": "time", "time_budget": 30.0}, False),
+        ({"trigger": "plateau", "dense_start": True}, False),
+    ):
+        args = arguments(tmp_path, {"trigger_metric": metric, **changes})
+        model = network()
+        parts = {"model": model, "client_trainer": silent_trainer(model, args, answer)}
+        if is_watched:
+            with pytest.raises(DataError, match=f"GMR-305 trigger_metric={metric}"):
+                run(args, **parts)
+        else:
+            assert run(args, **parts).end["windows"] >= 1
+
+
 def test_nan_from_a_client_is_rejected_counted_and_harmless(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from fedgmr_plugin.engine.samples import Batch, Samples, in_batches
 from fedgmr_plugin.engine.server import Server
 from fedgmr_plugin.engine.trainer import Metrics
 from fedgmr_plugin.engine.workbench import Evaluator, Workbench
+from fedgmr_plugin.errors import DataError
 
 Which = Literal["global", "scaled"]
 _BATCH = 512
@@ -61,6 +62,9 @@ class Examiner:
         """The present models on the validation data, without the gradient's votes; and the record of it.
 
         No record where nothing is held out.
+
+        Raises:
+            DataError: GMR-305 if the first of them lacks the metric that a plateau is looked for in.
         """
         server, metric = self.server, self.server.config.trigger_metric
         if not self.clients.anything_held_out:
@@ -78,7 +82,18 @@ class Examiner:
             "candidate": candidate,
         }
         of_clients = [None if c is None else getattr(c, metric) for c in clients]
-        return Validated(candidate, getattr(both[candidate], metric), of_clients), record
+        of_server = getattr(both[candidate], metric)
+        if of_server is None and self._is_watched():
+            raise DataError(
+                "GMR-305", f"trigger_metric={metric}, and the trainer's test gave none", where="validation"
+            )
+        return Validated(candidate, of_server, of_clients), record
+
+    def _is_watched(self) -> bool:
+        """Whether this is the first look for a plateau, and there is something to restore."""
+        gmr = self.server.gmr
+        looks = self.server.config.trigger in ("plateau", "mixed")
+        return looks and gmr.checks == 0 and min(gmr.densities) < 1.0
 
     def choose(self, both: dict[Which, Metrics]) -> Which:
         """The model to ship: fixed by `evaluate`, or the better one on the validation split."""
