@@ -1107,7 +1107,9 @@ def test_the_terminal_says_whose_seconds_they_are(
     real = progress_module.tqdm
     monkeypatch.setattr(progress_module, "tqdm", lambda **named: (bars.append(named), real(**named))[1])
     monkeypatch.setattr(progress_module, "say", told.append)
-    header = {"run_name": "x", "fedml": fedml, "config": {"progress": True}, "windows": 3, "time_budget": 9.0}
+    options = {"progress": True, "trigger": "none", "dense_start": True}
+    header = {"run_name": "x", "fedml": fedml, "config": options, "windows": 3, "time_budget": 9.0}
+    header["densities"] = [1.0]
     with Progress(header) as progress:
         progress.close_with({"windows": 3, "time": 8.0, "model_sha256": "ab"}, tmp_path)
     assert f"(3 windows, 8 {unit} seconds)" in told[0] and bars[0]["unit"] == f"{unit} s"

@@ -455,6 +455,32 @@ def test_a_users_trainer_and_aggregator_are_honoured(tmp_path: Path) -> None:
     assert small.any() and (log.column("arrival", "change_sq")[small] > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"trigger": "none"}, "mean density: 0.40 at the start, 0.40 at the end\n"),
+        (
+            {"patience": 1, "density_step": "fixed", "plateau_delta": 2.0},
+            "0.40 at the start, 0.47 at the end\n",
+        ),
+        (
+            {"patience": 5},
+            "; nobody was restored in 3 looks for a plateau (interval: 2 windows), which 6 looks "
+            "at least are needed for (patience: 5)\n",
+        ),
+        ({"trigger": "gradient"}, "0.40 at the end; trigger: gradient restored nobody\n"),
+        ({"dense_start": True}, None),
+        ({"method": "fedavg"}, None),
+    ],
+)
+def test_the_terminal_says_what_became_of_the_densities(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], options: dict[str, Any], told: str | None
+) -> None:
+    run(arguments(tmp_path, {**options, "progress": True}))
+    output = capfd.readouterr().out
+    assert (told in output) if told else ("mean density" not in output)
+
+
 def silent_trainer(model: nn.Module, args: Any, answer: dict[str, float]) -> Any:
     """A trainer whose `test` returns `answer`, and that trains nothing."""
     from fedml.core import ClientTrainer

@@ -33,6 +33,9 @@ class Progress:
             dynamic_ncols=True,
             mininterval=0.5,
         )
+        self._options, densities = header["config"], header["densities"]
+        self._initial = 1.0 if self._options["dense_start"] else sum(densities) / len(densities)
+        self._density = self._initial
         self._note: dict[str, str] = {}
         self._refused: set[str] = set()
 
@@ -52,13 +55,14 @@ class Progress:
             done = (
                 fields["window"] + 1 if self._budget is None else min(round(fields["end"]), self._bar.total)
             )
-            self._note["density"] = f"{fields['mean_density']:.2f}"
+            self._density = fields["mean_density"]
+            self._note["density"] = f"{self._density:.2f}"
             self._bar.set_postfix(self._note, refresh=False)
             self._bar.update(done - self._bar.n)
         elif fields["type"] == "evaluation" and fields["accuracy"] is not None:
             self._note["accuracy"] = f"{100 * fields['accuracy']:.1f} %"
             if self._bar.disable:
-                click.echo(_line(fields), err=True)
+                click.echo(self._line(fields), err=True)
         elif fields["type"] == "rejected" and fields["code"] not in self._refused:
             self._refused.add(fields["code"])
             why = f"{fields['code']} {fields['message']}"
@@ -70,8 +74,34 @@ class Progress:
             say(f"run: {directory}  ({end['windows']} windows, {end['time']:,.0f} {self._seconds})")
             if end.get("rejected"):
                 say(f"{end['rejected']} uploads were refused; see the log's `rejected` records")
+            if self._initial < 1.0:
+                say(self._restored(end["windows"]))
             say(f"model sha256: {end['model_sha256']}")
             say(f"its curves: fedgmr report {shlex.quote(str(directory))}")
+
+    def _line(self, fields: dict[str, Any]) -> str:
+        """An evaluation."""
+        accuracy = 100 * fields["accuracy"]
+        up, down = fields["bytes_up"] / 1e6, fields["bytes_down"] / 1e6
+        return (
+            f"window {fields['window']:>5}  {fields['time']:>9,.0f} s  accuracy {accuracy:5.1f} %"
+            f"  density {self._density:.2f}  up {up:,.0f} MB  down {down:,.0f} MB"
+        )
+
+    def _restored(self, windows: int) -> str:
+        """What became of the densities; and where nothing did that was to, when it could have."""
+        now, trigger = self._density, self._options["trigger"]
+        told = f"mean density: {self._initial:.2f} at the start, {now:.2f} at the end"
+        if now != self._initial or trigger == "none":
+            return told
+        if trigger not in ("plateau", "mixed"):
+            return f"{told}; trigger: {trigger} restored nobody"
+        interval, patience = self._options["interval"], self._options["patience"]
+        looks = windows // interval
+        return (
+            f"{told}; nobody was restored in {looks} looks for a plateau (interval: {interval} windows), "
+            f"which {patience + 1} looks at least are needed for (patience: {patience})"
+        )
 
 
 def say(text: str) -> None:
@@ -79,11 +109,3 @@ def say(text: str) -> None:
     stream = sys.stdout
     type(stream).write(stream, text + "\n")
     stream.flush()
-
-
-def _line(fields: dict[str, Any]) -> str:
-    up, down = fields["bytes_up"] / 1e6, fields["bytes_down"] / 1e6
-    return (
-        f"window {fields['window']:>5}  {fields['time']:>9,.0f} s  accuracy {100 * fields['accuracy']:5.1f} %"
-        f"  up {up:,.0f} MB  down {down:,.0f} MB"
-    )
