@@ -367,7 +367,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "GMR-606": CatalogueEntry(
         "another run than the one to resume",
         "The script does not describe the run that it is to continue: options, seed, layers, numbers of "
-        "samples or the order of the devices differ.",
+        "samples, the order of the devices, or the names that these know the run by differ.",
         "Undo the changes that the message names, or start a new run.",
     ),
     "GMR-607": CatalogueEntry(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import queue
 import threading
@@ -540,6 +541,77 @@ def test_a_run_does_not_go_on_with_its_devices_in_another_order(
         run.train()
     assert (tmp_path / "live" / "run.jsonl").read_bytes() == before
     world.args.client_id_list = [1, 2]
+    with resume.resuming(tmp_path / "live"):
+        world.server().train()
+    for device in devices:
+        device.join(20)
+
+
+@pytest.mark.parametrize(("key", "before", "now"), [("run_id", "7", "8"), ("server_id", 0, 3)])
+def test_a_run_does_not_go_on_where_its_devices_do_not_hear_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, before: Any, now: Any
+) -> None:
+    world = World(tmp_path, 12)
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    break_after_window(3, run, monkeypatch)
+    setattr(world.args, key, now)
+    with resume.resuming(tmp_path / "live"):
+        run = world.server()
+    with pytest.raises(RunLogError, match=f"GMR-606 {key}: {before} became {now}"):
+        run.train()
+    setattr(world.args, key, before)
+    names = tmp_path / "live" / "clients.json"
+    names.write_text(json.dumps(json.loads(names.read_text())["client_id_list"]))  # as an older release did
+    with resume.resuming(tmp_path / "live"):
+        world.server().train()
+    for device in devices:
+        device.join(20)
+
+
+def test_a_run_goes_on_from_its_own_initial_model_whatever_its_script_makes_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first checkpoint the journal has changes of the weights that the run began with."""
+    world, folder = World(tmp_path, 12, checkpoint_seconds=None), tmp_path / "live"
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    break_after_window(6, run, monkeypatch)
+    w_D = run.office.server.w_D.clone()
+    before = (folder / "run.jsonl").read_bytes(), (folder / "initial.safetensors").read_bytes()
+    monkeypatch.setattr(world, "model", lambda: nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)))
+    with resume.resuming(folder):
+        again = world.server()
+    loop = again._loop
+
+    def looping(*given: Any) -> None:
+        assert torch.equal(again.office.server.w_D, w_D)
+        loop(*given)
+
+    monkeypatch.setattr(again, "_loop", looping)
+    again.train()
+    for device in devices:
+        device.join(20)
+    assert (folder / "run.jsonl").read_bytes().startswith(before[0])
+    assert (folder / "initial.safetensors").read_bytes() == before[1]
+
+
+def test_a_run_whose_initial_model_is_damaged_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, 12, checkpoint_seconds=None)
+    run = world.server()
+    devices = [world.device(n) for n in (1, 2)]
+    break_after_window(3, run, monkeypatch)
+    initial = tmp_path / "live" / "initial.safetensors"
+    sound = initial.read_bytes()
+    initial.write_bytes(sound[:100])
+    with (
+        resume.resuming(tmp_path / "live"),
+        pytest.raises(RunLogError, match=r"GMR-606 initial\.safetensors"),
+    ):
+        world.server()
+    initial.write_bytes(sound)
     with resume.resuming(tmp_path / "live"):
         world.server().train()
     for device in devices:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from fedgmr_plugin.engine.snapshot import Snapshot, restore_live, snapshot_live
 from fedgmr_plugin.errors import HostError, RunLogError
@@ -32,12 +32,13 @@ from fedgmr_plugin.protocol.storekeys import is_of_run, is_sent, run_prefixes
 from fedgmr_plugin.runtimes.devices.hands import ThreadedHands
 from fedgmr_plugin.runtimes.devices.office import Content, Office
 from fedgmr_plugin.runtimes.recorded import RecordedRun
+from fedgmr_plugin.runtimes.setup import Setup
 
 _log = logging.getLogger(__name__)
 #: What a status display reads, in the run's directory.
 STATUS = "devices.json"
 TOKEN = "token"
-#: Ids of the devices, in the order of the clients.
+#: FedML's names of the run: what devices hear of it by, and their ids, in the order of the clients.
 CLIENTS = "clients.json"
 #: The initial global vector, for a replay.
 INITIAL = "initial.safetensors"
@@ -173,7 +174,7 @@ class LiveRun(RecordedRun):
         """Begin the run, or go on from `checkpoint` and the journals behind it."""
         office = self.office
         if checkpoint is None:
-            _write_whole(self.directory / CLIENTS, json.dumps(office.desk.devices).encode())
+            _write_whole(self.directory / CLIENTS, json.dumps(self._names).encode())
             _write_whole(self.directory / TOKEN, office.token.encode())
             _write_whole(self.directory / INITIAL, save({"w": office.server.w_D.cpu().contiguous()}))
         first = 0 if checkpoint is None else checkpoint.meta["journal"]
@@ -202,8 +203,17 @@ class LiveRun(RecordedRun):
                 self.link.keep(topic, b"")  # the end of an earlier run of this name
         office.hello()
 
+    @property
+    def _names(self) -> dict[str, Any]:
+        """What the devices of this run know it by, and who they are."""
+        desk = self.office.desk
+        return {"run_id": desk.run, "server_id": desk.server, "client_id_list": list(desk.devices)}
+
     def _check_clients(self) -> None:
-        """Refuse to go on with other clients: what one device was sent, another would be believed to answer.
+        """Refuse to go on with other clients, or where they do not hear it.
+
+        What one device was sent, another would be believed to answer; and devices of another ``run_id`` or
+        ``server_id`` would wait without end.
 
         Raises:
             RunLogError: GMR-606.
@@ -211,10 +221,15 @@ class LiveRun(RecordedRun):
         path = self.directory / CLIENTS
         if not self.resumed or not path.exists():
             return
-        before, now = json.loads(path.read_text(encoding="utf-8")), list(self.office.desk.devices)
-        if before != now:
-            message = f"client_id_list: {_short(before)} became {_short(now)}"
-            raise RunLogError("GMR-606", message, where=str(self.directory))
+        found, now = json.loads(path.read_text(encoding="utf-8")), self._names
+        before = {"client_id_list": found} if isinstance(found, list) else found  # of an older release
+        differ = [
+            f"{name}: {_short(value)} became {_short(now[name])}"
+            for name, value in before.items()
+            if now[name] != value
+        ]
+        if differ:
+            raise RunLogError("GMR-606", "; ".join(differ), where=str(self.directory))
 
     @contextmanager
     def _helped(self) -> Iterator[None]:
@@ -395,8 +410,9 @@ class _Journals:
         return self._folder / f"{number:08d}.journal"
 
 
-def _short(ids: list[int]) -> str:
-    return str(ids) if len(ids) <= 20 else f"{str(ids[:20])[:-1]}, ...]"
+def _short(value: Any) -> str:
+    is_long = isinstance(value, list) and len(value) > 20
+    return f"{str(value[:20])[:-1]}, ...]" if is_long else str(value)
 
 
 def _when_there_is_space(what: str, write: Callable[[], object]) -> None:
@@ -411,6 +427,25 @@ def _when_there_is_space(what: str, write: Callable[[], object]) -> None:
                 _log.warning("%s waits until it can be written: %s", what, error)
             before = str(error)
             time.sleep(_STATUS_SECONDS)
+
+
+def initial_as_before(directory: Path, setup: Setup) -> None:
+    """Let the model begin where the interrupted run in `directory` began, whatever its script makes now.
+
+    Where it was killed before its first checkpoint, its journal has changes of that vector.
+
+    Raises:
+        RunLogError: GMR-606 if it cannot be read.
+    """
+    path = directory / INITIAL
+    if not path.exists():
+        return
+    try:
+        initial_D = load(path.read_bytes())["w"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise RunLogError("GMR-606", f"{INITIAL} cannot be read: {error}", where=str(directory)) from error
+    if initial_D.shape == (setup.layout.size,):  # else the log's header has another model, too
+        setup.layout.scatter(setup.model, initial_D)
 
 
 def token_of(directory: Path, resumed: bool) -> str:

@@ -30,7 +30,7 @@ from fedgmr_plugin.runtimes.devices.codecs import codec_of
 from fedgmr_plugin.runtimes.devices.connection import connection, device_ids, device_keys, services
 from fedgmr_plugin.runtimes.devices.hands import Store, ThreadedHands
 from fedgmr_plugin.runtimes.devices.inbox import Inbox
-from fedgmr_plugin.runtimes.devices.live_run import Clock, Connected, LiveRun, token_of
+from fedgmr_plugin.runtimes.devices.live_run import Clock, Connected, LiveRun, initial_as_before, token_of
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.office import Office
 from fedgmr_plugin.runtimes.devices.plain import Codec, PlainOffice
@@ -107,8 +107,10 @@ def assemble_live(
     """
     args, config = setup.args, setup.config
     here = connection(args)
-    server, evaluate, hooked = serving(setup, server_aggregator)
     resumed = resume.take()
+    if resumed is not None:
+        initial_as_before(resumed, setup)
+    server, evaluate, hooked = serving(setup, server_aggregator)
     where = getattr(args, "yaml_config_file", "") or "args"
     desk = Desk(here.run, here.server, here.devices, device_keys(config, here.devices, where))
     directory = resumed or run_directory(config)
