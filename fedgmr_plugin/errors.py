@@ -208,7 +208,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-403": CatalogueEntry(
         "not finite",
-        "An upload holds NaN, infinity, or values so large that their squares overflow.",
+        "An upload holds NaN, infinity, or values so large that their squares overflow; or the merge of a "
+        "window is not finite, or too large for `payload_dtype`.",
         "Lower the learning rate or clip gradients; the upload is counted and ignored.",
     ),
     "GMR-404": CatalogueEntry(

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from fedgmr_plugin.config import FedGMRConfig
+from fedgmr_plugin.engine.client import LocalUpdate
+from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.replay import Comparison, Replay
 from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
@@ -84,6 +86,23 @@ def test_devices_train_to_the_end(tmp_path: Path) -> None:
     arrivals = [r["dispatch"] for r in field.records("arrival")]
     assert len(arrivals) == len(set(arrivals))
     assert field.records("restoration")
+
+
+def test_no_device_can_make_a_model_that_nobody_can_be_sent(tmp_path: Path) -> None:
+    """Each of its changes fits the type that values travel in, and their sum does not."""
+    field = make(tmp_path, 2, 8, payload_dtype="float16", schedule="buffered")
+    bench = field.trainer_bench()
+
+    def train(sent: Dispatch) -> LocalUpdate:
+        update = bench.train(sent)
+        return update if sent.client else update._replace(values_S=torch.full_like(update.values_S, 6e4))
+
+    field._trains = train
+    end = start(field).run()
+    refused = {(r["code"], r["message"]) for r in field.records("rejected") if r["client"] == 0}
+    assert end["windows"] == 8
+    assert ("GMR-403", "the merged model would not fit payload_dtype=float16") in refused
+    assert float(field.office.server.w_D.abs().max()) <= 65504.0
 
 
 def replayed(field: Field) -> Comparison:

@@ -368,6 +368,9 @@ class Server:
             if not math.isfinite(moved):
                 problem = "the merged model would hold NaN or infinity"
                 return self._refuse_window(arrived, event, UpdateRejected("GMR-403", problem))
+            if not self._travels(new_D):  # else nobody could be sent it, and the run would end
+                problem = f"the merged model would not fit payload_dtype={self.config.payload_dtype}"
+                return self._refuse_window(arrived, event, UpdateRejected("GMR-403", problem))
             self.spare_D, self.ranked_D, self._flat_D = self.ranked_D, new_D, None
             self.buffer = latest
             if self.config.update_scope == "arrivals" and len(updates) == len(arrived):
@@ -534,6 +537,14 @@ class Server:
             largest, kind = float(values_S.abs().max()), self.config.payload_dtype
             raise WireError("GMR-722", f"weight={largest:g} does not fit payload_dtype={kind}")
         return received_S
+
+    def _travels(self, w_D: Tensor) -> bool:
+        """Whether no value of a finite vector is too large for `payload_dtype`."""
+        dtype = PAYLOAD_TYPES[self.config.payload_dtype]
+        if dtype is None or not w_D.numel():
+            return True
+        ends = torch.stack(torch.aminmax(w_D))
+        return bool(travelled(ends, dtype).isfinite().all())
 
     def _norms(self) -> tuple[Norms, Norms]:
         """Squared norms of the global vector, over prunable coordinates and over all parameters."""
