@@ -88,7 +88,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "device keys missing",
         "Devices are authenticated, and the file of their keys is not given, cannot be read, lacks a device, "
         "or gives two devices the same key.",
-        "Make one with `fedgmr keys`, name it in `device_keys`, or say `device_authentication: off` where "
+        'Make one with `fedgmr keys`, name it in `device_keys`, or say `device_authentication: "off"` where '
         "nobody but the devices can reach the broker.",
     ),
     "GMR-112": CatalogueEntry(
@@ -167,6 +167,13 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "The model's state dictionary has entries that are no tensors (`get_extra_state`), which are neither "
         "merged nor stored.",
         "Keep such state out of the model, or in a buffer.",
+    ),
+    "GMR-213": CatalogueEntry(
+        "model not finite",
+        "A parameter or a buffer holds NaN or infinity (an attention mask, say, or a parameter that nothing "
+        "initialised). Buffers travel and are averaged as parameters are, so every upload would be refused.",
+        "Initialise the parameter; register a constant with `persistent=False`, which keeps it out of the "
+        "model's state.",
     ),
     "GMR-301": CatalogueEntry(
         "client without training data",

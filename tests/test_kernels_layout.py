@@ -439,6 +439,18 @@ def extra_state() -> nn.Module:
     return nn.Sequential(Counting(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
 
 
+def causal_mask() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model.register_buffer("mask", torch.triu(torch.full((3, 3), float("-inf")), 1))
+    return model
+
+
+def never_initialised() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    nn.init.constant_(model[0].weight, float("nan"))
+    return model
+
+
 ERRORS: list[tuple[Callable[[], nn.Module], str, str]] = [
     (lambda: nn.Sequential(nn.Linear(3, 2)), "GMR-201", "no prunable"),
     (lambda: nn.Sequential(nn.LayerNorm(3), nn.ReLU()), "GMR-201", "no prunable"),
@@ -450,10 +462,19 @@ ERRORS: list[tuple[Callable[[], nn.Module], str, str]] = [
     (lambda: nn.Sequential(nn.Linear(3, 0), nn.Linear(3, 2)), "GMR-204", "0.weight"),
     (uninitialised_buffers, "GMR-204", "1.running_mean"),
     (extra_state, "GMR-212", "0._extra_state"),
+    (causal_mask, "GMR-213", "NaN or infinity in mask"),
+    (never_initialised, "GMR-213", "NaN or infinity in 0.weight"),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_constant_outside_the_state_may_be_infinite() -> None:
+    model = causal_mask()
+    model.register_buffer("mask", model.get_buffer("mask"), persistent=False)
+    assert validate(model) == []
+    assert validate(never_initialised().to("meta")) == []
+
+
 @pytest.mark.parametrize(("make", "code", "text"), ERRORS)
 def test_models_that_cannot_be_split_are_refused_with_a_code(
     make: Callable[[], nn.Module], code: str, text: str

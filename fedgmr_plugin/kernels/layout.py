@@ -199,6 +199,14 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*parameters, *buffers]
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; those of a tensor without memory are not known."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    ends = torch.stack(torch.aminmax(tensor.detach()))  # NaN, if there is one
+    return bool(ends.isfinite().all())
+
+
 def build_layout(model: nn.Module, dense_layers: Sequence[str] = ()) -> ModelLayout:
     """Classify the tensors of `model`.
 
@@ -317,6 +325,9 @@ def validate(model: nn.Module, dense_layers: Sequence[str] = ()) -> list[Finding
     if len(types) > 1 or (types and types[0] not in ("float32", "float64")):
         errors.append(Finding("GMR-202", "error", f"parameter types are {', '.join(types)}"))
         return errors
+    infinite = [name for name, tensor in _tensors(model) if not _is_finite(tensor)]
+    if infinite:
+        errors.append(Finding("GMR-213", "error", f"NaN or infinity in {', '.join(infinite)}"))
     layout = _layout(model, dense_layers)
     if layout.prunable == 0:
         errors.append(Finding("GMR-201", "error", "the model has no prunable weight"))
