@@ -503,7 +503,7 @@ class FedGMRConfig(BaseModel):
         if self.device_submodel != "wire" and self.device_authentication != "off":
             problems.append(
                 f"GMR-106|device_authentication|FedML's own devices sign nothing, so device_submodel="
-                f"{self.device_submodel} needs device_authentication=off"
+                f'{self.device_submodel} needs device_authentication: "off"'
             )
         if self.lost_after is not None and self.lost_after < self.answer_deadline:
             problems.append(

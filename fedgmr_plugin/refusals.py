@@ -144,6 +144,8 @@ def _rewrite(value: object, types: set[Any], choices: Sequence[str]) -> str:
             return f"Write {text} without quotes."
     if value is False and "none" in choices:
         return "YAML reads off and no as false: write none."
+    if value is False and "off" in choices:
+        return 'YAML reads off as false: write it in quotes, "off".'
     if isinstance(value, float) and "integer" in types and value.is_integer():
         return f"Write {int(value)}."
     if "array" in types and not isinstance(value, (bool, Mapping)) and value is not None:

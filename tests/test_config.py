@@ -95,6 +95,12 @@ BAD = [
     ('shuffle: "no"', "GMR-102", "shuffle", 'shuffle="no" is text'),
     ("run_name: 2024-01-01", "GMR-102", "run_name", 'Write it in quotes: "2024-01-01".'),
     ("run_name: 7", "GMR-102", "run_name", 'Write it in quotes: "7".'),
+    (
+        "device_authentication: off",
+        "GMR-102",
+        "device_authentication",
+        'YAML reads off as false: write it in quotes, "off".',
+    ),
     ("heterogeneity:", "GMR-102", "heterogeneity", "one of `high`, `medium`, `low`, `none`"),
     ("score: 3", "GMR-102", "score", "score=3 is a whole number"),
     ("density_ladder: [true]", "GMR-102", "density_ladder[0]", "is a boolean"),
