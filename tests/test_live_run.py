@@ -154,6 +154,37 @@ class World:
         return thread
 
 
+@pytest.mark.parametrize(("sent", "own"), [("model", "bfloat16"), ("bfloat16", "model")])
+def test_a_device_whose_file_has_another_payload_type_refuses_what_it_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, own: str
+) -> None:
+    world = World(tmp_path, payload_dtype=sent, densities=[1.0, 1.0])
+    monkeypatch.setattr(
+        world, "model", lambda: nn.Sequential(nn.Linear(6, 6000), nn.ReLU(), nn.Linear(6000, 3))
+    )
+    run = world.server()
+
+    def serve() -> None:
+        with pytest.raises(HostError, match="enough"):
+            run.train()
+
+    server = threading.Thread(target=serve, daemon=True)
+    server.start()
+    world.options["payload_dtype"] = own
+    process = world.process(1)
+    device = threading.Thread(target=process.run, daemon=True)
+    device.start()
+    for _ in range(400):
+        if process.device.refused:
+            break
+        time.sleep(0.05)
+    assert set(process.device.refused) == {"GMR-708"}
+    process.device.finished = True
+    device.join(10)
+    run.link.refused = HostError("GMR-515", "enough")
+    server.join(10)
+
+
 def others(world: World) -> list[str]:
     """Store what is not this run's, though its name is near."""
     keys = [

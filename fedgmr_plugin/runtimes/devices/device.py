@@ -208,7 +208,8 @@ class Device:
         rising = list(note.cuts) == sorted(set(note.cuts)) and note.cuts[-1] <= note.size
         if not rising or not len(note.cuts) == len(note.values) == len(note.masks):
             raise WireError("GMR-712", f"cuts={note.cuts[:8]} do not fit {len(note.values)} increments")
-        most = note.size * self._dtype.itemsize + MOST_HEADER + 8
+        # In the model's own type, which the server may send against this device's file: GMR-708 tells of it.
+        most = note.size * max(self._dtype.itemsize, self._layout.dtype.itemsize) + MOST_HEADER + 8
         if any(p.size > most for p in note.values) or any(p.size > most_bytes(note.size) for p in note.masks):
             raise WireError("GMR-710", "an object is longer than the model")
 
