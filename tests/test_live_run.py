@@ -154,6 +154,30 @@ class World:
         return thread
 
 
+@pytest.mark.parametrize("is_served", [False, True])
+def test_a_device_that_hears_nothing_of_a_server_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_served: bool
+) -> None:
+    monkeypatch.setattr(client_module, "_UNHEARD", 0.5)
+    world = World(tmp_path, windows=30, window_slack=0.1)
+    run, process = world.server(), world.process(1)
+    device = threading.Thread(target=process.run, daemon=True)
+    if is_served:
+        devices = [device, world.device(2)]
+        device.start()
+        run.train()
+        for thread in devices:
+            thread.join(20)
+    else:
+        device.start()
+        time.sleep(1.5)
+        process.device.finished = True
+        device.join(10)
+    said = [r.getMessage() for r in caplog.records if "nothing has been heard" in r.getMessage()]
+    assert len(said) == (0 if is_served else 1)
+    assert is_served or "run_id=7 for" in said[0]
+
+
 @pytest.mark.parametrize(("sent", "own"), [("model", "bfloat16"), ("bfloat16", "model")])
 def test_a_device_whose_file_has_another_payload_type_refuses_what_it_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, own: str

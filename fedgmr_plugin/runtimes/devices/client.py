@@ -47,6 +47,8 @@ _log = logging.getLogger(__name__)
 PROBE_BYTES = 1_000_000
 #: Seconds between two turns of the loop beyond which the process has stood still, and heard nobody.
 _STOOD_STILL = 60.0
+#: Seconds from the start without a message of the server after which that is said, once.
+_UNHEARD = 30.0
 
 
 class _Over(BaseException):
@@ -150,6 +152,7 @@ class DeviceProcess:
                 PAYLOAD_TYPES[config.payload_dtype],
             )
         self._looked = time.monotonic()
+        self._unheard: tuple[float, float] | None = None  # its start, and `heard_at` then; None: it was told
         self._link.say_when_gone(self.device.speaks, self.device.last_will)
 
     def run(self) -> None:
@@ -162,6 +165,7 @@ class DeviceProcess:
         self._link.start()
         self._hands.start()
         self._looked = time.monotonic()
+        self._unheard = self._looked, self.device.heard_at
         try:
             self._link.connected.wait(timeout=5)
             with threads(self._threads):
@@ -193,6 +197,7 @@ class DeviceProcess:
         self.device.tick()
         now = time.monotonic()
         still, self._looked = now - self._looked, now
+        self._tell_unheard(now)
         if still > _STOOD_STILL:  # what the server said meanwhile may be still to be read
             self.device.heard_at = min(now, self.device.heard_at + still)
         since = self.device.waits_since()
@@ -201,6 +206,18 @@ class DeviceProcess:
             if silence > self._patience:
                 run = f"run_id={self._run}"
                 raise HostError("GMR-518", f"no message of the server of {run} for {silence:.0f} seconds")
+
+    def _tell_unheard(self, now: float) -> None:
+        """Say, once, that there is no sign of a server: it may never come, or not know this device."""
+        if self._unheard is None or now - self._unheard[0] < _UNHEARD:
+            return
+        if self.device.heard_at == self._unheard[1] and not self.device.finished:
+            _log.warning(
+                "nothing has been heard of a server of run_id=%s for %.0f seconds: it is not there, waits "
+                "for others, or does not hear this device (%d), whose key or run_id may be another",
+                *(self._run, now - self._unheard[0], self.device.device),
+            )
+        self._unheard = None
 
     def _train_file(self, content: bytearray, client: int, count: int, then: Callable[[bytes], None]) -> None:
         def over(done: Future[bytes]) -> None:
