@@ -1242,6 +1242,13 @@ def test_the_terminal_says_whose_seconds_they_are(
     assert f"(3 windows, 8 {unit} seconds)" in told[0] and bars[0]["unit"] == f"{unit} s"
 
 
+def test_fedmls_own_devices_know_no_warm_up(tmp_path: Path) -> None:
+    """The run log would say that their learning rate rose."""
+    with pytest.raises(ConfigError, match=r"GMR-106 warmup_windows=4: with device_submodel=masked"):
+        World(tmp_path, device_submodel="masked", warmup_windows=4).server()
+    World(tmp_path, warmup_windows=4).server()
+
+
 @pytest.mark.parametrize("submodel", ["width", "masked"])
 @pytest.mark.parametrize("options", [{"proximal": 0.1}, {"method": "fedprox"}])
 def test_fedmls_own_devices_know_no_proximal_term(

@@ -234,6 +234,11 @@ def _refuse_impossible(config: FedGMRConfig, *, has_store: bool) -> None:
             f"proximal={config.proximal:g}: with device_submodel={config.device_submodel}, FedML's own "
             "clients train, which know no proximal term"
         )
+    if config.device_submodel != "wire" and config.warmup_windows:
+        wrong.append(
+            f"warmup_windows={config.warmup_windows}: with device_submodel={config.device_submodel}, FedML's "
+            "own clients train, at the learning rate of their own file"
+        )
     if config.measured_densities and not (has_store and config.device_submodel == "wire"):
         wrong.append(
             "measured_densities=true: clients measure their way to the store, which there is none of over "
