@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedgmr_plugin.config import FedGMRConfig
 from fedgmr_plugin.errors import ConfigError, HostError, WireError
 from fedgmr_plugin.protocol.fedml_pickle import read_model
 from fedgmr_plugin.protocol.notes import (
@@ -502,8 +503,21 @@ def test_a_silo_without_a_row_or_with_noise_that_nobody_adds_is_told_so(tmp_path
 def test_fedmls_own_silos_are_sent_their_index_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """They choose their data by it: it may not number dispatches."""
     asked: list[dict[str, Any]] = []
-    setup = SimpleNamespace(config=SimpleNamespace(device_submodel="masked"), layout=None)
+    setup = SimpleNamespace(
+        config=FedGMRConfig(device_submodel="masked", device_authentication="off"), layout=None
+    )
     monkeypatch.setattr(server_module, "prepare_server", lambda *given: setup)
     monkeypatch.setattr(server_module, "assemble_live", lambda *given, **named: asked.append(named))
     server_module.build(SimpleNamespace(), None, [None, None, None, [], None, {}, {}, 2], nn.Linear(2, 2))
     assert asked == [{"numbered": False}]
+
+
+def test_a_server_of_silos_knows_how_many_classes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = SimpleNamespace(config=FedGMRConfig(top_k=2), layout=None)
+    monkeypatch.setattr(server_module, "prepare_server", lambda *given: setup)
+    monkeypatch.setattr(server_module, "assemble_live", lambda *given, **named: given[0])
+    data: list[Any] = [None, None, None, [], None, {}, {}]
+    with pytest.raises(ConfigError, match="GMR-106 top_k=2 finds every label right: .*class_num=2"):
+        server_module.build(SimpleNamespace(), None, [*data, 2], nn.Linear(2, 2))
+    for classes in (3, None):
+        server_module.build(SimpleNamespace(), None, [*data, classes], nn.Linear(2, 2))

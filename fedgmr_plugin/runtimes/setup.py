@@ -87,12 +87,7 @@ def prepare(args: Any, device: Any, dataset: Any, model: nn.Module, client_train
     config, keys = options(args), fedml_keys(args)
     device = torch.device(device) if device is not None else torch.device("cpu")
     data = read_dataset(dataset, keys.clients)
-    if data.classes is not None and config.top_k >= data.classes > 1:
-        raise ConfigError(
-            "GMR-106",
-            f"top_k={config.top_k} finds every label right: the data have class_num={data.classes}",
-            where="fedgmr_args.top_k",
-        )
+    refuse_top_k(config, data.classes)
     counts = _training_samples(config, keys, data)
     densities = config.initial_densities(keys.clients)
     model.to(device)
@@ -109,6 +104,20 @@ def prepare(args: Any, device: Any, dataset: Any, model: nn.Module, client_train
         training = replace(training, classes=_classes_of(clients, data))
     bench = Workbench(config, layout, model, clients, training)
     return Setup(args, config, keys, device, data, model, layout, counts, densities, bench)
+
+
+def refuse_top_k(config: FedGMRConfig, classes: int | None) -> None:
+    """Refuse a measure that counts every answer as right; `classes` is FedML's ``class_num``, if known.
+
+    Raises:
+        ConfigError: GMR-106.
+    """
+    if classes is not None and config.top_k >= classes > 1:
+        raise ConfigError(
+            "GMR-106",
+            f"top_k={config.top_k} finds every label right: the data have class_num={classes}",
+            where="fedgmr_args.top_k",
+        )
 
 
 def _training_samples(config: FedGMRConfig, keys: FedMLKeys, data: FederatedData) -> tuple[int, ...]:

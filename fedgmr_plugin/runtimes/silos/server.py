@@ -15,6 +15,7 @@ from fedgmr_plugin.runtimes.devices.live_run import LiveRun
 from fedgmr_plugin.runtimes.devices.mqtt import MqttLink
 from fedgmr_plugin.runtimes.devices.server import Transport, assemble_live, prepare_server
 from fedgmr_plugin.runtimes.devices.store import S3Store
+from fedgmr_plugin.runtimes.setup import refuse_top_k
 from fedgmr_plugin.runtimes.silos.grpc import GrpcLink, most_bytes, peers
 from fedgmr_plugin.runtimes.silos.objects import Objects
 from fedgmr_plugin.runtimes.silos.pickles import PickledModels
@@ -38,6 +39,7 @@ def build(args: Any, device: Any, dataset: Any, model: nn.Module, server_aggrega
         raise DataError("GMR-302", "the server has no test data: test_data_global is None", where="dataset")
     setup = prepare_server(args, device, dataset[3], model, dataset[5], dataset[6])
     config = setup.config
+    refuse_top_k(config, None if dataset[7] is None else int(dataset[7]))
     if config.device_submodel == "width":
         raise ConfigError(
             "GMR-106",
