@@ -681,3 +681,10 @@ def test_the_command_is_noted_where_it_can_be_given_again(
         command.note("another.py")
         assert command.next_run() == (script, argv[1:], str(tmp_path), 1)
         assert command.next_run().run == 2
+
+
+def test_a_key_of_fedmls_defences_is_no_slip() -> None:
+    sections = {"train_args": {"federated_optimizer": "fedgmr", "norm_bound": 1.0}}
+    assert [note.split()[0] for note in registration.notes(sections)] == ["norm_bound"]
+    defended = {**sections, "security_args": {"enable_defense": True, "defense_type": "norm_diff_clipping"}}
+    assert registration.notes(defended) == []

@@ -24,7 +24,7 @@ from fedgmr_plugin.runtimes.distributed import job
 from fedgmr_plugin.runtimes.settings import SECTION, check_file, options
 
 OPTIMIZER = "fedgmr"
-#: Options of ours that are keys of FedML too, with another meaning.
+#: Options of ours that are keys of FedML too, with another meaning; `norm_bound` where it defends.
 FEDML_READS = frozenset({"run_name", "output_dir"})
 
 #: (constructed object, FedML's arguments, the constructor's further arguments) -> None
@@ -176,11 +176,12 @@ def notes(sections: config_file.Sections) -> list[str]:
         elif difflib.get_close_matches(str(optimizer).lower(), [OPTIMIZER], cutoff=0.8):
             return [f'{message}; did you mean "{OPTIMIZER}"?']
         return [f"{SECTION} has no effect: {message}"] if SECTION in sections else []
+    of_fedml = FEDML_READS | ({"norm_bound"} if settings.get("enable_defense") else frozenset())
     return [
         f"{key} in {section} has no effect: options of fedgmr belong in the section {SECTION}"
         for section, keys in sections.items()
         for key in keys
-        if section != SECTION and key in FedGMRConfig.model_fields and key not in FEDML_READS
+        if section != SECTION and key in FedGMRConfig.model_fields and key not in of_fedml
     ]
 
 
