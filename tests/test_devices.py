@@ -105,6 +105,18 @@ def test_no_device_can_make_a_model_that_nobody_can_be_sent(tmp_path: Path) -> N
     assert float(field.office.server.w_D.abs().max()) <= 65504.0
 
 
+def test_a_late_answer_brings_the_next_sub_model_with_it(tmp_path: Path) -> None:
+    """The device need not say once more that it is there."""
+    field = make(tmp_path, 2, 40, answer_deadline=2.0, densities=(0.5, 1.0))
+    field.seconds, field.heartbeat = (lambda n: 0.3 if n else 5.0), 30.0
+    start(field)
+    field.until(lambda: [r["client"] for r in field.records("arrival")].count(0) > 1)
+    states = [r["state"] for r in field.records("client") if r["client"] == 0]
+    assert states[:3] == ["joined", "overdue", "joined"]
+    first, second = [r["time"] for r in field.records("dispatch") if r["client"] == 0][:2]
+    assert second - first < 7.0
+
+
 def replayed(field: Field) -> Comparison:
     """The run's log through the engine in one process, as another process would read it."""
     other = make(field.folder, field.count, field.windows)
