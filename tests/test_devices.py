@@ -105,6 +105,17 @@ def test_no_device_can_make_a_model_that_nobody_can_be_sent(tmp_path: Path) -> N
     assert float(field.office.server.w_D.abs().max()) <= 65504.0
 
 
+def test_who_waited_for_the_others_joins_when_the_run_begins(tmp_path: Path) -> None:
+    """Times in the log do not decrease, whoever came first."""
+    field = make(tmp_path, 2, 4, clients_at_start=2).begin()
+    field.device(0)
+    field.until(lambda: field.world.now > 5.0)
+    field.device(1)
+    field.run()
+    joined = [r["time"] for r in field.records("client")[:2]]
+    assert joined[0] == joined[1] > 5.0
+
+
 def test_a_late_answer_brings_the_next_sub_model_with_it(tmp_path: Path) -> None:
     """The device need not say once more that it is there."""
     field = make(tmp_path, 2, 40, answer_deadline=2.0, densities=(0.5, 1.0))
