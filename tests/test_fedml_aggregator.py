@@ -137,6 +137,34 @@ def defence(kind: str, **changes: Any) -> dict[str, Any]:
     return {"enable_defense": True, "defense_type": kind, **DEFENCES[kind], **changes}
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"enable_defense": True}, "GMR-107 defense_type: FedML reads it for enable_defense"),
+        ({"enable_defense": True, "defense_type": "cclip"}, "GMR-107 bucket_size: .* for defense_type=cclip"),
+        ({"enable_defense": True, "defense_type": "kurm"}, "GMR-103 defense_type=kurm: FedML does not know"),
+        ({"enable_dp": True, "dp_solution_type": "cpd", "delta": 0.1}, "GMR-103 dp_solution_type=cpd: FedML"),
+        (
+            {
+                "enable_dp": True,
+                "dp_solution_type": "cdp",
+                "mechanism_type": "gaussian",
+                "epsilon": 9,
+                "delta": 0.1,
+                "sensitivity": 1,
+            },
+            "GMR-104 dp_solution_type=cdp: FedML refuses its options: Epsilon cannot be greater than 1",
+        ),
+    ],
+)
+def test_what_fedml_raises_at_options_of_its_defences_and_privacy_is_said_in_words(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
+        bridge(**changes)
+    assert refusal.value.__cause__ is not None
+
+
 PRIVACY = {"mechanism_type": "gaussian", "epsilon": 0.9, "delta": 1e-2, "sensitivity": 0.1}
 
 

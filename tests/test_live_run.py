@@ -247,6 +247,7 @@ def test_a_dense_device_that_comes_late_is_no_violation(tmp_path: Path) -> None:
     server.start()
     devices = [world.device(2)]
     while run.office.server.version < 3:
+        assert server.is_alive()
         time.sleep(0.01)
     devices.append(world.device(1))
     for thread in (server, *devices):

@@ -121,7 +121,9 @@ def network() -> nn.Module:
         )
 
 
-def build(folder: Path, seed: int = 3, size: int = 25, **options: Any) -> Any:
+def build(
+    folder: Path, seed: int = 3, size: int = 25, keys: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """A run of twelve windows, not started."""
     from fedml.simulation import SimulatorSingleProcess
 
@@ -134,6 +136,7 @@ def build(folder: Path, seed: int = 3, size: int = 25, **options: Any) -> Any:
             "interval": 2, "output_dir": str(folder), "run_name": "run", "progress": False,
             "densities": [1.0, 0.5, 0.2, 0.1], "patience": 1, "checkpoint_seconds": 0.0, **options,
         },
+        **(keys or {}),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
 
@@ -267,7 +270,7 @@ def test_another_run_than_the_interrupted_one_is_refused(
     killed_after(build(tmp_path), 5, monkeypatch)
     before = (tmp_path / "run" / LOG_NAME).read_bytes()
     for changed, message in (
-        ({"seed": 4}, "seed: 3 became 4; fedml: "),
+        ({"seed": 4}, "seed: 3 became 4; random_seed: 3 became 4\n"),
         ({"size": 20}, r"client_samples: \[23, 23, 23, 23\] became \[18, 18, 18, 18\]\n"),
         (
             {"patience": 2, "trigger": "time"},
@@ -278,6 +281,47 @@ def test_another_run_than_the_interrupted_one_is_refused(
             again(tmp_path, **changed).train()
         assert refusal.value.where == str(tmp_path / "run")
     assert (tmp_path / "run" / LOG_NAME).read_bytes() == before
+
+
+@pytest.fixture
+def fresh_singletons() -> Iterator[None]:
+    """FedML keeps defences and privacy per process."""
+    from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
+    from fedml.core.security.fedml_defender import FedMLDefender
+
+    yield
+    FedMLDefender._defender_instance = None
+    FedMLDifferentialPrivacy._dp_instance = None
+
+
+@pytest.mark.usefixtures("registered", "fresh_singletons")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epsilon": 0.9}, "epsilon: 0.5 became 0.9\n"),
+        ({"enable_dp": False}, 'enable_dp: true became null; dp_solution_type: "cdp" became null; '),
+        (
+            {"enable_defense": True, "defense_type": "crfl"},
+            "enable_defense: null became true; defense_type: ",
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_less_privacy_or_another_defence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str
+) -> None:
+    """FedML's options of both are in the log's header and in config.yaml; what is off is in neither."""
+    private = {
+        "enable_dp": True, "dp_solution_type": "cdp", "mechanism_type": "gaussian", "epsilon": 0.5,
+        "delta": 1e-5, "sensitivity": 1e-3, "clipping_norm": None, "clip_threshold": 1.0,
+    }  # fmt: skip
+    killed_after(build(tmp_path, keys={**private, "defense_type": "krum"}), 5, monkeypatch)
+    header = read_run(tmp_path / "run").header["fedml"]
+    assert header.items() >= private.items() and not header.keys() & {"enable_defense", "defense_type"}
+    with pytest.raises(RunLogError, match=f"GMR-606 .*{message}"):
+        again(tmp_path, keys={**private, "defense_type": "krum", **changed}).train()
+    again(tmp_path, keys={**private, "defense_type": "krum"}).train()
+    plain = build(tmp_path / "plain", keys={**private, "enable_dp": False})
+    assert not plain.header["fedml"].keys() & private.keys()
 
 
 @pytest.mark.usefixtures("registered")

@@ -21,6 +21,7 @@ from fedgmr_plugin.engine.samples import Batch
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.trainer import Metrics
 from fedgmr_plugin.errors import ConfigError, HostError, UpdateRejected
+from fedgmr_plugin.runtimes.settings import SECURITY, security
 from fedgmr_plugin.runtimes.trainer import metrics_of, refuse_encryption
 
 State = OrderedDict[str, Tensor]
@@ -46,6 +47,9 @@ _log = logging.getLogger(__name__)
 class AggregatorBridge:
     """FedML's aggregation hooks for an engine that aggregates by itself.
 
+    Raises ConfigError GMR-103, GMR-104 or GMR-107 where FedML cannot make its own of the options of attacks,
+    defences and privacy.
+
     Args:
         aggregator: the user's ServerAggregator; FedML's default one is made where it is None.
         model: the global model's architecture (for FedML's default aggregator only; not kept otherwise).
@@ -70,11 +74,7 @@ class AggregatorBridge:
         test_loaders: Mapping[Any, Any] | None = None,
     ) -> None:
         self.user_defined = aggregator is not None
-        if aggregator is None:
-            from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
-
-            aggregator = create_server_aggregator(model, args)
-        self.aggregator = aggregator
+        self.aggregator = _default(model, args) if aggregator is None else aggregator
         self._args = args
         self._device = torch.device("cpu") if device is None else device
         self._loaders = (
@@ -231,6 +231,26 @@ class AggregatorBridge:
             where="defense_type",
             hint="Use one of " + ", ".join(sorted(_ONE_UPDATE | _SEVERAL_UPDATES | _ALL_CLIENTS)) + ".",
         )
+
+
+def _default(model: nn.Module, args: Any) -> Any:
+    """FedML's own ServerAggregator, which sets up attacks, defences and privacy; what it raises, in words."""
+    from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
+
+    try:
+        return create_server_aggregator(model, args)
+    except Exception as error:  # whatever FedML raises
+        asked = security(args)
+        kinds = ", ".join(f"{kind}={asked[kind]}" for kind in SECURITY.values() if kind in asked)
+        if not asked:
+            raise
+        if isinstance(error, AttributeError) and error.obj is args:
+            found = ConfigError("GMR-107", f"{error.name}: FedML reads it for {kinds or ', '.join(asked)}")
+        elif "not defined" in str(error):
+            found = ConfigError("GMR-103", f"{kinds}: FedML does not know it")
+        else:
+            found = ConfigError("GMR-104", f"{kinds}: FedML refuses its options: {error}")
+        raise found from error
 
 
 def _defence() -> str | None:

@@ -27,7 +27,7 @@ COMMAND = "command.json"
 #: Its key beside the command: CPU threads of torch, for a run that leaves them as they are.
 _THREADS = "cpu_threads"
 #: Keys of the header that are compared elsewhere or not at all, and options that change no bit of the model.
-_FREE = frozenset({"type", "schema", "versions", "device", "run_name", "config"})
+_FREE = frozenset({"type", "schema", "versions", "device", "run_name", "config", "fedml"})
 FREE_OPTIONS = frozenset(
     {"run_name", "output_dir", "progress", "workers", "checkpoint_seconds", "server_patience"}
 )
@@ -152,6 +152,12 @@ def _check_same(before: Mapping[str, Any], header: Mapping[str, Any], run: Path)
         f"{key}: {_short(before.get(key))} became {_short(now[key])}"
         for key in now
         if key not in _FREE and before.get(key) != now[key]
+    ]
+    fedml = before.get("fedml") or {}
+    differ += [
+        f"{key}: {_short(fedml.get(key))} became {_short(now['fedml'].get(key))}"
+        for key in (now["fedml"] | fedml)
+        if fedml.get(key) != now["fedml"].get(key)
     ]
     options = before.get("config") or {}
     differ += [

@@ -45,7 +45,7 @@ from fedgmr_plugin.runtimes.command import next_run
 from fedgmr_plugin.runtimes.distributed.pool import PATIENCE, Workers
 from fedgmr_plugin.runtimes.merge_hooks import MergeHooks
 from fedgmr_plugin.runtimes.recorded import RecordedRun
-from fedgmr_plugin.runtimes.settings import as_mapping
+from fedgmr_plugin.runtimes.settings import as_mapping, security
 from fedgmr_plugin.runtimes.setup import Setup, dense_megabytes, last_layer, links
 from fedgmr_plugin.runtimes.trainer import is_known
 
@@ -244,7 +244,7 @@ def run_header(setup: Setup, name: str, megabytes: float, *, hooked: bool) -> di
         "run_name": name,
         "seed": keys.seed,
         "config": effective(config),
-        "fedml": {**as_mapping(keys), "aggregation_hooks": hooked, **live},
+        "fedml": {**as_mapping(keys), "aggregation_hooks": hooked, **security(setup.args), **live},
         "versions": {"python": platform.python_version(), **_versions()},
         "clients": keys.clients,
         "client_samples": list(setup.counts),

@@ -21,6 +21,26 @@ SECTION = "fedgmr_args"
 _MISSPELT = (SECTION, "gmr_args", "fedgmr", "gmr")
 
 
+#: What turns on FedML's attacks, defences and differential privacy, which of them, and what they read then.
+SECURITY = {
+    "enable_attack": "attack_type",
+    "enable_defense": "defense_type",
+    "enable_dp": "dp_solution_type",
+}
+_SECURITY_READS = (
+    "C", "alpha", "attack_base", "attack_mode", "attack_prob", "attack_round_num",
+    "attack_training_rounds", "batch_num", "beta", "bound_param", "bucket_size", "bucketing_batch_size",
+    "byzantine_client_num", "clip_threshold", "clipping", "clipping_norm", "cosine_similarity_bound",
+    "delta", "enable_rdp_accountant", "epsilon", "gaussian_mu", "gaussian_sigma", "krum_param_m",
+    "lambda_param", "lazy_worker_num", "malicious_client_id", "max_grad_norm", "mechanism_type", "mode",
+    "noise_multiplier", "norm_bound", "option_type", "original_class_list", "poison_end_round_id",
+    "poison_start_round_id", "poisoned_training_round", "pretraining_round_num",
+    "ratio_of_poisoned_client", "rdp_alpha", "robust_threshold", "scale_factor_S", "sensitivity",
+    "sigma", "stddev", "target_class_list", "tau", "thresh", "to_keep_higher_scores",
+    "train_data_num_in_total", "trim_param_b",
+)  # fmt: skip
+
+
 class FedMLKeys(NamedTuple):
     """FedML's own keys, checked.
 
@@ -169,6 +189,16 @@ def fedml_keys(args: Any) -> FedMLKeys:
         test_interval=whole("frequency_of_the_test", 1, 1),
         dataset=str(getattr(args, "dataset", "")),
     )
+
+
+def security(args: Any) -> dict[str, Any]:
+    """FedML's keys of attacks, defences and differential privacy, where any is on; for the run log."""
+    on = {switch: kind for switch, kind in SECURITY.items() if getattr(args, switch, False)}
+    if not on:
+        return {}
+    simple = (bool, int, float, str, list, type(None))
+    given = {key: getattr(args, key) for key in (*on.values(), *_SECURITY_READS) if hasattr(args, key)}
+    return dict.fromkeys(on, True) | {key: v for key, v in given.items() if isinstance(v, simple)}
 
 
 def as_mapping(keys: FedMLKeys) -> Mapping[str, Any]:
