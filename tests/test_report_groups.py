@@ -677,6 +677,28 @@ def charts(page: str, about: str) -> list[str]:
     return re.findall(rf'<svg class="chart[^>]*><title[^>]*>{re.escape(about)}.*?</svg>', page, re.DOTALL)
 
 
+def test_what_the_whole_axis_hides_is_drawn_once_more(log: Any) -> None:
+    """The last half, where groups end close to each other; not of one group, nor where anybody can see it."""
+    rise = [0.1, 0.5, 0.8, 0.9]
+    close = [[*rise, 0.93, 0.94, 0.95, 0.96], [*rise, 0.92, 0.92, 0.92, 0.92]]
+    runs = [
+        log(f"{name}-{seed}", seed, values, **changes)
+        for name, values, changes in zip("ab", close, ({}, NONE), strict=True)
+        for seed in (1, 2)
+    ]
+    (late,) = charts(render(runs, "x"), "Accuracy in the last half, enlarged")
+    assert ">40<" in late and ">80<" in late and ">90<" in late and ">96<" in late
+    assert ">0<" not in late and ">10<" not in late and ">20<" not in late
+    single = [runs[0], runs[2]]
+    (late,) = charts(render(single, "x"), "Accuracy in the last half, enlarged")
+    assert "a-1, window 5" in late and "a-1, window 3" not in late
+    apart = [log("a-1", 1, [*rise, 0.9, 0.9]), log("b-1", 1, [0.1, 0.1, 0.2, 0.3, 0.4, 0.4], **NONE)]
+    none = [log("a-1", 1, [None] * 4), log("b-1", 1, [None] * 4, **NONE)]
+    for others in (runs[:2], runs[:1], apart):
+        assert not charts(render(others, "x"), "Accuracy in the last half")
+    assert charts(render(none, "x"), "Loss against") and not charts(render(none, "x"), "Accuracy in")
+
+
 def test_forms_of_a_method_are_one_panel(many: list[RunLog]) -> None:
     found = panels(many[::3])
     assert [(panel.title, [METHODS[place] for place in panel.places]) for panel in found] == [

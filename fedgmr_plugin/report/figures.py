@@ -24,6 +24,8 @@ Array = NDArray[np.float64]
 BOTH_CANDIDATES = 3
 #: Seeds from which an interval is drawn: from two it is 13 standard errors wide to either side.
 BAND_SEEDS = FEWEST_PAIRS
+#: The last half is drawn once more where it spans less of the axis than this.
+_ENLARGED = 0.3
 #: What the lines of a panel are that its legend does not name.
 _GREY = " Grey: all other configurations; rest the pointer on one for its name."
 _PLAIN = " Without markers: the one that the others are compared with."
@@ -87,6 +89,24 @@ class Figures:
         title = f"{self._metric_name()} against {self._clock} time, panel by panel"
         caption = "Test set; the model that would be shipped."
         return self._multiples(title, caption + self._spread(), series, self.seconds, self._y())
+
+    def metric_late(self) -> str:
+        """The last half of the time on an axis of its own, where the whole axis hides how groups differ."""
+        half = (self.seconds.high or 0.0) / 2
+        series = self._metric_series(lambda run, key: evaluations(run, key)[0], both=False)
+        late = [[_since(s, half) for s in curves] for curves in series]
+        drawn = [v for curves in late for s in curves for v in (s.y, s.low, s.high) if v is not None]
+        values = np.concatenate(drawn)
+        values = values[np.isfinite(values)]
+        whole = self._y()
+        if len(self.groups) < 2 or not len(values) or whole.low is None or whole.high is None:
+            return ""
+        ticks = nice_ticks(float(values.min()), float(values.max()))
+        if ticks[-1] - ticks[0] > _ENLARGED * (whole.high - whole.low):
+            return ""
+        title = f"{self._metric_name()} in the last half, enlarged"
+        y, x = whole._replace(low=ticks[0], high=ticks[-1]), self.seconds._replace(low=half)
+        return self._drawn(title, "The same evaluations." + self._spread(), late, x, y)
 
     def metric_by_bytes(self) -> str:
         """Accuracy of the shipped candidate against the clients' traffic."""
@@ -499,6 +519,14 @@ class Figures:
         said = "; ".join(_said(s) for s in drawn if s.label and not s.context)
         svg = chart(drawn, x, y, ident=ident, title=title, description=f"{caption} {said}", marks=marks)
         return f'<figure>{head}{_legend(drawn)}<div class="plot" tabindex="0">{svg}</div></figure>'
+
+
+def _since(s: Series, start: float) -> Series:
+    """The points of a curve from `start` on."""
+    at = s.x >= start
+    low, high = (None if v is None else v[at] for v in (s.low, s.high))
+    notes = [note for note, is_late in zip(s.notes, at, strict=True) if is_late] if s.notes else ()
+    return s._replace(x=s.x[at], y=s.y[at], low=low, high=high, notes=notes)
 
 
 def _faded(s: Series) -> Series:

@@ -228,7 +228,8 @@ def _summary(
 def _metric(figures: Figures, rows: Sequence[Result], found: Comparisons | None) -> str:
     """The figures of the metric; of many groups all accuracies, an overview, and panels, some folded."""
     if not figures.many:
-        return _grid([figures.metric_by_time(), figures.metric_by_bytes()])
+        shown = [figures.metric_by_time(), figures.metric_by_bytes(), figures.metric_late()]
+        return _grid([figure for figure in shown if figure])
     ranked = dots.figure(rows, None if found is None else found.reference, ident="dots")
     overview = _grid([figure for figure in (ranked, figures.metric_by_time()) if figure])
     by_bytes = f"{figures.metric.capitalize()} against bytes"
