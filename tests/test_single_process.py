@@ -465,7 +465,7 @@ def test_a_users_trainer_and_aggregator_are_honoured(tmp_path: Path) -> None:
         ),
         (
             {"patience": 5},
-            "; nobody was restored in 3 looks for a plateau (interval: 2 windows), which 6 looks "
+            "; nobody was restored in 2 looks for a plateau (interval: 2 windows), which 6 looks "
             "at least are needed for (patience: 5)\n",
         ),
         ({"trigger": "gradient"}, "0.40 at the end; trigger: gradient restored nobody\n"),
@@ -697,6 +697,38 @@ def test_the_plan_agrees_with_the_run(tmp_path: Path) -> None:
     for record in log.records("dispatch")[:4]:
         assert record["support"] == sizes[record["density"]]
         assert record["bytes_down"] == pytest.approx(37.2e6 * record["density"])
+
+
+@pytest.mark.parametrize(
+    ("options", "windows"),
+    [
+        ({"trigger": "plateau", "patience": 2, "plateau_delta": 9.0}, 9),
+        ({"trigger": "plateau", "patience": 2, "plateau_delta": 9.0}, 6),
+        ({"trigger": "time", "time_fractions": [0.3], "time_floors": [1.0], "time_budget": 100.0}, 99),
+        ({"trigger": "mixed", "patience": 2, "plateau_delta": 9.0, "time_budget": 300.0}, 9),
+        ({"trigger": "mixed", "patience": 9, "plateau_delta": 9.0, "time_budget": 60.0}, 99),
+        ({"trigger": "none"}, 9),
+        ({"trigger": "plateau", "dense_start": True}, 9),
+    ],
+)
+def test_the_plan_knows_when_the_first_density_can_rise(
+    tmp_path: Path, options: dict[str, Any], windows: int
+) -> None:
+    """At a metric that never improves, that is when it does."""
+    network_of = {"client_jitter": 0, "server_jitter": 0, "model_megabytes": 37.2}
+    args = arguments(tmp_path, {**network_of, **options}, comm_round=windows)
+    finished = run(args)
+    plan = plan_run(finished.simulation.config, fedml_keys(args), network())
+    found = read_run(finished.directory).column("restoration", "window").tolist()
+    assert plan.windows == finished.end["windows"]
+    if found:
+        assert plan.first_restoration == found[0] < plan.windows
+    else:
+        assert plan.first_restoration is None or plan.first_restoration >= plan.windows
+    said = table(plan)
+    assert f"about {plan.windows} windows; no density is " in said
+    assert ("ever raised" in said) == (plan.first_restoration is None)
+    assert ("hence in this run none" in said) == (not found and plan.first_restoration is not None)
 
 
 @pytest.mark.parametrize(

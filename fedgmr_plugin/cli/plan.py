@@ -81,6 +81,7 @@ def table(plan: Any) -> str:
     lines = [
         f"model  {plan.coordinates:,} coordinates, {plan.prunable:,} prunable, {plan.model_megabytes:.2f} MB",
         f"window {plan.window_seconds:.2f} s, mean density at the start {plan.mean_density:.3f}",
+        f"about {plan.windows:,} windows; {_restoration(plan)}",
         "",
         f"{'layer':<40} {'kind':<9} {'size':>12}",
         *(f"{layer['name']:<40} {layer['kind']:<9} {layer['size']:>12,}" for layer in plan.layers),
@@ -106,6 +107,15 @@ def table(plan: Any) -> str:
     for finding in plan.findings:
         lines += ["", f"{finding['code']} {finding['message']}"]
     return "\n".join(lines)
+
+
+def _restoration(plan: Any) -> str:
+    first = plan.first_restoration
+    if first is None:
+        return "no density is ever raised"
+    if first >= plan.windows:
+        return f"no density is raised before window {first:,}, hence in this run none (interval, patience)"
+    return f"no density is raised before window {first:,}"
 
 
 def _flight(group: Any, density: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -60,7 +61,12 @@ class ClientClass:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The answer of ``fedgmr plan``: sizes in MB (10^6 bytes), times in virtual seconds without jitter."""
+    """The answer of ``fedgmr plan``: sizes in MB (10^6 bytes), times in virtual seconds without jitter.
+
+    Attributes:
+        windows: windows that the run will have, about.
+        first_restoration: window after which a density can be raised at the earliest; None where none is.
+    """
 
     layers: tuple[dict[str, Any], ...]
     findings: tuple[dict[str, str], ...]
@@ -68,7 +74,9 @@ class RunPlan:
     prunable: int
     model_megabytes: float
     window_seconds: float
+    windows: int
     mean_density: float
+    first_restoration: int | None
     sub_models: tuple[SubModel, ...]
     classes: tuple[ClientClass, ...]
 
@@ -155,13 +163,33 @@ def plan_run(config: FedGMRConfig, keys: FedMLKeys, model: nn.Module) -> RunPlan
         prunable=layout.prunable,
         model_megabytes=megabytes,
         window_seconds=at_start.window,
+        windows=_windows(config, keys, at_start.window),
         mean_density=sum(start) / keys.clients,
+        first_restoration=_first_restoration(config, at_start.window) if min(start) < 1.0 else None,
         sub_models=tuple(
             SubModel(d, end, end / layout.size, *stage.moves(d)[:2])
             for d, end in zip(ranking.densities, ranking.ends, strict=True)
         ),
         classes=tuple(classes),
     )
+
+
+def _windows(config: FedGMRConfig, keys: FedMLKeys, window_seconds: float) -> int:
+    """Windows of the run, as long as they are of this length."""
+    if config.time_budget is None:
+        return keys.windows
+    return min(keys.windows, math.ceil(config.time_budget / window_seconds))
+
+
+def _first_restoration(config: FedGMRConfig, window_seconds: float) -> int | None:
+    """Windows before the earliest look at which the trigger can raise a density."""
+    looks = [1] if config.trigger == "gradient" else []
+    if config.trigger in ("plateau", "mixed"):
+        looks.append(config.patience + 1)
+    if config.trigger in ("time", "mixed") and config.time_budget is not None:
+        due = config.time_fractions[0] * config.time_budget / window_seconds
+        looks.append(max(1, math.ceil(due / config.interval)))
+    return min(looks) * config.interval if looks else None
 
 
 class _Rehearsal(NamedTuple):

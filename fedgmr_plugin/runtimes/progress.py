@@ -97,7 +97,7 @@ class Progress:
         if trigger not in ("plateau", "mixed"):
             return f"{told}; trigger: {trigger} restored nobody"
         interval, patience = self._options["interval"], self._options["patience"]
-        looks = windows // interval
+        looks = (windows - 1) // interval  # there is none after the last window
         return (
             f"{told}; nobody was restored in {looks} looks for a plateau (interval: {interval} windows), "
             f"which {patience + 1} looks at least are needed for (patience: {patience})"
