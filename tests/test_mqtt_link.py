@@ -310,6 +310,16 @@ def test_a_broker_that_is_not_trusted_is_refused_clearly(
     link.stop()
 
 
+def test_a_port_without_tls_is_asked_about(
+    where: Where, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = MqttLink(where._replace(ca=authority.file), [], Inbox())
+    link.start()
+    until(lambda: "; does it speak TLS at this port?" in caplog.text)
+    link.stop()
+    assert link.refused is None, "the right one may come"
+
+
 def test_a_device_that_was_connected_waits_for_a_broker_that_it_trusts(
     supervisor: Supervisor, authority: Authority, tmp_path: Path
 ) -> None:

@@ -165,7 +165,13 @@ class MqttLink:
             self.refused = HostError("GMR-515", f"{there} {problem}")
         elif str(error) != self._told:
             self._told = str(error)
-            _log.warning("%s cannot be reached, trying again: %s", there, error)
+            _log.warning("%s cannot be reached, trying again: %s%s", there, error, self._hint(error))
+
+    def _hint(self, error: BaseException | None) -> str:
+        """What a connection probably breaks of while TLS is agreed on."""
+        speaks_tls = self._broker.ca is not None or self._broker.certificate is not None
+        is_cut = isinstance(error, (ssl.SSLError, ConnectionResetError, BrokenPipeError))
+        return "; does it speak TLS at this port?" if speaks_tls and is_cut else ""
 
     def _on_disconnect(self, client: Any, userdata: Any, code: int) -> None:
         was_connected = self.connected.is_set()
