@@ -503,6 +503,19 @@ def test_a_device_that_always_needs_several_deadlines_is_merged_all_the_same(tmp
     assert replayed(field).differences == []
 
 
+def test_a_device_that_cannot_remember_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each of its tasks would say it again."""
+    (tmp_path / "state").write_text("no folder")
+    memory = Memory(tmp_path / "state")
+    for _ in range(3):
+        memory.save()
+    (tmp_path / "state").unlink()
+    memory.save()
+    (tmp_path / "state" / "device.draft").mkdir()
+    memory.save()
+    assert caplog.text.count("would not remember") == 2
+
+
 @pytest.mark.parametrize("damage", ["torn answer", "other answer", "torn state", "empty state", "no folder"])
 def test_a_damaged_memory_is_never_believed(tmp_path: Path, damage: str) -> None:
     field = start(make(tmp_path / "s"), tmp_path)

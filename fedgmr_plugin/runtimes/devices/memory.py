@@ -32,6 +32,7 @@ class Memory:
         reserved: numbers up to this one may have been used.
         is_restored: whether this memory was loaded, and no number has been used since.
         run: FedML's ``run_id`` of that run.
+        problem: why it could not be saved the last time; "" where it could.
     """
 
     folder: Path | None = None
@@ -44,6 +45,7 @@ class Memory:
     reserved: int = 0
     is_restored: bool = False
     run: str = ""
+    problem: str = ""
 
     @staticmethod
     def load(folder: Path | None) -> Memory:
@@ -113,7 +115,11 @@ class Memory:
                 _write(self.folder / _ANSWER, self.content)
             _write(self.folder / _STATE, json.dumps(kept).encode())
         except OSError as error:
-            _log.warning("this device would not remember its state after a restart: %s", error)
+            if not self.problem:  # each task would say it again
+                _log.warning("this device would not remember its state after a restart: %s", error)
+            self.problem = str(error)
+        else:
+            self.problem = ""
 
 
 def _content(path: Path, update: Piece) -> bytes:
