@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -530,6 +530,30 @@ def test_the_hook_shows_our_errors_and_passes_others_on(
     uncaught.restore()
     uncaught.restore()
     assert sys.excepthook is first
+
+
+@pytest.mark.parametrize(
+    ("module", "is_ours"), [("fedgmr_plugin.runtimes.recorded", True), ("__main__", False)]
+)
+def test_an_interrupt_of_a_run_of_ours_is_shown_in_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, is_ours: bool
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: seen.append(error[0]))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    train = FunctionType(interrupted.__code__, {"__name__": module})
+    uncaught.install()
+    try:
+        with pytest.raises(KeyboardInterrupt) as found:
+            train()
+        sys.excepthook(KeyboardInterrupt, found.value, found.tb)
+    finally:
+        uncaught.restore()
+    assert seen == ([] if is_ours else [KeyboardInterrupt])
+    assert capsys.readouterr().err == ("\nAborted!\n" if is_ours else "")
 
 
 def test_fedmls_own_hook_shows_our_errors_by_their_message(

@@ -1,9 +1,9 @@
 """An error of ours that nobody catches is shown by its message, not by a traceback through FedML and us.
 
 A program that registers fedgmr itself runs under Python's own top level, so `install` puts a hook there.
-FedML puts its own in that place in `fedml.init`; `wrap` lets that one, too, show our errors by message. All
-other exceptions take the way that they took before; the traceback of one that ends a script under
-`fedgmr run` begins at the script, as it does under `python`.
+FedML puts its own in that place in `fedml.init`; `wrap` lets that one, too, show our errors by message, and
+an interrupt (Ctrl-C) of a run of ours in a word. All other exceptions take the way that they took before; the
+traceback of one that ends a script under `fedgmr run` begins at the script, as it does under `python`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,14 @@ def tell(error: FedGMRError) -> None:
     click.echo(describe(error), err=True)
 
 
+def _is_in_a_run(trace: TracebackType | None) -> bool:
+    """Whether a run of ours was interrupted: where it stood in our code is of no use to its user."""
+    return any(
+        str(frame.f_globals.get("__name__")).startswith("fedgmr_plugin.runtimes.")
+        for frame, _ in traceback.walk_tb(trace)
+    )
+
+
 def wrap(hook: Hook) -> Hook:
     """`hook`, but for our errors, which are shown by `describe`."""
 
@@ -56,6 +64,9 @@ def wrap(hook: Hook) -> Hook:
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, FedGMRError):
             tell(error)
+        elif isinstance(error, KeyboardInterrupt) and _is_in_a_run(trace):
+            job.after_rank_0()
+            click.echo("\nAborted!", err=True)  # as under `fedgmr run`
         else:
             trace = from_script(trace, sys.argv[0])
             hook(kind, error.with_traceback(trace), trace)
