@@ -1257,7 +1257,7 @@ def test_fedmls_own_devices_know_no_proximal_term(
 ) -> None:
     width = {"score": "width"} if submodel == "width" else {}
     world = World(tmp_path, device_submodel=submodel, **width, **options)
-    with pytest.raises(ConfigError, match=r"GMR-106 .*proximal=0.0?1: with device_submodel"):
+    with pytest.raises(ConfigError, match=r"GMR-106 .*proximal=0.0?1.*: with device_submodel"):
         world.server()
 
 
@@ -1279,6 +1279,23 @@ def test_densities_are_measured_where_there_is_something_to_measure(
         return
     with pytest.raises(ConfigError, match="GMR-106 measured_densities=true"):
         world.server()
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        ("heterofl", r"label_masks=true \(of method=heterofl\) needs"),
+        ("fjord", r"local_objective=ordered_dropout \(of method=fjord\) is known"),
+        ("fiarse", r"local_objective=straight_through \(of method=fiarse\) is known"),
+        ("fedgmr", r"label_masks=true needs"),
+    ],
+)
+def test_what_only_the_method_sets_is_refused_in_the_methods_name(
+    tmp_path: Path, method: str, problem: str
+) -> None:
+    given = {"label_masks": True} if method == "fedgmr" else {}
+    with pytest.raises(ConfigError, match=f"GMR-106 .*{problem}"):
+        World(tmp_path, method=method, **given).server()
 
 
 def test_mask_aware_devices_train_with_the_proximal_term(tmp_path: Path) -> None:

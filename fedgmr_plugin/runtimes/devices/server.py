@@ -20,6 +20,7 @@ from fedgmr_plugin.engine.workbench import HeldOut, Training, Workbench
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.kernels.layout import build_layout, validate
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
+from fedgmr_plugin.methods import options_of
 from fedgmr_plugin.protocol.desk import Desk
 from fedgmr_plugin.protocol.pieces import Pieces
 from fedgmr_plugin.protocol.presence import Presence
@@ -215,6 +216,13 @@ def prepare_server(
 
 def _refuse_impossible(config: FedGMRConfig, *, has_store: bool) -> None:
     """What has no meaning without the clients' data, on a real clock, or with these clients."""
+    of_method = options_of(config.method)
+
+    def from_where(key: str) -> str:
+        """Nobody finds an option in a file that only the method sets."""
+        is_theirs = key in of_method and of_method[key] == getattr(config, key)
+        return f" (of method={config.method})" if is_theirs else ""
+
     wrong = [
         f"{key} belongs to a simulated network" for key in _SIMULATED if getattr(config, key) is not None
     ]
@@ -224,15 +232,17 @@ def _refuse_impossible(config: FedGMRConfig, *, has_store: bool) -> None:
         wrong.append("trigger=gradient needs the clients' data")
     for key in ("upload", "download"):
         if getattr(config, key) != "full":
-            wrong.append(f"{key}={getattr(config, key)} is known to simulated clients only")
+            wrong.append(f"{key}={getattr(config, key)}{from_where(key)} is known to simulated clients only")
     if config.label_masks:
-        wrong.append("label_masks=true needs the clients' data")
+        wrong.append(f"label_masks=true{from_where('label_masks')} needs the clients' data")
     if config.local_objective != "plain":
-        wrong.append(f"local_objective={config.local_objective} is known to simulated clients only")
+        shown = f"local_objective={config.local_objective}{from_where('local_objective')}"
+        wrong.append(f"{shown} is known to simulated clients only")
     if config.device_submodel != "wire" and config.proximal:
         wrong.append(
-            f"proximal={config.proximal:g}: with device_submodel={config.device_submodel}, FedML's own "
-            "clients train, which know no proximal term"
+            f"proximal={config.proximal:g}{from_where('proximal')}: with "
+            f"device_submodel={config.device_submodel}, FedML's own clients train, which know no proximal "
+            "term"
         )
     if config.device_submodel != "wire" and config.warmup_windows:
         wrong.append(
