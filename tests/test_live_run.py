@@ -1110,6 +1110,8 @@ def test_a_device_whose_run_is_over_trains_no_more(tmp_path: Path, own: bool, en
     (thread,) = process._trainer._threads
     thread.join(2.0)
     assert not thread.is_alive() and slow.taken < 100
+    if end == "interrupt":  # nobody waits for its answer until the deadline
+        until(lambda: run.office.status()[0]["state"] == "away")
     run.inbox.put(interrupt)
     server.join(20)
 

@@ -175,6 +175,10 @@ class DeviceProcess:
                 while not self.device.finished:
                     self._next()
             self._hands.flush(10.0)
+        except BaseException:
+            # The broker says it only of a connection that breaks, and the server would wait for an answer.
+            self._link.publish(self.device.speaks, self.device.last_will())
+            raise
         finally:
             self._over.set()  # a training that goes on would keep the process
             self._trainer.shutdown(wait=False, cancel_futures=True)
