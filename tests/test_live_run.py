@@ -178,6 +178,41 @@ def test_a_device_that_hears_nothing_of_a_server_says_so_once(
     assert is_served or "run_id=7 for" in said[0]
 
 
+@pytest.mark.parametrize("missing", [[], [2], [1, 2]])
+def test_a_server_that_waits_says_once_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, missing: list[int]
+) -> None:
+    """Who is missing may have another key or id, or no right at the broker, and believe to be there."""
+    monkeypatch.setattr(live_module, "_UNHEARD", 0.5)
+    world = World(tmp_path, windows=4, window_slack=0.1, clients_at_start=2)
+    run = world.server()
+
+    def stop() -> None:
+        time.sleep(2.5)
+        run.inbox.put(interrupt)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    processes = [world.process(n) for n in (1, 2) if n not in missing]
+    threads = [threading.Thread(target=process.run, daemon=True) for process in processes]
+    for thread in threads:
+        thread.start()
+    if missing:
+        threading.Thread(target=stop, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+    else:
+        run.train()
+    for process in processes:
+        process.device.finished = process.device.finished or bool(missing)
+    for thread in threads:
+        thread.join(20)
+    said = [r.getMessage() for r in caplog.records if "of the devices" in r.getMessage()]
+    assert len(said) == (1 if missing else 0)
+    assert not missing or f"of the devices {missing}, and the run waits for clients_at_start=2 (" in said[0]
+
+
 @pytest.mark.parametrize(("sent", "own"), [("model", "bfloat16"), ("bfloat16", "model")])
 def test_a_device_whose_file_has_another_payload_type_refuses_what_it_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, own: str

@@ -218,7 +218,8 @@ class DeviceProcess:
         if self.device.heard_at == self._unheard[1] and not self.device.finished:
             _log.warning(
                 "nothing has been heard of a server of run_id=%s for %.0f seconds: it is not there, waits "
-                "for others, or does not hear this device (%d), whose key or run_id may be another",
+                "for others, or does not hear this device (%d): its key or run_id may be another, or it may "
+                "have no right to its topics at the broker",
                 *(self._run, now - self._unheard[0], self.device.device),
             )
         self._unheard = None

@@ -50,6 +50,8 @@ _STATUS_SECONDS = 1.0
 _POLL = 0.05
 #: Seconds for which a run that is over deletes its objects, at most.
 _SWEEP = 10.0
+#: Seconds after which it is said, once, that too few devices are there.
+_UNHEARD = 30.0
 
 
 class Connected(Protocol):
@@ -100,6 +102,8 @@ class LiveRun(RecordedRun):
     _unwritten: list[dict[str, Any]] = field(default_factory=list, init=False)
     _problem: str = field(default="", init=False)
     _parted: bool = field(default=False, init=False)
+    _opened: float = field(default=0.0, init=False)
+    _told_unheard: bool = field(default=False, init=False)
 
     def train(self) -> None:
         """As `RecordedRun.train`, once it is certain that no other process serves this run.
@@ -202,6 +206,7 @@ class LiveRun(RecordedRun):
             for topic in office.kept_topics():
                 self.link.keep(topic, b"")  # the end of an earlier run of this name
         office.hello()
+        self._opened = time.monotonic()
 
     @property
     def _names(self) -> dict[str, Any]:
@@ -310,6 +315,24 @@ class LiveRun(RecordedRun):
                 raise self.link.refused from None
         if office.end is None:
             office.tick()
+            self._tell_unheard(office)
+
+    def _tell_unheard(self, office: Office) -> None:
+        """Say, once, whom the run waits for: who is missing may believe to be there."""
+        if self._told_unheard or time.monotonic() - self._opened < _UNHEARD:
+            return
+        self._told_unheard = True
+        wanted, joined = office.server.config.clients_at_start, len(office.live.early)
+        devices = office.desk.devices
+        missing = [devices[client] for client in range(len(devices)) if client not in office.seen]
+        if not missing or (office.live.begun and office.seen):
+            return
+        waits = f", and the run waits for clients_at_start={wanted} ({joined} joined)"
+        _log.warning(
+            "nothing has been heard for %.0f seconds of the devices %s%s: they are not there, their key, id "
+            "or run_id is another, or the broker gives them, or this server, no right to their topics",
+            *(_UNHEARD, _short(missing), "" if office.live.begun else waits),
+        )
 
     def _checkpoint(self, office: Office, writer: RunLogWriter) -> None:
         """A checkpoint, and a new journal behind it; none where the disk is full."""
