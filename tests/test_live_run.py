@@ -178,6 +178,35 @@ def test_a_device_that_hears_nothing_of_a_server_says_so_once(
     assert is_served or "run_id=7 for" in said[0]
 
 
+def test_a_silo_that_was_started_as_another_one_ends_before_it_trains(tmp_path: Path) -> None:
+    """It has another one's file, or rank: its samples would count as the other one's."""
+    world = World(tmp_path, windows=30, window_slack=0.1)
+    run, samples = world.server(), Slow()
+    process = DeviceProcess(
+        world.args,
+        1,
+        Parts(lambda client: samples, 40, BuiltinTrainer(), client=1),
+        world.model(),
+        transport=lambda hears, inbox: (Line(world, [hears], inbox), world.store),
+    )
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def serve() -> None:
+        with suppress(KeyboardInterrupt):
+            run.train()
+
+    server = threading.Thread(target=serve, daemon=True)
+    server.start()
+    with pytest.raises(ConfigError, match="GMR-112 --rank 2 was given, but silo 1 is number 1 in"):
+        process.run()
+    assert samples.taken == 0
+    until(lambda: run.office.status()[0]["state"] == "away")
+    run.inbox.put(interrupt)
+    server.join(20)
+
+
 @pytest.mark.parametrize("missing", [[], [2], [1, 2]])
 def test_a_server_that_waits_says_once_for_whom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, missing: list[int]

@@ -492,6 +492,11 @@ def test_a_silo_without_a_row_or_with_noise_that_nobody_adds_is_told_so(tmp_path
     with pytest.raises(ConfigError, match="no row for silo 1") as found:
         client.build(SimpleNamespace(**given), None, [None] * 5 + [data], stack)
     assert found.value.code == "GMR-112"
+    (tmp_path / "peers.csv").write_text(
+        "eid,rank,grpc_server_ip,grpc_server_port\n0,0,127.0.0.1,1\n1,1,127.0.0.1,2\n2,2,127.0.0.1,3\n"
+    )
+    with pytest.raises(ConfigError, match="--rank 2 was given, but the row of silo 1 has rank=1"):
+        client.build(SimpleNamespace(**{**given, "rank": 2}), None, [None] * 5 + [data], stack)
     private = SimpleNamespace(**given, enable_dp=True, dp_solution_type="ldp")
     with pytest.raises(ConfigError, match="GMR-106 dp_solution_type=ldp"):
         client.build(private, None, [None] * 5 + [data], stack)

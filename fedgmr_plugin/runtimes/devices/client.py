@@ -49,6 +49,7 @@ PROBE_BYTES = 1_000_000
 _STOOD_STILL = 60.0
 #: Seconds from the start without a message of the server after which that is said, once.
 _UNHEARD = 30.0
+OWN_FILE = "Start each silo with its own --rank and its own file (docs/silos.md)."
 
 
 class _Over(BaseException):
@@ -62,11 +63,13 @@ class Parts(NamedTuple):
         samples: client to its training samples; a device has its own only.
         own: number of its samples.
         trainer: how it trains.
+        client: which client it is, as it was started; None where only the server says.
     """
 
     samples: Callable[[int], Samples]
     own: int
     trainer: LocalTrainer
+    client: int | None = None
 
 
 class DeviceProcess:
@@ -118,7 +121,7 @@ class DeviceProcess:
         training = Training(parts.trainer, plan, keys.learning_rate)
         self._bench = Workbench(config, layout, model, clients, training)
         self._threads, self._clients = config.cpu_threads, keys.clients
-        self._patience, self._run = config.server_patience, here.run
+        self._patience, self._run, self._client = config.server_patience, here.run, parts.client
         self._inbox = Inbox()
         self._over = threading.Event()
         self._trainer = ThreadPoolExecutor(1, thread_name_prefix="fedgmr-training")
@@ -252,6 +255,12 @@ class DeviceProcess:
         def trained(done: Future[LocalUpdate]) -> None:
             self._inbox.put(lambda: then(done.result()))  # raises here what training raised there
 
+        if self._client not in (None, sent.client):
+            problem = (
+                f"--rank {self._client + 1} was given, but silo {self.device.device} is number "
+                f"{sent.client + 1} in the server's client_id_list"
+            )
+            raise ConfigError("GMR-112", f"{problem}: a wrong --rank, or another silo's file", hint=OWN_FILE)
         self._trainer.submit(self._bench.train, sent, interrupt=self._go_on).add_done_callback(trained)
 
     def _go_on(self) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalTrainer
 from fedgmr_plugin.errors import ConfigError
-from fedgmr_plugin.runtimes.devices.client import DeviceProcess, Parts
+from fedgmr_plugin.runtimes.devices.client import OWN_FILE, DeviceProcess, Parts
 from fedgmr_plugin.runtimes.devices.connection import connection, device_keys
 from fedgmr_plugin.runtimes.settings import fedml_keys, options
 from fedgmr_plugin.runtimes.setup import builtin_trainer, refuse_for_trainer, refuse_without_trainer
@@ -58,6 +58,12 @@ def build(args: Any, device: Any, dataset: Any, model: nn.Module, model_trainer:
             raise ConfigError(
                 "GMR-112", f"no row for silo {me}, or for the server, {here.server}", where=path
             )
+        rank = rows[me].rank
+        if rank is not None and rank != int(getattr(args, "rank", rank)):
+            problem = f"--rank {args.rank} was given, but the row of silo {me} has rank={rank}"
+            raise ConfigError(
+                "GMR-112", f"{problem}: a wrong --rank, or another silo's file", where=path, hint=OWN_FILE
+            )
         expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         most = most_bytes(expected)
         objects = Objects(most, own=most)
@@ -68,5 +74,6 @@ def build(args: Any, device: Any, dataset: Any, model: nn.Module, model_trainer:
 
     folder = Path(config.output_dir) / f"silo-{here.run}-{me}"
     transport = over_grpc if getattr(args, "backend", None) == "GRPC" else None
-    own = len(samples(max(int(getattr(args, "rank", me)) - 1, 0)))  # FedML's convention: rank 1 is client 0
-    return DeviceProcess(args, me, Parts(samples, own, trainer), model, place, folder, transport)
+    client = max(int(getattr(args, "rank", me)) - 1, 0)  # FedML's convention: rank 1 is client 0
+    parts = Parts(samples, len(samples(client)), trainer, client)
+    return DeviceProcess(args, me, parts, model, place, folder, transport)

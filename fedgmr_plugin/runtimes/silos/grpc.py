@@ -79,11 +79,13 @@ class Peer(NamedTuple):
 
     Attributes:
         listens: address at which it listens, where that is another one (FedML's ``ingress_ip`` is `host`).
+        rank: its ``--rank``, where the file says it.
     """
 
     host: str
     port: int
     listens: str = ""
+    rank: int | None = None
 
 
 def peers(path: str) -> dict[int, Peer]:
@@ -113,7 +115,8 @@ def _peer(row: Mapping[str, str]) -> Peer:
     listens, port = row["grpc_server_ip"], int(row["grpc_server_port"])
     if not listens or not 0 < port < 2**16:
         raise ValueError(f"grpc_server_ip={listens!r}, grpc_server_port={port} is no address")
-    return Peer(row.get("ingress_ip") or listens, port, listens)
+    rank = int(row["rank"]) if row.get("rank") else None
+    return Peer(row.get("ingress_ip") or listens, port, listens, rank)
 
 
 def most_bytes(expected: Mapping[str, Any]) -> int:
