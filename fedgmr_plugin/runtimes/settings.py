@@ -21,7 +21,8 @@ SECTION = "fedgmr_args"
 _MISSPELT = (SECTION, "gmr_args", "fedgmr", "gmr")
 
 
-#: What turns on FedML's attacks, defences and differential privacy, which of them, and what they read then.
+#: What turns on FedML's attacks, defences and differential privacy, which of them, and what
+#: ``fedml.core.security`` and ``fedml.core.dp`` of FedML 0.9.6 read then.
 SECURITY = {
     "enable_attack": "attack_type",
     "enable_defense": "defense_type",
