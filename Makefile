@@ -26,12 +26,12 @@ demo: $(VENV)/installed
 	$(BIN)/fedgmr demo
 
 test: system-packages lint
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 	$(MAKE) --no-print-directory docs
 
 # Not part of `test`: two threads that start while they are traced may end one of them (Python 3.11).
 coverage: $(BUILT_FOR_TESTS)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(BUILT_FOR_TESTS)
 	$(BIN)/ruff check .
