@@ -90,7 +90,13 @@ class Line:
 
 
 class World:
-    """A broker and a store in memory, and a run's configuration."""
+    """A broker and a store in memory, and a run's configuration.
+
+    Attributes:
+        place: torch device of the server's model and of the devices'.
+    """
+
+    place = "cpu"
 
     def __init__(self, folder: Path, windows: int = 4, **options: Any) -> None:
         self.store, self.inboxes = Objects(), dict[str, Inbox]()
@@ -133,10 +139,11 @@ class World:
         return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
 
     def server(self) -> LiveRun:
-        setup = prepare_server(self.args, None, self.data(99), self.model())
-        return assemble_live(
-            setup, None, lambda desk, inbox: Transport(Line(self, desk.topics, inbox), self.store)
-        )
+        setup = prepare_server(self.args, self.place, self.data(99), self.model())
+        return assemble_live(setup, None, self.transport)
+
+    def transport(self, desk: Any, inbox: Inbox) -> Transport:
+        return Transport(Line(self, desk.topics, inbox), self.store)
 
     def process(self, n: int, folder: Path | None = None) -> DeviceProcess:
         return DeviceProcess(
@@ -144,6 +151,7 @@ class World:
             n,
             self.data(n),
             self.model(),
+            self.place,
             folder=folder,
             transport=lambda hears, inbox: (Line(self, [hears], inbox), self.store),
         )

@@ -30,6 +30,7 @@ MAIN = """
 import os
 import pathlib
 import signal
+import sys
 import time
 
 import fedml
@@ -86,6 +87,11 @@ def needless(sent):
         time.sleep(1000)
 
 
+if "SECOND_DEVICE" in os.environ:
+    sys.path.append(os.environ["SECOND_DEVICE"])
+    import second_device
+
+    registered = second_device.register()
 if os.environ.get("LEAVES", "no") == os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK")):
     raise SystemExit(0)
 torch.set_num_threads(int(os.environ.get("THREADS", torch.get_num_threads())))
@@ -111,7 +117,8 @@ if rank == 0:
         for parameter in model.parameters():
             values = torch.linspace(-1, 1, parameter.numel()).sin() / parameter.numel() ** 0.5
             parameter.copy_(values.view(parameter.shape))
-runner = FedMLRunner(args, fedml.device.get_device(args), dataset, model)
+device = second_device.NAME if "SECOND_DEVICE" in os.environ else fedml.device.get_device(args)
+runner = FedMLRunner(args, device, dataset, model)
 runner.run()
 print(f"rank {rank} has come to the end")
 if "TWICE" in os.environ:
@@ -246,6 +253,15 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(reference: Job, backend: 
     assert [f"rank {n} has come to the end" in output for n in range(ranks + 1)] == [True] * ranks + [False]
     if backend == "NCCL":
         assert f"{ranks} ranks; values travel through gloo: rank 0 has no GPU" in output
+
+
+@pytest.mark.parametrize("backend", ["MPI", "NCCL"])
+def test_ranks_may_train_on_another_device_than_the_cpu(reference: Job, backend: str) -> None:
+    """With the bits of the CPU, as that device's kernels are; see tests/second_device.py."""
+    reference.configure(backend, run_name=f"{backend}-elsewhere")
+    status, output = reference.run(launcher(backend, 2), SECOND_DEVICE=str(Path(__file__).parent))
+    assert status == 0, output
+    assert reference.log(f"{backend}-elsewhere") == reference.log("one")
 
 
 def test_fedavg_of_fedml_runs_under_nccl_and_does_not_depend_on_the_ranks(job: Job) -> None:

@@ -7,7 +7,7 @@ dispatch, the clients' data and the seed only, so it does not matter whose it wa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -143,9 +143,16 @@ class Workbench:
         on_step: Callable[[], None] | None = None,
         interrupt: Callable[[], None] | None = None,
     ) -> LocalUpdate:
-        """Train one dispatch; `on_step` and `interrupt` as for `train_dispatch`."""
+        """Train one dispatch; `on_step` and `interrupt` as for `train_dispatch`.
+
+        The model may be on another device than the dispatch, to whose the update comes back.
+        """
         self.reset()
-        return train_dispatch(
+        device = next(self.model.parameters()).device
+        there = sent.values_S.device
+        if device != there:
+            sent = replace(sent, ranking=sent.ranking.to(device), values_S=sent.values_S.to(device))
+        update = train_dispatch(
             sent,
             model=self.model,
             layout=self.layout,
@@ -157,10 +164,11 @@ class Workbench:
             on_step=on_step,
             interrupt=interrupt,
             recent=self.masks,
-            room_D=self.room(),
+            room_D=self.room() if device == there else None,
             payload_dtype=PAYLOAD_TYPES[self.config.payload_dtype],
             context=self._context if self._has_objective else None,
         )
+        return update._replace(values_S=update.values_S.to(there))
 
     @property
     def _has_objective(self) -> bool:

@@ -80,6 +80,12 @@ class Ranking:
         head = ",".join(repr(d) for d in self.densities).encode()
         return hashlib.sha256(head + b"|" + payload).hexdigest()[:16]
 
+    def to(self, device: torch.device) -> Ranking:
+        """The same family on another device; itself where it is there already."""
+        if self.rung_D.device == device:
+            return self
+        return Ranking(self.densities, self.rung_D.to(device))
+
     def rung(self, density: float) -> int:
         """Index of `density` among the requested ones.
 

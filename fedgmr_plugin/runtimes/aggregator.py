@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -168,7 +168,7 @@ class AggregatorBridge:
         originals = [_for_hooks(state) for _, state in updates]
         passed = [(samples, state) for (samples, _), state in zip(updates, originals, strict=True)]
         before = [OrderedDict(state) for _, state in updates]
-        with _isolated(seed):
+        with _isolated(seed), self._model_on_cpu():
             answer = self.aggregator.on_before_aggregation(passed)
         kept, claimed = answer if isinstance(answer, tuple) else (answer, None)
         kept = list(kept)
@@ -180,7 +180,7 @@ class AggregatorBridge:
 
     def after(self, state: Mapping[str, Tensor], *, seed: int | None = None) -> State:
         """Call ``on_after_aggregation`` on the aggregated weights; names and types stay as they were."""
-        with _isolated(seed):
+        with _isolated(seed), self._model_on_cpu():
             result = self.aggregator.on_after_aggregation(_for_hooks(state))
         return _restored(result, state)
 
@@ -207,6 +207,20 @@ class AggregatorBridge:
         if metrics.samples == 0 and (metrics.accuracy is not None or metrics.loss is not None):
             metrics = metrics._replace(samples=getattr(data, "samples", None) or sum(len(y) for _, y in data))
         return metrics
+
+    @contextmanager
+    def _model_on_cpu(self) -> Iterator[None]:
+        """Inside, the aggregator's model is on the CPU: hooks see it beside what they get (`_for_hooks`)."""
+        model = getattr(self.aggregator, "model", None)
+        home = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+        if model is None or home is None:
+            yield
+            return
+        model.cpu()
+        try:
+            yield
+        finally:
+            model.to(home)
 
     def _overrides(self, name: str) -> bool:
         from fedml.core.alg_frame.server_aggregator import ServerAggregator
@@ -283,12 +297,14 @@ def _isolated(seed: int | None) -> AbstractContextManager[None]:
 
 
 def _for_hooks(state: Mapping[str, Tensor]) -> State:
-    """What a hook gets: a dictionary of its own, without integer buffers under central privacy.
+    """What a hook gets: a dictionary of its own, on the CPU, without integer buffers under central privacy.
 
-    FedML's clipping and noise fail on integers, and integers are never aggregated.
+    FedML's clipping and noise fail on integers, and integers are never aggregated. On the CPU, since FedML's
+    noise and defences make tensors there, as FedML's own servers have their weights.
     """
     floats_only = _privacy() == "cdp"
-    return OrderedDict((name, v) for name, v in state.items() if v.is_floating_point() or not floats_only)
+    kept = ((name, v) for name, v in state.items() if v.is_floating_point() or not floats_only)
+    return OrderedDict((name, v.cpu()) for name, v in kept)
 
 
 def _restored(state: Mapping[str, Any], original: Mapping[str, Tensor]) -> State:

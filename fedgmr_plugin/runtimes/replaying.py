@@ -119,7 +119,7 @@ def _replayed(run: Path, rebuilt: Rebuilt) -> Comparison:
     if initial_D.numel() != setup.layout.size:
         raise RunLogError("GMR-608", "the script makes another model than the run had", where=str(run))
     setup.layout.scatter(setup.model, initial_D)
-    server, evaluate, _ = serving(setup, rebuilt.aggregator)
+    server, evaluate, _ = serving(setup, rebuilt.aggregator, torch.device("cpu"))
     training = setup.bench.training
     if rebuilt.trainer is not None:
         training = Training(rebuilt.trainer, training.plan, training.learning_rate)

@@ -111,11 +111,12 @@ class Serving(NamedTuple):
     hooked: bool
 
 
-def serving(setup: Setup, server_aggregator: Any = None) -> Serving:
+def serving(setup: Setup, server_aggregator: Any = None, home: torch.device | None = None) -> Serving:
     """The server of a run.
 
     Args:
         server_aggregator: a user's own, honoured.
+        home: where the global vector and what arrives are; where the model is, by default.
 
     Raises:
         ConfigError, HostError: what the aggregator is refused for.
@@ -135,7 +136,7 @@ def serving(setup: Setup, server_aggregator: Any = None) -> Serving:
         config,
         Plan(keys.seed, keys.windows, keys.in_flight, keys.test_interval, setup.counts, _layer_costs(setup)),
         layout,
-        layout.gather(model),
+        layout.gather(model).to(home or setup.device),
         before_merge=hooks.before if hooks else None,
         after_merge=hooks.after if hooks else None,
         masks=_masks(setup),
@@ -202,7 +203,7 @@ def _masks(setup: Setup) -> MaskFamily | None:
 
     def by_width(w_D: Tensor, densities: Sequence[float], version: int) -> Ranking:
         ranking = rank_widths(setup.model, setup.layout, densities, first=version if rolls else 0)
-        return Ranking(ranking.densities, ranking.rung_D.to(w_D.device))
+        return ranking.to(w_D.device)
 
     return by_width
 

@@ -160,4 +160,4 @@ def codec_of(
         HostError: GMR-511; MNN is missing.
     """
     kind = WidthFiles if config.device_submodel == "width" else MaskedFiles
-    return kind(model, layout, input_shape)
+    return kind(model.cpu(), layout, input_shape)  # files are written and read there

@@ -22,11 +22,13 @@ def train_file(
     samples: Samples,
     plan: BatchPlan,
     learning_rate: float,
+    device: torch.device | None = None,
 ) -> bytes:
     """The file of the model in `content` after one local training, in torch.
 
     Args:
         client, count: address of the batches in the seed tree.
+        device: where `trainer` trains; the CPU by default.
 
     Raises:
         ModelError: GMR-208 to GMR-210; it is no file of a stack.
@@ -34,7 +36,7 @@ def train_file(
     with tempfile.TemporaryDirectory(prefix="fedgmr-mnn-") as folder:
         path = Path(folder) / "model.mnn"
         path.write_bytes(content)
-        model = mnn.to_torch(path)
+        model = mnn.to_torch(path).to(device)
         batches = BatchList(samples, list(plan.batches(client, len(samples), count)))
         with isolated_rng(derive(plan.seed, "training", client, count)):
             trainer.train(model, batches, None, learning_rate=learning_rate, client=client)

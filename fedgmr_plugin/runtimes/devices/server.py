@@ -111,7 +111,8 @@ def assemble_live(
     resumed = resume.take()
     if resumed is not None:
         initial_as_before(resumed, setup)
-    server, evaluate, hooked = serving(setup, server_aggregator)
+    # What arrives is in this machine's memory, and what leaves must be: so the global vector is there, too.
+    server, evaluate, hooked = serving(setup, server_aggregator, torch.device("cpu"))
     where = getattr(args, "yaml_config_file", "") or "args"
     desk = Desk(here.run, here.server, here.devices, device_keys(config, here.devices, where))
     directory = resumed or run_directory(config)

@@ -1,0 +1,121 @@
+"""Runs on another device than the CPU: nothing of one device meets what is on the other.
+
+The device is one that torch is taught in a process of its own (tests/second_device.py). What it computes is
+what the CPU computes, so the models must be equal, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TIME = {"trigger": "time"}
+PRIVACY = {
+    "mechanism_type": "gaussian",
+    "epsilon": 0.5,
+    "delta": 1e-5,
+    "sensitivity": 1e-3,
+    "clipping_norm": None,
+    "clip_threshold": 1.0,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "defaults": {"run": "simulated"},
+    "convolutions": {"run": "simulated", "model": "convolutions", "options": TIME},
+    "large layers": {"run": "simulated", "model": "large", "options": {**TIME, "probe": True}},
+    "adam": {"run": "simulated", "keys": {"client_optimizer": "adam"}},
+    "clipped": {
+        "run": "simulated",
+        "options": {"gradient_clip": 0.5, "client_momentum": 0.5, "proximal": 0.1},
+    },
+    "buffer": {
+        "run": "simulated",
+        "options": {**TIME, "update_scope": "buffer", "update_form": "replacement"},
+    },
+    "global average": {"run": "simulated", "options": {**TIME, "aggregation": "global_average"}},
+    "plain average": {
+        "run": "simulated",
+        "options": {**TIME, "aggregation": "plain_average", "update_form": "replacement"},
+    },
+    "decoupled": {"run": "simulated", "options": {**TIME, "upload": "decoupled", "download": "decoupled"}},
+    "narrow values": {"run": "simulated", "options": {**TIME, "payload_dtype": "bfloat16"}},
+    "score of change": {"run": "simulated", "options": {"score": "weight_change", "layer_floor": 0.05}},
+    "random score": {"run": "simulated", "options": {"score": "random"}},
+    "score per cost": {
+        "run": "simulated",
+        "options": {"score": "per_cost", "payload_rule": "encoded", "model_megabytes": None},
+    },
+    "gradient trigger": {"run": "simulated", "options": {"trigger": "gradient", "probe": True}},
+    "label masks": {"run": "simulated", "options": {**TIME, "label_masks": True}},
+    "clients together": {"run": "simulated", "options": {**TIME, "batch_clients": 4}},
+    "a trainer of one's own": {"run": "simulated", "own_trainer": True},
+    "central privacy": {
+        "run": "simulated",
+        "keys": {**PRIVACY, "enable_dp": True, "dp_solution_type": "cdp"},
+    },
+    "a defence": {
+        "run": "simulated",
+        "model": "convolutions",
+        "options": {"schedule": "sync", "min_updates": 3},
+        "keys": {"enable_defense": True, "defense_type": "norm_diff_clipping", "norm_bound": 0.5},
+    },
+    "another defence": {
+        "run": "simulated",
+        "options": {"schedule": "sync", "min_updates": 4},
+        "keys": {"enable_defense": True, "defense_type": "trimmed_mean", "beta": 0.2},
+    },
+    "killed and resumed": {"run": "simulated", "model": "convolutions", "options": TIME, "killed_after": 7},
+    **{
+        method: {"run": "simulated", "options": {"method": method}}
+        for method in ("fedbuff", "heterofl+gmr", "fjord+gmr", "fedrolex+gmr", "fiarse+gmr")
+    },
+    "live": {"run": "live"},
+    "live, buffer": {"run": "live", "options": {"update_scope": "buffer", "update_form": "replacement"}},
+    "live, model files": {"run": "live", "options": {"device_submodel": "masked"}},
+    "live, smaller model files": {"run": "live", "options": {"device_submodel": "width", "score": "width"}},
+    "live, restored": {"run": "live", "options": {**TIME, "interval": 1, "payload_dtype": "bfloat16"}},
+}
+#: Rounding differs where the CPU sums in blocks and other devices do not.
+ROUNDED = {"large layers": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, dict[str, Any]]:
+    """What each case came to, by one process."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    job = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "second_device.py"), str(folder)],
+        input=json.dumps({**CASES, "mixed": {"run": "mixed"}}),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert job.returncode == 0, job.stderr[-3000:]
+    told: dict[str, dict[str, Any]] = json.loads((folder / "told.json").read_text())
+    return told
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_model_stays_on_its_device_and_is_the_one_of_the_cpu(
+    outcomes: dict[str, dict[str, Any]], case: str
+) -> None:
+    found = outcomes[case]
+    assert "error" not in found, found["error"]
+    assert found["place"] == ["elsewhere:0"]
+    if CASES[case]["run"] != "live":  # on a real clock, who comes first may differ
+        assert found["distance"] <= ROUNDED.get(case, 0.0)
+
+
+def test_merges_of_several_rankings_are_among_them(outcomes: dict[str, dict[str, Any]]) -> None:
+    assert outcomes["defaults"]["several_rankings"] > 0 and outcomes["buffer"]["several_rankings"] > 0
+
+
+def test_what_mixes_devices_fails(outcomes: dict[str, dict[str, Any]]) -> None:
+    assert "aten.mul.Tensor: all tensors must be on one device" in outcomes["mixed"]["error"]
