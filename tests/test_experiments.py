@@ -23,7 +23,7 @@ from benchmarks.collect import collect, table
 from benchmarks.data import DataSpec
 from fedgmr_plugin.cli import main
 from fedgmr_plugin.config import ConfigRefused
-from fedgmr_plugin.errors import ConfigError
+from fedgmr_plugin.errors import ConfigError, RunLogError
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.runtimes.campaign import Campaign, Status
 from fedgmr_plugin.runtimes.experiment import Experiment, load
@@ -119,6 +119,10 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
     ]
     assert float(rows[1]["accuracy_mean"]) == pytest.approx(sum(map(sum, ends_of)) / 4)
     assert "means of the last 2 evaluations" in page and "(as asked for)" in page
+
+    (out / "fedgmr-1" / "theory.json").write_text("{}")
+    assert CliRunner().invoke(main, ["bench", str(file), "-o", "out"]).exit_code == 0
+    assert "theory.json is not what" in (out / "report.html").read_text()
 
     norms = [read_run(run).records("dispatch")[0]["full_norm_sq"] for run in sorted(out.glob("*-*/"))]
     assert norms[0] == norms[2] != norms[1] == norms[3]  # weights follow the seed, not the method
@@ -236,16 +240,72 @@ def test_two_campaigns_do_not_share_a_folder(place: Path) -> None:
     out.mkdir()
     with locked(out):
         result = CliRunner().invoke(main, ["bench", str(file), "-o", str(out)])
-    assert result.exit_code == 2 and "GMR-604" in result.output and not list(out.iterdir())
+    assert result.exit_code == 2 and "GMR-604 another campaign works in this folder" in result.output
+    assert "name another folder with `-o`" in result.output and not list(out.iterdir())
 
 
-def test_a_failed_run_is_told_and_the_others_go_on(place: Path) -> None:
-    file = written(place, **{"with": {"clients": 4, "fails": [2]}})
-    options = ["--methods", "fedavg", "--budget", "50", "-o", "out"]
-    result = CliRunner().invoke(main, ["bench", str(file), *options])
+def test_a_folder_that_cannot_be_written_to(place: Path) -> None:
+    (place / "out" / "experiment.json").mkdir(parents=True)
+    result = CliRunner().invoke(main, ["bench", str(written(place)), "-o", "out"])
+    assert result.exit_code == 2 and re.search("GMR-110 .*out cannot be used: Is a dir", result.output)
+
+
+def test_a_failed_run_is_told_and_other_seeds_go_on(place: Path) -> None:
+    """Methods of a seed share its data: where one has none, the others are not tried."""
+    file = written(place, **{"with": {"clients": 4, "fails": [2, 3]}}, seeds=[1, 2, 3])
+    result = CliRunner().invoke(main, ["bench", str(file), "--budget", "50", "--jobs", "1", "-o", "out"])
     assert result.exit_code == 1
-    assert "fedavg-2 failed" in result.output and "RuntimeError: no such data" in result.output
+    assert "fedgmr-2, fedgmr-3 failed; the end of" in result.output
+    assert result.output.count("RuntimeError: no such data") == 1
+    assert "fedavg-2, fedavg-3 not begun" in result.output
+    assert "2 of 6 runs, 4 failed" in result.output
     assert re.search(r"fedavg-1 +1 +\d", result.output)
+
+
+def test_a_wrong_number_of_clients_is_told_once(place: Path) -> None:
+    result = CliRunner().invoke(
+        main, ["bench", str(written(place, **{"with": {"clients": 3}})), "--jobs", "1", "-o", "out"]
+    )
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert result.output.count("GMR-302 client_num_in_total=4, but the dataset has 3 clients") == 1
+    assert "train_args" in result.output
+
+
+def test_runs_end_with_a_campaign_that_is_killed(place: Path) -> None:
+    file = written(place, **{"with": {"clients": 4, "pause": 0.02}})
+    command = [sys.executable, "-m", "fedgmr_plugin", "bench", str(file), "--jobs", "1", "-o", "out"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    log = place / "out" / "fedgmr-1" / "run.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while True:
+        try:
+            with locked(log.parent):
+                break  # nobody trains it any more
+        except RunLogError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert read_run(log).end is None
+
+
+@pytest.mark.parametrize("first", [b"no JSON\n", b"{}\n", b"[1]\n", b"\xff\n"])
+def test_a_run_whose_log_is_damaged_is_moved_aside(place: Path, first: bytes) -> None:
+    file, options = written(place), ["--reduced", "--methods", "fedavg", "-o", "out"]
+    log = place / "out" / "fedavg-1" / "run.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_bytes(first + b'{"type": "end"}\n')
+    (log.parent / "problem.json").write_text(
+        json.dumps({"problem": "my_problem:build", "with": {"clients": 4}})
+    )
+    listed = CliRunner().invoke(main, ["bench", str(file), *options, "--list"])
+    assert listed.output.split() == ["to", "run", "fedavg-1"]
+    if first == b"{}\n":
+        assert CliRunner().invoke(main, ["bench", str(file), *options]).exit_code == 0
+        assert (place / "out" / "fedavg-1.old1" / "run.jsonl").read_bytes().startswith(first)
 
 
 def test_progress_is_read_from_the_logs(place: Path) -> None:
@@ -253,7 +313,8 @@ def test_progress_is_read_from_the_logs(place: Path) -> None:
     told: list[Status] = []
     campaign = Campaign(experiment, place / "out", ["fedavg"], [1], 1, told.append)
     campaign.run()
-    assert not campaign.failed and told[-1] == Status(1, 1, (), 0.0)
+    assert not campaign.failed and told[-1] == Status(1, 1, 0, (), 0.0)
+    assert [status.done for status in told].count(1) == 1  # a terminal's line ends once
     shares = [share for status in told for _, share in status.running]
     assert all(0 <= share <= 1 for share in shares)
     assert [run.name for run in campaign.runs()] == ["fedavg-1"]
@@ -281,6 +342,14 @@ def test_progress_is_read_from_the_logs(place: Path) -> None:
         ({"problem": "nowhere"}, 'GMR-102 problem="nowhere" has another form.*digits.yaml: problem'),
         ({"with": 3}, "GMR-102 with=3 is a whole number; it must be a section"),
         ({"with": {1: 2}}, "GMR-102 a key of with=1 is a whole number; it must be text"),
+        (
+            {"with": {"client": 4}},
+            "GMR-101 client is not an argument of my_problem:build.*with.client.*Did you mean `clients`",
+        ),
+        (
+            {"problem": "benchmarks.problems:build", "with": {"data": {}}},
+            "GMR-107 benchmarks.problems:build: missing .*'model'.*arguments are data, model, clients",
+        ),
         ({"methods": {}}, "GMR-104 methods={} has too few elements.*at least 1 key"),
         ({"methods": {"a": 3}}, "GMR-102 methods.a=3 .*must be a section.*digits.yaml: methods.a"),
         ({"seeds": 3}, r"GMR-102 seeds=3 .*Write a list: \[3\]"),

@@ -96,8 +96,7 @@ def bench(
     except KeyboardInterrupt:
         click.echo("\ninterrupted; the same command goes on", err=True)
         sys.exit(130)
-    for task in campaign.failed:
-        _show_failure(folder, task.name)
+    _show_failures(campaign)
     if campaign.runs():
         _report(chosen, campaign.runs(), folder)
     if campaign.failed:
@@ -137,19 +136,20 @@ def _chosen(
 
 def _teller() -> Callable[[Status], None]:
     """Shows a campaign's status: a line that is written again on a terminal, else a line for each run."""
-    said: list[int] = []
+    said: list[tuple[int, int]] = []
 
     def tell(status: Status) -> None:
         running = ", ".join(f"{name} {share:.0%}" for name, share in status.running)
         left = "" if status.seconds_left is None else f", {_duration(status.seconds_left)} left"
-        line = f"{status.done} of {status.total} runs{left}" + (f": {running}" if running else "")
+        failed = f", {status.failed} failed" if status.failed else ""
+        line = f"{status.done} of {status.total} runs{failed}{left}" + (f": {running}" if running else "")
         if sys.stderr.isatty():
             width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
             click.echo("\r" + line[:width].ljust(width), err=True, nl=False)
-            if status.done == status.total:
+            if status.done + status.failed == status.total:
                 click.echo(err=True)
-        elif said[-1:] != [status.done]:
-            said.append(status.done)
+        elif said[-1:] != [(status.done, status.failed)]:
+            said.append((status.done, status.failed))
             click.echo(line, err=True)
 
     return tell
@@ -166,23 +166,49 @@ def _list(campaign: Campaign) -> None:
         click.echo(f"{'finished' if task.name in finished else 'to run':9} {task.name}")
 
 
-def _show_failure(folder: Path, name: str) -> None:
-    log = folder / f"{name}.log"
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
-    click.echo(f"{name} failed; the end of {log}:", err=True)
-    click.echo("\n".join(f"    {line}" for line in tail), err=True)
+def _show_failures(campaign: Campaign) -> None:
+    """Why runs failed, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for task in campaign.failed:
+        own = str(campaign.folder / task.name)  # a name makes no other reason
+        reasons.setdefault(_end_of(campaign.folder, task.name).replace(own, ""), []).append(task.name)
+    for names in reasons.values():
+        log = campaign.folder / f"{names[0]}.log"
+        click.echo(f"{_listed(names)} failed; the end of {log}:", err=True)
+        click.echo(_end_of(campaign.folder, names[0]), err=True)
+    if campaign.skipped:
+        idle = _listed([task.name for task in campaign.skipped])
+        click.echo(f"{idle} not begun: the data or the model of their seed cannot be used", err=True)
+
+
+def _end_of(folder: Path, name: str) -> str:
+    """What a run's process printed last."""
+    lines = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(f"    {line}" for line in lines[-12:])
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _report(experiment: Experiment, runs: list[Path], folder: Path) -> None:
     """The report of finished runs, in files, and its table on the terminal."""
     from fedgmr_plugin.protocol.runlog import read_run
     from fedgmr_plugin.report import render, tabulate, to_csv, to_latex
+    from fedgmr_plugin.report.verdicts import read_verdicts
 
     logs = [read_run(run) for run in runs]
     theirs = [run.name for run in runs if run.name.rpartition("-")[0] == experiment.against]
     against = theirs[0] if theirs else None  # any of its runs names a method
     table = tabulate(logs, against=against, last=experiment.last)
-    page = render(logs, experiment.title, against=against, last=experiment.last, notes=experiment.notes)
+    page = render(
+        logs,
+        experiment.title,
+        against=against,
+        last=experiment.last,
+        notes=experiment.notes,
+        verdicts=[read_verdicts(log) for log in logs],
+    )
     for name, text in (("report.html", page), ("table.csv", to_csv(*table)), ("table.tex", to_latex(*table))):
         (folder / name).write_text(text, encoding="utf-8")
     click.echo(_text(table))

@@ -49,12 +49,14 @@ class Status(NamedTuple):
 
     Attributes:
         done, total: runs.
+        failed: runs that cannot be carried out, `Campaign.skipped` ones among them.
         running: of each run under way its name and the share of its budget that is spent.
         seconds_left: at the speed so far; None before anything is known.
     """
 
     done: int
     total: int
+    failed: int
     running: tuple[tuple[str, float], ...]
     seconds_left: float | None
 
@@ -70,6 +72,7 @@ class Campaign:
     Attributes:
         tasks: the runs, in their order.
         failed: those that could not be carried out.
+        skipped: those that were not begun, since another run of the seed had neither data nor model.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class Campaign:
         self.experiment, self.folder, self._jobs, self._tell = experiment, folder.absolute(), jobs, tell
         self.tasks = list(dict.fromkeys(Task(method, seed) for seed in seeds for method in methods))
         self.failed: list[Task] = []
+        self.skipped: list[Task] = []
+        self._waiting: list[Task] = []
         self._running: dict[Task, subprocess.Popen[bytes]] = {}
         self._shares: dict[Task, float] = {}
 
@@ -92,40 +97,48 @@ class Campaign:
         return [self.folder / task.name for task in self.tasks if self._is_finished(task)]
 
     def run(self) -> None:
-        """Carry out what is not finished; `failed` then names the runs that could not be.
+        """Carry out what is not finished; `failed` and `skipped` then name the runs that could not be.
 
         Interrupted, by Ctrl-C, ``kill`` or a terminal that closes, it ends the processes and raises
         KeyboardInterrupt; the same campaign goes on later.
 
         Raises:
-            ConfigError: GMR-110 if `folder` cannot be made.
+            ConfigError: GMR-110 if `folder` cannot be made or written to.
             RunLogError: GMR-604 if another campaign works in it.
         """
-        self._make_folder()
-        with resume.locked(self.folder):
-            self._describe()
+        with self._usable():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        hint = "Wait for its end, or name another folder with `-o`."
+        with resume.locked(self.folder, "another campaign works in this folder", hint):
+            with self._usable():
+                self._describe()
             self._carry_out()
 
     def _carry_out(self) -> None:
         waiting = [task for task in self.tasks if not self._is_finished(task)]
+        self._waiting = list(waiting)
         before = len(self.tasks) - len(waiting)
         begun, gone = time.monotonic(), {task: self._share(task) for task in waiting}
         with _interruptible():
             try:
-                while waiting or self._running:
-                    while waiting and len(self._running) < self._jobs:
-                        self._start(waiting.pop(0))
+                while self._waiting or self._running:
+                    while self._waiting and len(self._running) < self._jobs:
+                        self._start(self._waiting.pop(0))
                     time.sleep(_INTERVAL)
                     self._collect()
                     self._tell(self._status(before, gone, time.monotonic() - begun))
             finally:
                 self._end()
 
-    def _make_folder(self) -> None:
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            yield
         except OSError as error:
-            raise ConfigError("GMR-110", f"{self.folder} cannot be made: {error.strerror}") from error
+            hint = "Name another folder with `-o`."
+            raise ConfigError(
+                "GMR-110", f"{self.folder} cannot be used: {error.strerror}", where="--output", hint=hint
+            ) from error
 
     def _describe(self) -> None:
         """Write down the experiment, which the runs' processes read."""
@@ -136,7 +149,8 @@ class Campaign:
         return is_finished(self.experiment, *task, self.folder)
 
     def _start(self, task: Task) -> None:
-        command = [sys.executable, "-m", worker.__name__, str(self.folder), *map(str, task)]
+        module = worker.__name__
+        command = [sys.executable, "-m", module, str(self.folder), *map(str, task), str(os.getpid())]
         with (self.folder / f"{task.name}.log").open("wb") as log:
             # A group of its own: Ctrl-C reaches this process alone, which then ends the others in order.
             self._running[task] = subprocess.Popen(
@@ -155,6 +169,9 @@ class Campaign:
             del self._running[task]
             if process.returncode != 0 or not self._is_finished(task):
                 self.failed.append(task)
+            if process.returncode == worker.NO_PROBLEM:
+                self.skipped += [other for other in self._waiting if other.seed == task.seed]
+                self._waiting = [other for other in self._waiting if other.seed != task.seed]
 
     def _end(self) -> None:
         for process in self._running.values():
@@ -171,12 +188,13 @@ class Campaign:
     # -- progress ---------------------------------------------------------------------------------------
 
     def _status(self, before: int, gone: dict[Task, float], seconds: float) -> Status:
-        shares = {task: self._share(task) for task in gone if task not in self.failed}
+        lost = {*self.failed, *self.skipped}
+        shares = {task: self._share(task) for task in gone if task not in lost}
         work = sum(share - gone[task] for task, share in shares.items())
         left = sum(1.0 - share for share in shares.values())
         running = tuple((task.name, shares[task]) for task in self._running)
-        done = before + sum(share == 1.0 for share in shares.values())
-        return Status(done, len(self.tasks), running, seconds * left / work if work > 0 else None)
+        done = before + sum(share == 1.0 for task, share in shares.items() if task not in self._running)
+        return Status(done, len(self.tasks), len(lost), running, seconds * left / work if work > 0 else None)
 
     def _share(self, task: Task) -> float:
         """Share of a run's budget that is spent, read from the end of its log; 1 only when it has ended."""

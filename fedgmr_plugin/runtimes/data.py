@@ -207,6 +207,7 @@ def _client_ids(
                 "GMR-302",
                 f"client_num_in_total={clients}, but the dataset has {len(ids)} clients",
                 where="train_loader_dict",
+                hint=f"Set `client_num_in_total` in train_args to {len(ids)}, or cut the data into more.",
             )
         ids = ids[:clients]
     return tuple(ids)

@@ -19,9 +19,14 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
+import os
 import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -34,17 +39,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from fedgmr_plugin.config import ConfigRefused, FedGMRConfig, parse
-from fedgmr_plugin.errors import ConfigError, RunLogError
+from fedgmr_plugin.errors import ConfigError, FedGMRError, RunLogError
 from fedgmr_plugin.protocol.runlog import LOG_NAME
 from fedgmr_plugin.refusals import Schema, closest, describe, innermost, items_of, refusal, shown
 from fedgmr_plugin.runtimes import resume
 from fedgmr_plugin.runtimes.launch import KEYS, simulate
 from fedgmr_plugin.runtimes.settings import as_mapping, fedml_keys
+from fedgmr_plugin.runtimes.uncaught import tell
 
 #: An experiment as it runs, in the folder of its runs.
 DESCRIPTION = "experiment.json"
 #: What one run trains, in its own directory.
 PROBLEM = "problem.json"
+#: Exit status of a run's process where no method could train: its data or model cannot be made.
+NO_PROBLEM = 3
+#: Seconds between looks at the campaign.
+_LOOK = 0.5
 #: What of an experiment its reduced form and its variants may change.
 _CHANGEABLE = ("with", "train_args", "fedgmr_args", "methods", "seeds")
 
@@ -301,7 +311,7 @@ def problem_of(experiment: Experiment) -> Problem:
     """The function that makes datasets and models.
 
     Raises:
-        ConfigError: GMR-113 if there is none.
+        ConfigError: GMR-113 if there is none, GMR-101 or GMR-107 if it does not take what `with` has.
     """
     home, _, name = experiment.problem.partition(":")
     if "" not in sys.path:
@@ -321,7 +331,25 @@ def problem_of(experiment: Experiment) -> Problem:
             else "Name a function of the module: `module:function`."
         )
         raise ConfigError("GMR-113", f"{failed}: {home} has no {name!r}", where="problem", hint=hint)
+    _check_arguments(experiment, found)
     return found
+
+
+def _check_arguments(experiment: Experiment, function: Problem) -> None:
+    """Refuse a `with` that the function cannot be called with."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(0, **experiment.arguments)
+    except TypeError as error:
+        taken = list(signature.parameters)[1:]
+        known = f"Its arguments are {', '.join(taken)}." if taken else "It takes none but the seed."
+        for key in experiment.arguments:
+            if key not in taken:
+                hint = f"Did you mean `{guess}`?" if (guess := closest(key, taken)) else known
+                message = f"{key} is not an argument of {experiment.problem}"
+                raise ConfigError("GMR-101", message, where=f"with.{key}", hint=hint) from error
+        message = f"{experiment.problem}: {error}"
+        raise ConfigError("GMR-107", message, where="with", hint=known) from error
 
 
 def run_name(method: str, seed: int) -> str:
@@ -329,17 +357,22 @@ def run_name(method: str, seed: int) -> str:
     return f"{method}-{seed}"
 
 
-def train(experiment: Experiment, method: str, seed: int, folder: Path) -> None:
+def train(
+    experiment: Experiment, method: str, seed: int, folder: Path, made: tuple[list[Any], nn.Module]
+) -> None:
     """Carry out one run in this process, from its last checkpoint where it was interrupted.
 
     A directory of a run of another problem or of other options is moved aside.
+
+    Args:
+        made: what the problem makes of the seed.
 
     Raises:
         FedGMRError: everything that a run raises; GMR-604 if another process trains it.
     """
     name = run_name(method, seed)
     run = folder / name
-    dataset, model = problem_of(experiment)(seed, **experiment.arguments)
+    dataset, model = made
     options = {
         **experiment.options(method),
         "progress": False,
@@ -390,20 +423,50 @@ def is_finished(experiment: Experiment, method: str, seed: int, folder: Path) ->
     run = folder / run_name(method, seed)
     if not (run / LOG_NAME).exists() or not resume.has_ended(run) or not _has_problem(run, experiment):
         return False
-    with (run / LOG_NAME).open(encoding="utf-8") as log:
-        header = json.loads(log.readline())
+    try:
+        with (run / LOG_NAME).open("rb") as log:
+            header = json.loads(log.readline())
+        config, fedml = dict(header["config"]), dict(header["fedml"])
+    except (ValueError, TypeError, KeyError):  # a damaged log is nobody's run
+        return False
     wanted = experiment.config(method).model_dump(mode="json")
-    found = {**FedGMRConfig().model_dump(mode="json"), **header["config"]}  # older logs lack newer options
+    found = {**FedGMRConfig().model_dump(mode="json"), **config}  # older logs lack newer options
     same = all(found[key] == value for key, value in wanted.items() if key not in resume.FREE_OPTIONS)
-    return same and all(header["fedml"].get(k) == v for k, v in experiment.keys(seed).items())
+    return same and all(fedml.get(k) == v for k, v in experiment.keys(seed).items())
 
 
-def main(folder: str, method: str, seed: str) -> None:
-    """One run of the experiment that is described in `folder`."""
+def main(folder: str, method: str, seed: str, campaign: str = "") -> None:
+    """One run of the experiment that is described in `folder`.
+
+    Args:
+        campaign: pid of the process that starts this one, with which it ends; empty without one.
+    """
     # A shell that begins a campaign in the background lets its processes ignore what ends them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if campaign:
+        threading.Thread(target=_end_with, args=(int(campaign),), daemon=True).start()
     text = (Path(folder) / DESCRIPTION).read_text(encoding="utf-8")
-    train(Experiment.model_validate_json(text), method, int(seed), Path(folder))
+    experiment = Experiment.model_validate_json(text)
+    try:
+        dataset, model = problem_of(experiment)(int(seed), **experiment.arguments)
+    except Exception as error:  # noqa: BLE001 - whatever the user's function raises
+        if isinstance(error, FedGMRError):
+            tell(error)
+        else:
+            traceback.print_exc()
+        sys.exit(NO_PROBLEM)
+    try:
+        train(experiment, method, int(seed), Path(folder), (dataset, model))
+    except FedGMRError as error:
+        tell(error)
+        sys.exit(NO_PROBLEM if error.code == "GMR-302" else 1)
+
+
+def _end_with(campaign: int) -> None:
+    """Interrupt this process when its campaign has gone, however that ended."""
+    while os.getppid() == campaign:
+        time.sleep(_LOOK)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 if __name__ == "__main__":

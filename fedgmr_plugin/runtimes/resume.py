@@ -100,8 +100,11 @@ def take() -> Path | None:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, busy: str = "another process trains this run", hint: str = "") -> Iterator[None]:
     """Keep other processes from training in a run's directory.
+
+    Args:
+        busy, hint: what is said where one does, and the next step; GMR-604's own where empty.
 
     Raises:
         RunLogError: GMR-604 if one does.
@@ -111,7 +114,7 @@ def locked(run: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise RunLogError("GMR-604", "another process trains this run", where=str(run)) from error
+        raise RunLogError("GMR-604", busy, where=str(run), hint=hint) from error
     finally:
         os.close(descriptor)
 
