@@ -293,6 +293,7 @@ def test_femnist_in_fedmls_form(leaf: Path) -> None:
         (lambda c: c["user_data"]["f12_3"]["x"][0].pop(), "is no file of LEAF's"),
         (lambda c: c["user_data"]["f12_3"]["y"].pop(), "stated are 2 images"),
         (lambda c: c["user_data"]["f12_3"]["y"].__setitem__(0, 62), "labels 0 to 62, outside 0 to 61"),
+        (lambda c: c["user_data"]["f12_3"]["y"].__setitem__(0, 1.5), "labels that are no whole numbers"),
         (lambda c: c["user_data"]["f12_3"]["x"][1].__setitem__(0, 1.5), r"pixels outside \[0, 1\]"),
         (lambda c: c["user_data"].pop("f12_3"), "do not name the same writers"),
         (lambda c: c["users"].append("f12_3"), "do not name the same writers"),
@@ -306,6 +307,14 @@ def test_damaged_files_of_leaf(leaf: Path, change: Any, problem: str) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(DataDamaged, match=problem):
         load("femnist", folder=str(leaf))
+
+
+def test_files_of_leaf_without_an_image(leaf: Path) -> None:
+    path = leaf / "femnist" / "data" / "test" / "all_data_0_niid_0_keep_0_test_9.json"
+    for writers in ({}, {"f12_3": []}):
+        path.write_text(json.dumps(leaf_file(writers)))
+        with pytest.raises(DataDamaged, match="test has no image"):
+            load("femnist", folder=str(leaf))
 
 
 def test_files_of_leaf_that_are_no_json_or_not_there(leaf: Path) -> None:
@@ -397,6 +406,13 @@ def test_damaged_lines_of_stackoverflow(sentences: Path, line: str, problem: str
         load("stackoverflow", folder=str(sentences))
 
 
+def test_lines_of_stackoverflow_that_are_no_text(sentences: Path) -> None:
+    with (sentences / "stackoverflow" / "train.jsonl").open("ab") as file:
+        file.write(b'{"user": "\xff"}\n')
+    with pytest.raises(DataDamaged, match="line 4 is no JSON: 'utf-8' codec"):
+        load("stackoverflow", folder=str(sentences))
+
+
 def test_files_of_stackoverflow_that_are_cut_short_or_not_there(sentences: Path) -> None:
     path = sentences / "stackoverflow" / "test.jsonl"
     path.write_text("")
@@ -411,3 +427,17 @@ def test_files_of_stackoverflow_that_are_cut_short_or_not_there(sentences: Path)
 def test_a_length_below_1_is_refused(name: str, sentences: Path) -> None:
     with pytest.raises(ConfigError, match="GMR-104 length=0 is below 1"):
         load(name, folder=str(sentences), length=0)
+
+
+# -- stand-ins --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mnist_t10k_8k2k.npz", "shakespeare_roles5.npz"])
+def test_a_damaged_file_of_a_stand_in(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    np.savez(path, other=np.arange(3))
+    whole = path.read_bytes()
+    for content in (whole, whole[:-30], b"PK\x03\x04", b"no archive", b""):
+        path.write_bytes(content)
+        with pytest.raises(DataDamaged, match=f"{name} is damaged or another file"):
+            load(name.partition("_")[0], folder=str(tmp_path))

@@ -53,6 +53,8 @@ def _part(folder: Path) -> tuple[Array, Array, Array]:
         raise DataDamaged(
             f"{folder} holds the writer {twice!r} twice: does it mix the files of two runs of LEAF?"
         )
+    if not any(len(labels) for _, _, labels in pieces):
+        raise DataDamaged(f"{folder} has no image")
     x, y = (np.concatenate([piece[i] for piece in pieces]) for i in (1, 2))
     return x, y, np.repeat(np.asarray(names), [len(piece[2]) for piece in pieces])
 
@@ -74,7 +76,7 @@ def _file(path: Path) -> list[tuple[str, Array, Array]]:
 
 
 def _writer(path: Path, name: str, count: int, data: dict[str, Any]) -> tuple[Array, Array]:
-    x, y = np.asarray(data["x"], dtype=np.float64), np.asarray(data["y"], dtype=np.int64)
+    x, y = np.asarray(data["x"], dtype=np.float64), np.asarray(data["y"])
     if not count and not x.size:
         x = x.reshape(0, _SIDE * _SIDE)
     where = f"{path}: writer {name!r}"
@@ -82,6 +84,8 @@ def _writer(path: Path, name: str, count: int, data: dict[str, Any]) -> tuple[Ar
         raise DataDamaged(f"{where} has x {x.shape} and y {y.shape}; stated are {count} images of {_SIDE**2}")
     if not (np.all(x >= 0) and np.all(x <= 1)):
         raise DataDamaged(f"{where} has pixels outside [0, 1]")
+    if count and y.dtype.kind != "i":
+        raise DataDamaged(f"{where} has labels that are no whole numbers")
     if count and not 0 <= y.min() <= y.max() < CLASSES:
         raise DataDamaged(f"{where} has labels {y.min()} to {y.max()}, outside 0 to {CLASSES - 1}")
-    return np.rint(255 * x).astype(np.uint8).reshape(count, 1, _SIDE, _SIDE), y
+    return np.rint(255 * x).astype(np.uint8).reshape(count, 1, _SIDE, _SIDE), y.astype(np.int64)

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class DataMissing(FileNotFoundError):
@@ -43,6 +51,23 @@ def need(path: Path, how: str) -> Path:
     if not path.exists():
         raise DataMissing(f"{path} does not exist. {how}")
     return path
+
+
+@contextmanager
+def arrays_of(path: Path, how: str) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """Arrays of an ``.npz`` file by name, each read when it is asked for.
+
+    Raises:
+        DataMissing: there is no file.
+        DataDamaged: it is no such file, or lacks an array that is asked for.
+    """
+    try:
+        with np.load(need(path, how)) as arrays:
+            yield arrays
+    except DataDamaged:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        raise DataDamaged(f"{path} is damaged or another file: {error}") from error
 
 
 def verified(path: Path, md5: str) -> bytes:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 
-from benchmarks.data.folder import DataDamaged, need
+from benchmarks.data.folder import DataDamaged, arrays_of
 from benchmarks.data.labelled import Labelled
 from fedgmr_plugin.errors import ConfigError
 
@@ -58,7 +58,7 @@ def sequences(text: Array, offsets: Array, length: int) -> tuple[Array, Array, A
 def _read(path: Path, length: int) -> Labelled:
     if length < 1:
         raise ConfigError("GMR-104", f"length={length} is below 1", where="data.length")
-    with np.load(need(path, _HOW)) as arrays:
+    with arrays_of(path, _HOW) as arrays:
         classes = len(arrays["vocab"])
         train = sequences(arrays["x_train"], arrays["offset_train"], length)
         test = sequences(arrays["x_test"], arrays["offset_test"], length)

@@ -56,7 +56,7 @@ def stackoverflow(folder: Path, *, length: int = 20) -> Labelled:
     if length < 1:
         raise ConfigError("GMR-104", f"length={length} is below 1", where="data.length")
     root = need(folder / "stackoverflow", _HOW)
-    counts = _json(need(root / "counts.json", _HOW), "counts.json")
+    counts = _json(need(root / "counts.json", _HOW).read_bytes(), "counts.json")
     vocabulary = counts.get("vocabulary")
     if not isinstance(vocabulary, int) or vocabulary < 1:
         raise DataDamaged(f"{root / 'counts.json'}: vocabulary={vocabulary!r} is no number of words")
@@ -113,7 +113,7 @@ def _part(path: Path, counts: dict[str, Any], vocabulary: int, length: int) -> t
 
 def _users(path: Path, vocabulary: int) -> Iterator[tuple[str, Sentences]]:
     known = set()
-    with need(path, _HOW).open(encoding="utf-8") as lines:
+    with need(path, _HOW).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}"
             user = _json(line, where)
@@ -126,9 +126,9 @@ def _users(path: Path, vocabulary: int) -> Iterator[tuple[str, Sentences]]:
             yield name, sentences
 
 
-def _json(source: Path | str, where: str) -> dict[str, Any]:
+def _json(source: bytes, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(source if isinstance(source, str) else source.read_bytes())
+        value = json.loads(source)
     except ValueError as error:
         raise DataDamaged(f"{where} is no JSON: {error}") from error
     if not isinstance(value, dict):

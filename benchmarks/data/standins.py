@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.data.folder import need
+from benchmarks.data.folder import arrays_of
 from benchmarks.data.labelled import ImageData, Labelled
 
 Array = NDArray[Any]
@@ -66,12 +66,12 @@ def omniglot(folder: Path, *, normalise: bool = False) -> Labelled:
 
 
 def _grey(path: Path) -> ImageData:
-    with np.load(need(path, _HOW)) as arrays:
+    with arrays_of(path, _HOW) as arrays:
         return _image_data(arrays, [arrays[f"x_{part}"][:, None] for part in ("train", "test")])
 
 
 def _omniglot(path: Path) -> ImageData:
-    with np.load(need(path, _HOW)) as arrays:
+    with arrays_of(path, _HOW) as arrays:
         x, y, writer, drawer = (
             np.concatenate([arrays[f"{name}_train"], arrays[f"{name}_test"]])
             for name in ("x", "y", "writer", "drawer")
@@ -82,13 +82,13 @@ def _omniglot(path: Path) -> ImageData:
 
 
 def _colour(path: Path) -> ImageData:
-    with np.load(need(path, _HOW)) as arrays:
+    with arrays_of(path, _HOW) as arrays:
         return _image_data(arrays, [_channels_first(arrays[f"x_{part}"]) for part in ("train", "test")])
 
 
 @functools.cache  # decoding takes 10 to 30 s
 def _jpeg_pack(path: Path) -> ImageData:
-    with np.load(need(path, _HOW)) as arrays:
+    with arrays_of(path, _HOW) as arrays:
         images = [decode_jpegs(arrays[f"jpeg_{part}"], arrays[f"len_{part}"]) for part in ("train", "test")]
         return _image_data(arrays, [_channels_first(x) for x in images])
 
