@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,10 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def seeds_of(folder: Path, method: str) -> list[int]:
     """Seeds of the runs that a folder has of a method."""
-    names = [path.name for path in folder.glob(f"{method}-*") if path.is_dir()]
-    return sorted(int(n.rpartition("-")[2]) for n in names if n.rpartition("-")[2].isdigit())
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    ends = (name.rpartition("-")[2] for name in names)
+    seeds = {int(end) for end in ends if end.isdecimal()}
+    return sorted(seed for seed in seeds if run_name(method, seed) in names)
 
 
 def figures(folder: Path, method: str, seed: int, last: int) -> dict[str, Any]:
@@ -122,7 +125,8 @@ def table(results: dict[str, Any]) -> str:
         difference, verdict = "", ""
         if method in compared:
             difference = _shown(compared[method])
-            verdict = statistics.verdict(compared[method], float(corrected[method]))
+            if difference:
+                verdict = statistics.verdict(compared[method], float(corrected[method]))
         lines.append(
             f"| {method} | {mean.n} | {100 * mean.value:.2f}{half} | {difference} | {verdict} | "
             + " | ".join(_means(of))
@@ -190,7 +194,7 @@ def beside_the_paper(results: dict[str, Any], experiment: str) -> str:
         if method in theirs:
             paper = theirs[method]
             apart = "|  |  |"
-            if method != "fedgmr":
+            if method != "fedgmr" and "fedgmr" in ours:
                 apart = f"| {value - ours['fedgmr']:+.1f} | {paper - theirs['fedgmr']:+.1f} |"
             lines.append(f"| {method} | {value:.1f} | {paper:.1f} {apart}")
     return "\n".join(lines)
@@ -199,7 +203,8 @@ def beside_the_paper(results: dict[str, Any], experiment: str) -> str:
 def horizons(results: dict[str, Any]) -> str:
     """Accuracy at shares of the budget, the mean over seeds of the last evaluation before, as Markdown."""
     experiment = Experiment.model_validate(results["experiment"])
-    budget = float(experiment.fedgmr_args["time_budget"])
+    whole = max(run["curve"][-1][0] for run in results["runs"])  # of runs that end after some windows
+    budget = float(experiment.fedgmr_args.get("time_budget") or whole)
     times = [share * budget for share in HORIZONS]
     lines = [
         "| accuracy % at virtual second | " + " | ".join(f"{time:,.0f}" for time in times) + " |",
@@ -228,6 +233,8 @@ def _by_method(results: dict[str, Any]) -> Runs:
 
 
 def _shown(d: statistics.Difference) -> str:
+    if not d.n:
+        return ""
     span = "" if math.isnan(d.low) else f" [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
     return f"{100 * d.value:+.2f}{span}"
 
@@ -264,24 +271,46 @@ def main() -> None:
     parser.add_argument("--methods", default="fedgmr,fedgmr_decoupled,frozen", help="for --across")
     parser.add_argument("--paper", choices=sorted(NON_IID), help="experiment of the paper to print beside")
     options = parser.parse_args()
+    try:
+        _carry_out(options, parser)
+    except OSError as error:
+        parser.error(str(error))
+
+
+def _carry_out(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if options.across is not None:
-        read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in options.across}
-        print(across(read, options.methods.split(",")))
+        read = {path.stem: _read(path) for path in options.across}
+        methods = options.methods.split(",")
+        for name, results in read.items():
+            if lacking := [method for method in methods if method not in _by_method(results)]:
+                print(f"{name} left out: it has no run of {', '.join(lacking)}", file=sys.stderr)
+        print(across(read, methods))
         return
     if options.table is not None:
-        _print(json.loads(options.table.read_text(encoding="utf-8")), options.paper)
+        _print(_read(options.table), options.paper)
         return
     if options.folder is None:
         parser.error("a folder, --table FILE or --across FILE ...")
     kept = options.json is not None and options.json.exists()
-    results = collect(options.folder, json.loads(options.json.read_text(encoding="utf-8")) if kept else None)
+    try:
+        results = collect(options.folder, _read(options.json) if kept else None)
+    except ValueError as error:
+        parser.error(str(error))
+    if not results["runs"]:
+        parser.error(f"{options.folder} has no finished run of its experiment")
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     _print(results, options.paper)
 
 
+def _read(file: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
 def _print(results: dict[str, Any], paper: str | None) -> None:
-    has_pairs = any(run["method"].endswith("+gmr") for run in results["runs"])
+    methods = {run["method"] for run in results["runs"]}
+    has_pairs = any({m.removesuffix("+gmr"), m.replace("+gmr", "+aux")} & methods - {m} for m in methods)
     for part in (table, *((pairs,) if has_pairs else ()), horizons):
         print(part(results), end="\n\n")
     if paper is not None:

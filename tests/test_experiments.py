@@ -19,7 +19,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from benchmarks.collect import collect, table
+from benchmarks.collect import beside_the_paper, collect, horizons, table
 from benchmarks.data import DataSpec
 from fedgmr_plugin.cli import main
 from fedgmr_plugin.config import ConfigRefused
@@ -149,6 +149,39 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
     ]
     with pytest.raises(ValueError, match="another experiment"):
         collect(out, {**figures, "experiment": {**figures["experiment"], "last": 3}})
+
+
+def test_figures_of_some_methods_without_the_reference(place: Path) -> None:
+    """No number where nothing is compared; `fedavg` has no runs of a method `fedavg-2`."""
+    several = {"fedavg": {"method": "fedavg"}, "fedavg-2": {"method": "fedavg"}, "fedgmr": {}}
+    rounds = {k: v for k, v in CONTENT["fedgmr_args"].items() if k != "time_budget"}
+    keys = {**CONTENT["train_args"], "comm_round": 4}
+    file = written(place, methods=several, against="fedgmr", fedgmr_args=rounds, train_args=keys)
+    options = ["--methods", "fedavg,fedavg-2", "--seeds", "1", "-o", "out"]
+    assert CliRunner().invoke(main, ["bench", str(file), *options]).exit_code == 0
+    figures = json.loads(json.dumps(collect(place / "out")))
+    assert [(run["method"], run["seed"]) for run in figures["runs"]] == [("fedavg", 1), ("fedavg-2", 1)]
+    assert "nan" not in table(figures) + beside_the_paper(figures, "femnist")
+    assert table(figures).splitlines()[2].split(" | ")[3:5] == ["", ""]
+    assert horizons(figures).splitlines()[2].endswith(f" {100 * figures['runs'][0]['curve'][-1][1]:.1f} |")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["nowhere"], "No such file or directory: 'nowhere/experiment.json'"),
+        (["--table", "none.json"], "No such file or directory: 'none.json'"),
+        (["empty"], "empty has no finished run of its experiment"),
+    ],
+)
+def test_what_cannot_be_collected_is_told(place: Path, options: list[str], said: str) -> None:
+    (place / "empty").mkdir()
+    text = load(written(place)).model_dump_json(by_alias=True)
+    (place / "empty" / "experiment.json").write_text(text)
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.collect", *options], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2 and said in found.stderr and "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
