@@ -295,6 +295,14 @@ def test_a_failed_run_is_told_and_other_seeds_go_on(place: Path) -> None:
     assert re.search(r"fedavg-1 +1 +\d", result.output)
 
 
+def test_what_ended_a_run_that_was_killed_is_told(place: Path) -> None:
+    (place / "hungry.py").write_text("import os\n\ndef build(seed):\n    os.kill(os.getpid(), 9)\n")
+    file = written(place, problem="hungry:build", **{"with": {}})
+    result = CliRunner().invoke(main, ["bench", str(file), "--reduced", "--methods", "fedavg", "-o", "out"])
+    assert result.exit_code == 1 and "fedavg-1 failed" in result.output
+    assert "ended by signal 9: Killed (out of memory?" in result.output
+
+
 def test_a_wrong_number_of_clients_is_told_once(place: Path) -> None:
     result = CliRunner().invoke(
         main, ["bench", str(written(place, **{"with": {"clients": 3}})), "--jobs", "1", "-o", "out"]

@@ -167,11 +167,19 @@ class Campaign:
             if process.poll() is None:
                 continue
             del self._running[task]
+            if process.returncode < 0:
+                self._note_signal(task, -process.returncode)
             if process.returncode != 0 or not self._is_finished(task):
                 self.failed.append(task)
             if process.returncode == worker.NO_PROBLEM:
                 self.skipped += [other for other in self._waiting if other.seed == task.seed]
                 self._waiting = [other for other in self._waiting if other.seed != task.seed]
+
+    def _note_signal(self, task: Task, number: int) -> None:
+        """Say behind what a process printed which signal ended it, since it could not."""
+        why = " (out of memory? fewer `--jobs` need less)" if number == signal.SIGKILL else ""
+        with (self.folder / f"{task.name}.log").open("a", encoding="utf-8") as log:
+            log.write(f"ended by signal {number}: {signal.strsignal(number)}{why}\n")
 
     def _end(self) -> None:
         for process in self._running.values():
