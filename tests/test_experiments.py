@@ -100,6 +100,7 @@ def test_all_runs_then_a_table_and_a_report(place: Path) -> None:
             assert [e["time"] for e in log.records("evaluation")] == due and len(due) > 3
     lines = [line for line in result.output.splitlines() if "±" in line]
     assert [line.split()[0] for line in lines] == ["fedgmr", "fedavg"]
+    assert "difference: points above fedavg; paired by seed" in result.output
     page = (out / "report.html").read_text()
     assert "120 virtual seconds planned" in page and "windows planned" not in page
     assert (
@@ -226,6 +227,16 @@ def test_interrupted_it_goes_on_to_the_same_bits(place: Path, how: signal.Signal
     assert ends[0] is not None and ends[1] is not None
     assert ends[0]["model_sha256"] == ends[1]["model_sha256"]
     assert not list(place.glob("cut/*.old*"))
+
+
+def test_whom_the_best_is_compared_with_is_told(place: Path) -> None:
+    """Where the experiment's reference has not run."""
+    methods = {"fedgmr": {}, "frozen": {"trigger": "none"}, "fedavg": {"method": "fedavg"}}
+    file = written(place, methods=methods)
+    options = ["--methods", "fedgmr,frozen", "--budget", "50", "-o", "out"]
+    result = CliRunner().invoke(main, ["bench", str(file), *options])
+    assert result.exit_code == 0, result.output
+    assert re.search("points above (fedgmr|frozen), the best mean, chosen after the fact", result.output)
 
 
 def test_a_run_of_other_options_is_moved_aside(place: Path) -> None:

@@ -231,4 +231,8 @@ def _text(table: Table) -> str:
             span = "" if math.isnan(d.low) else f" [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
             line += f"  {100 * d.value:+6.2f}{span:18}  {compared.verdict}"
         lines.append(line.rstrip())
+    if found is not None:
+        why = "" if found.chosen else ", the best mean, chosen after the fact"
+        reference = table.rows[found.reference].group.label
+        lines.append(f"difference: points above {reference}{why}; paired by seed")
     return "\n".join(lines)
