@@ -176,7 +176,7 @@ def simulated(folder: Path, place: str, case: dict[str, Any]) -> nn.Module:
     from fedgmr_plugin.runtimes import resume
 
     makes = {"convolutions": convolutions, "large": large, "perceptron": world.network}
-    options = {"interval": 2, "mask_interval": 1, "model_megabytes": 26.0, "checkpoint_seconds": 0.0}
+    options = {"interval": 2, "mask_interval": 1, "model_megabytes": 26.0}
     args = world.arguments(
         folder, {**options, **case.get("options", {})}, comm_round=12, **case.get("keys", {})
     )
