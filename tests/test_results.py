@@ -59,6 +59,7 @@ def test_the_tables_of_the_ablations_are_generated(repository: Path) -> None:
             ["omniglot", "fashion_mnist", "tiny_imagenet100"],
             ["frozen", "fedgmr", "fedgmr_loss", "fedgmr_decoupled"],
         ),
+        (["shakespeare"], ["frozen", "fedgmr"]),
         (["omniglot", "tiny_imagenet100"], ["frozen_defaults", "fedgmr_defaults"]),
         (["omniglot"], ["frozen_defaults", "fedgmr_defaults", "defaults_decoupled"]),
         (
