@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,8 +196,7 @@ class Job:
         try:
             output, _ = process.communicate(timeout=LOST)
         except subprocess.TimeoutExpired:
-            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-                each.kill()
+            kill(process)
             output, _ = process.communicate()
             pytest.fail(f"it hangs:\n{output}")
         return process.returncode, output
@@ -206,6 +206,13 @@ class Job:
         lines = (self.folder / "fedgmr_runs" / name / "run.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines[1:]]
         return [{k: v for k, v in r.items() if k != "wall_seconds"} for r in records]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a launcher and what it has started, some of which may end by itself meanwhile."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -626,7 +633,6 @@ def test_a_rank_that_stands_still_is_given_up(job: Job, backend: str) -> None:
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     said = next((line for line in lines if line.startswith("gone:")), "")
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
+    kill(process)
     process.communicate()
     assert "no sign of life for 1 s" in said if backend == "MPI" else "imed out" in said
