@@ -150,6 +150,18 @@ def test_however_late_messages_are_one_stays(letters: list[str], data: st.DataOb
     assert len(stays) == 1 and stays[0].begin()
 
 
+def test_who_has_begun_since_it_asked_gives_way_by_the_order_of_now() -> None:
+    """To one that serves, too, only if that goes before it: else several could give way in a circle."""
+    broker = Broker()
+    first, second = broker.server("a"), broker.server("b", serves=True)
+    late = second.heard(broker.said[0])
+    assert late is not None
+    first.serves = True
+    answer = first.heard(late)
+    assert answer is not None and not first.taken_by
+    assert second.heard(answer) is None and second.taken_by == "place a"
+
+
 def test_who_has_begun_says_so_to_one_whose_answer_comes_late() -> None:
     """It asked before, and the other, which goes before it, answered: what took longer than the wait."""
     broker = Broker()

@@ -7,11 +7,12 @@ signed like those of devices with a key that is made from all of theirs:
     here  {nonce, serves, asked, place}  I am, and I go before `asked`
 
 Who serves goes before who does not yet, then the smaller nonce. Whoever hears an ask says ``here`` if it goes
-before; else it asks, too. Whoever hears ``here`` to its own nonce gives way, but for one that has begun to
-serve since it asked, and hears it of one that had not: it says ``here`` in turn. So of any two that hear each
-other exactly one goes on. A nonce is drawn by each process anew, so what the broker retained, what was
-recorded, and what the same run's server said before it was killed, moves nobody; and a process that is
-dead says nothing, so another may follow it at once.
+before; else it asks, too. Whoever hears ``here`` to its own nonce gives way to one that goes before it now;
+if it goes before itself, having begun to serve since it asked, it says ``here`` in turn. Who serves goes on
+serving, so nobody gives way in a circle, and of any that hear each other exactly one goes on. A nonce is
+drawn by each process anew, so what the broker retained, what was recorded, and what the same run's server
+said before it was killed, moves nobody; and a process that is dead says nothing, so another may follow it at
+once.
 
 Silence counts only while the own connection lives: a wait that it does not outlast is begun anew (`lost`).
 """
@@ -109,7 +110,7 @@ class Presence:
         if kind == "here":
             if fields.get("asked") != self._nonce or nonce == self._nonce:
                 return None
-            if not self.serves or fields.get("serves") is True:
+            if self._goes_before(nonce, fields):
                 self.taken_by = str(fields.get("place"))[:128] or "another process"
             return None if self.taken_by else self._here(nonce)
         if self.taken_by:
@@ -118,12 +119,16 @@ class Presence:
             if self._returned is None:
                 self._returned = self._clock()
             return None
-        if (not self.serves, self._nonce) < (fields.get("serves") is not True, nonce):
+        if not self._goes_before(nonce, fields):
             return self._here(nonce)
         if nonce in self._answered or len(self._answered) >= 64:
             return None
         self._answered.add(nonce)
         return self.ask()
+
+    def _goes_before(self, nonce: str, fields: dict[str, Any]) -> bool:
+        """Whether who said this goes before this process."""
+        return (fields.get("serves") is not True, nonce) < (not self.serves, self._nonce)
 
     def _here(self, asked: str) -> bytes:
         fields = {"kind": "here", "nonce": self._nonce, "serves": self.serves}
