@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig
@@ -148,7 +149,7 @@ class Workbench:
         The model may be on another device than the dispatch, to whose the update comes back.
         """
         self.reset()
-        device = next(self.model.parameters()).device
+        device = self.device
         there = sent.values_S.device
         if device != there:
             sent = replace(sent, ranking=sent.ranking.to(device), values_S=sent.values_S.to(device))
@@ -169,6 +170,11 @@ class Workbench:
             context=self._context if self._has_objective else None,
         )
         return update._replace(values_S=update.values_S.to(there))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
     @property
     def _has_objective(self) -> bool:

@@ -449,7 +449,7 @@ def main(folder: str, method: str, seed: str, campaign: str = "") -> None:
     experiment = Experiment.model_validate_json(text)
     try:
         dataset, model = problem_of(experiment)(int(seed), **experiment.arguments)
-    except Exception as error:  # noqa: BLE001 - whatever the user's function raises
+    except Exception as error:  # noqa: BLE001  (whatever the user's function raises)
         if isinstance(error, FedGMRError):
             tell(error)
         else:

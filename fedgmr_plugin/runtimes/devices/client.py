@@ -249,7 +249,7 @@ class DeviceProcess:
             samples=self._bench.clients.train(client),
             plan=training.plan,
             learning_rate=training.learning_rate,
-            device=next(self._bench.model.parameters()).device,
+            device=self._bench.device,
         ).add_done_callback(trained)
 
     def _train(self, sent: Dispatch, then: Callable[[LocalUpdate], None]) -> None:
