@@ -27,7 +27,8 @@ from benchmarks.measure import machine
 from benchmarks.published import NON_IID
 from fedgmr_plugin.protocol.runlog import read_run
 from fedgmr_plugin.report import statistics
-from fedgmr_plugin.runtimes.experiment import DESCRIPTION, Experiment, is_finished, run_name
+from fedgmr_plugin.runtimes.experiment import Experiment, run_name
+from fedgmr_plugin.runtimes.trial import DESCRIPTION, is_finished
 
 #: Points of a curve that are kept, at most.
 POINTS = 60

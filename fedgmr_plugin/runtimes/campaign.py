@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 from fedgmr_plugin.errors import ConfigError
 from fedgmr_plugin.protocol.runlog import LOG_NAME
-from fedgmr_plugin.runtimes import experiment as worker
-from fedgmr_plugin.runtimes import resume
-from fedgmr_plugin.runtimes.experiment import DESCRIPTION, Experiment, is_finished, run_name
+from fedgmr_plugin.runtimes import resume, trial
+from fedgmr_plugin.runtimes.experiment import Experiment, run_name
+from fedgmr_plugin.runtimes.trial import DESCRIPTION, NO_PROBLEM, is_finished
 
 #: Seconds that processes have to end after an interruption.
 _PATIENCE = 20.0
@@ -149,8 +149,7 @@ class Campaign:
         return is_finished(self.experiment, *task, self.folder)
 
     def _start(self, task: Task) -> None:
-        module = worker.__name__
-        command = [sys.executable, "-m", module, str(self.folder), *map(str, task), str(os.getpid())]
+        command = [sys.executable, "-m", trial.__name__, str(self.folder), *map(str, task), str(os.getpid())]
         with (self.folder / f"{task.name}.log").open("wb") as log:
             # A group of its own: Ctrl-C reaches this process alone, which then ends the others in order.
             self._running[task] = subprocess.Popen(
@@ -171,7 +170,7 @@ class Campaign:
                 self._note_signal(task, -process.returncode)
             if process.returncode != 0 or not self._is_finished(task):
                 self.failed.append(task)
-            if process.returncode == worker.NO_PROBLEM:
+            if process.returncode == NO_PROBLEM:
                 self.skipped += [other for other in self._waiting if other.seed == task.seed]
                 self._waiting = [other for other in self._waiting if other.seed != task.seed]
 
