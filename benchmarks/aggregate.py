@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, seconds, triad_bandwidth
+from benchmarks.measure import Row, against_floor, seconds
 from fedgmr_plugin.kernels.aggregate import MaskedUpdate, merge
 from fedgmr_plugin.kernels.masks import Ranking
 
@@ -69,7 +69,6 @@ def measure() -> list[Row]:
     torch.set_num_threads(1)
     w_D, rankings = world()
     home = rankings[0]
-    bandwidth = triad_bandwidth()
     rows = []
     for name, owners, goal in (
         ("aggregation, one ranking", [home] * 10, "<= 1.5"),
@@ -82,11 +81,11 @@ def measure() -> list[Row]:
         updates = updates_of(owners)
         ranked_D, new_D = home.ranked(w_D), torch.empty(SIZE)
         values = sum(len(u.values_S) for u in updates)
-        floor = (4 * values + len(updates) * SIZE / 8 + 8 * SIZE) / bandwidth
+        moved = 4 * values + len(updates) * SIZE / 8 + 8 * SIZE
 
-        taken = seconds(partial(merge, ranked_D, home, updates, out=new_D))
-        detail = f"{1e3 * taken:.1f} ms, floor {1e3 * floor:.1f} ms at {bandwidth / 1e9:.1f} GB/s"
-        rows.append(Row(name, "floor", taken / floor, goal, detail))
+        ratio, taken, bandwidth = against_floor(partial(merge, ranked_D, home, updates, out=new_D), moved)
+        detail = f"{1e3 * taken:.1f} ms, floor {1e3 * moved / bandwidth:.1f} ms at {bandwidth / 1e9:.1f} GB/s"
+        rows.append(Row(name, "floor", ratio, goal, detail))
 
         masks = [u.ranking.mask(u.rung) for u in updates]
         dense = [torch.zeros(SIZE).index_put_((u.index_S,), u.values_S) for u in updates]

@@ -28,7 +28,7 @@ def measure() -> list[Row]:
     for name, work, goal in (
         ("masks of five densities", lambda: rank(layout, w_D, score_P, DENSITIES), "<= 0.15"),
         ("with a layer floor", lambda: rank(layout, w_D, score_P, DENSITIES, layer_floor=0.02), ""),
-        ("with the payloads' order", lambda: rank(layout, w_D, score_P, DENSITIES).order_D, ""),
+        ("with the payloads' order", lambda: rank(layout, w_D, score_P, DENSITIES).place_D, ""),
     ):
         taken = seconds(work)
         detail = f"{1e3 * taken:.0f} ms, the sort {1e3 * sorting:.0f} ms"

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+#: Elements of a triad's vectors: far larger than the caches.
+_TRIAD = 2**24
+
 
 class Row(NamedTuple):
     """One measured goal.
@@ -76,8 +79,32 @@ def seconds(work: Callable[[], Any], repeats: int = 7, prepare: Callable[[], Any
     return statistics.median(times[1:])
 
 
-def triad_bandwidth(elements: int = 2**24) -> float:
-    """Bytes per second of a = b + s c on float32 vectors far larger than the caches (12 bytes an element)."""
+def against_floor(work: Callable[[], Any], moved: float, repeats: int = 11) -> tuple[float, float, float]:
+    """Time of `work` against its floor, measured in turn; what slows the memory down slows both.
+
+    Args:
+        moved: bytes that `work` cannot avoid to move.
+
+    Returns:
+        median of (time / floor), median time in seconds, median bandwidth in bytes per second.
+    """
+    a, b, c = (torch.ones(_TRIAD) for _ in range(3))
+    ratios, times, rates = [], [], []
+    for round_ in range(repeats + 1):
+        start = time.perf_counter()
+        torch.add(b, c, alpha=0.5, out=a)
+        middle = time.perf_counter()
+        work()
+        end = time.perf_counter()
+        if round_:
+            rates.append(12 * _TRIAD / (middle - start))
+            times.append(end - middle)
+            ratios.append(times[-1] * rates[-1] / moved)
+    return statistics.median(ratios), statistics.median(times), statistics.median(rates)
+
+
+def triad_bandwidth(elements: int = _TRIAD) -> float:
+    """Bytes per second of a = b + s c on float32 vectors (12 bytes an element)."""
     a, b, c = (torch.ones(elements) for _ in range(3))
     return 12 * elements / seconds(lambda: torch.add(b, c, alpha=0.5, out=a), repeats=11)
 

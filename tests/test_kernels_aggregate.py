@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedgmr_plugin.kernels import MaskedUpdate, Ranking, aggregate, merge, staleness_weight
-from fedgmr_plugin.kernels.blocks import BLOCK
+from fedgmr_plugin.kernels import MaskedUpdate, Ranking, aggregate, blocks, merge, staleness_weight
 
 SIZE = 6
 few = settings(max_examples=max(10, settings().max_examples // 5))
@@ -212,7 +211,7 @@ def test_scaling_all_weights_by_a_power_of_two_changes_nothing(
     assert torch.equal(merged(w_D, home, updates, **options), merged(w_D, home, scaled, **options))
 
 
-@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, 2 * BLOCK + 3])
+@pytest.mark.parametrize("size", [blocks.BLOCK - 1, blocks.BLOCK, 2 * blocks.BLOCK + 3])
 @pytest.mark.parametrize("form", ["delta", "replacement"])
 def test_vectors_longer_than_a_block_merge_like_short_ones(size: int, form: Any) -> None:
     """Against the formula on whole vectors, for prefixes and for several rankings."""
@@ -234,6 +233,23 @@ def test_vectors_longer_than_a_block_merge_like_short_ones(size: int, form: Any)
         wanted = torch.where(weights > 0, mean, w_D.double()).float()
         got = merged(w_D, home, updates, form=form)
         assert torch.allclose(got, wanted, rtol=2**-23, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
+@few
+@given(data=st.data(), length=st.integers(1, SIZE))
+def test_the_length_of_a_block_changes_nothing(
+    options: dict[str, Any], data: st.DataObject, length: int
+) -> None:
+    """Values, their bits, and coverage, whichever block has which combination of holders first."""
+    case = data.draw(drawn(options))
+    w_D, home, updates = tensors(case)
+    expected = merge(home.ranked(w_D), home, updates, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK", length)
+        w_D, home, updates = tensors(case)
+        result = merge(home.ranked(w_D), home, updates, **options)
+    assert torch.equal(result.w_D, expected.w_D) and result.coverage == expected.coverage
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=label)
@@ -397,6 +413,15 @@ def test_coverage_is_that_of_the_parameters(case: Case) -> None:
     weight = [sum(c for _, i, _, c in case.updates if j in i) for j in range(SIZE)]
     for (_, index, _, c), share in zip(case.updates, coverage.shares, strict=True):
         assert share == pytest.approx(max((c / weight[j] for j in index), default=0.0), rel=1e-15)
+
+
+def test_fewer_but_heavier_holders_in_a_later_block_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 3)
+    held = {1.0: [0, 1, 2], 1.5: [0, 1, 2], 2.0: [0], 10.0: [1, 3], 11.0: [2, 3]}
+    updates = [update(index, [1.0] * len(index), weight, size=4) for weight, index in held.items()]
+    coverage = merge(torch.zeros(4), flat(4), updates).coverage
+    assert coverage.least_holders == 2 and coverage.uncovered == 0
+    assert coverage.shares == (1 / 4.5, 1.5 / 4.5, 2 / 4.5, 10 / 12.5, 11 / 13.5)
 
 
 @pytest.mark.parametrize("form", ["delta", "replacement"])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedgmr_plugin.kernels import ModelLayout, Ranking, build_layout, rank, scores
+from fedgmr_plugin.kernels import ModelLayout, Ranking, blocks, build_layout, rank, scores
 from fedgmr_plugin.kernels.masks import _bins, _rungs, prunable_values
 
 few = settings(max_examples=max(10, settings().max_examples // 4))
@@ -396,11 +396,29 @@ def test_masks_of_a_large_model_are_ranked_in_reasonable_time() -> None:
 @given(
     rungs=st.lists(st.integers(0, 3), min_size=1, max_size=40),
     edges=st.lists(st.integers(0, 40), max_size=5),
+    stop=st.integers(0, 40),
+    length=st.sampled_from([1, 2, 7, 40, blocks.BLOCK]),
 )
-def test_coordinates_between_two_edges_are_a_slice_of_each_rung(rungs: list[int], edges: list[int]) -> None:
-    ranking = Ranking((0.1, 0.2, 0.3), torch.tensor(rungs, dtype=torch.int16))
-    order = ranking.order_D.tolist()
-    edges = sorted(min(e, len(rungs)) for e in edges)
-    for rung, places in enumerate(ranking.crossings(edges)):
-        for (low, high), (a, b) in zip(itertools.pairwise(edges), itertools.pairwise(places), strict=True):
-            assert order[a:b] == [j for j in range(low, high) if rungs[j] == rung]
+def test_the_order_is_that_of_rungs_and_then_of_coordinates(
+    rungs: list[int], edges: list[int], stop: int, length: int
+) -> None:
+    """However long the blocks are in which a ranking remembers it."""
+    order = sorted(range(len(rungs)), key=lambda j: (rungs[j], j))
+    edges, stop = sorted(min(e, len(rungs)) for e in edges), min(stop, len(rungs))
+    flat_D = torch.arange(100, 100 + len(rungs))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK", length)
+        ranking = Ranking((0.1, 0.2, 0.3), torch.tensor(rungs, dtype=torch.int16))
+        assert ranking.order_D.tolist() == order
+        assert ranking.ranked(flat_D).tolist() == [100 + j for j in order]
+        assert torch.equal(ranking.flat(ranking.ranked(flat_D)), flat_D)
+        for rung, end in enumerate(ranking.ends):
+            assert ranking.support(rung).tolist() == order[:end]
+            assert ranking.cut(flat_D, rung).tolist() == [100 + j for j in order[:end]]
+        placed_D = ranking.place(torch.arange(stop), torch.full((len(rungs),), -1)).tolist()
+        assert placed_D == [order.index(j) if j in order[:stop] else -1 for j in range(len(rungs))]
+        for rung, places in enumerate(ranking.crossings(edges)):
+            for (low, high), (a, b) in zip(
+                itertools.pairwise(edges), itertools.pairwise(places), strict=True
+            ):
+                assert order[a:b] == [j for j in range(low, high) if rungs[j] == rung]

@@ -23,14 +23,16 @@ only update of a merge.
 Updates that were cut from the vector's own ranking are prefixes of it: their sums run over contiguous
 memory, block by block, with one weight for a whole rung. With updates of other rankings, blocks are of the
 layout's order instead, in which each rung of each ranking is a slice of that ranking's order: updates of one
-ranking are summed among themselves and placed together. Sums run ranking by ranking (the vector's own last)
-and within one in the order of `updates`: equal inputs give equal bits.
+ranking are summed among themselves and placed together; those of the vector's own are added to that one by
+one. All sums run in the order of `updates`, rankings in that in which they first appear: equal inputs give
+equal bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import count, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -38,7 +40,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedgmr_plugin.kernels.blocks import BLOCK, blocks
+from fedgmr_plugin.kernels.blocks import block_length, blocks
 from fedgmr_plugin.kernels.masks import Ranking
 
 Floats = NDArray[np.float64]
@@ -114,13 +116,16 @@ class _Rule(NamedTuple):
     total: float
 
     def factors(self, weight_C: Floats) -> tuple[Floats, Floats]:
-        """(a, b) of w' = a w + b sum_n c_n m_nj (x_nj - w_j) by what the holders weigh together [C]."""
-        if self.rule == "plain_average":
-            keep_C = 1.0 - self.step * (1.0 - weight_C / self.total)
-            return keep_C, np.full_like(weight_C, self.step / self.total)
+        """(a, b) of w' = a w + b sum_n c_n m_nj (x_nj - w_j) by what the holders weigh together [C].
+
+        b is 0 just where there are no holders.
+        """
         is_held_C = weight_C > 0.0
         by_C = np.where(is_held_C, weight_C, 1.0) if self.rule == "mask_aware" else self.total
-        return np.ones_like(weight_C), np.where(is_held_C, self.step / by_C, 0.0)
+        gain_C = np.where(is_held_C, self.step / by_C, 0.0)
+        if self.rule == "plain_average":
+            return 1.0 - self.step * (1.0 - weight_C / self.total), gain_C
+        return np.ones_like(weight_C), gain_C
 
     def is_mean(self) -> bool:
         """Whether the new value is the holders' mean, nothing else mixed in."""
@@ -215,7 +220,7 @@ class _Scratch:
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
-        self._size = min(BLOCK, like.numel()) if like.device.type == "cpu" else like.numel()
+        self._size = min(block_length(like), like.numel())
         self._room: dict[str, Tensor] = {}
 
     def take(self, use: str, length: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -228,14 +233,29 @@ class _Scratch:
         """Places as int64, as which alone scattering is fast."""
         return self.take("wide", len(place_S), torch.int64).copy_(place_S)
 
+    def look_up(self, use: str, table_C: Floats, index_B: Tensor) -> Tensor:
+        """The entries [B] of a table, as the vector has them."""
+        entries_C = torch.from_numpy(table_C).to(self._like)
+        return torch.index_select(entries_C, 0, index_B, out=self.take(use, len(index_B)))
+
     def sum_of(self, updates: Sequence[MaskedUpdate], at: slice, base_B: Tensor | None) -> Tensor:
         """sum_n c_n (v_n - base) [B] over the positions `at` of updates that all reach that far."""
         length = at.stop - at.start
-        sum_B, part_B = self.take("sum", length), self.take("part", length)
-        for n, u in enumerate(updates):
-            value_B = u.values_S[at] if base_B is None else torch.sub(u.values_S[at], base_B, out=part_B)
-            torch.mul(value_B, u.weight, out=sum_B) if n == 0 else sum_B.add_(value_B, alpha=u.weight)
+        first, *rest = updates
+        sum_B = torch.mul(self._change(first, at, base_B), first.weight, out=self.take("sum", length))
+        self.add_to(sum_B, rest, at, base_B)
         return sum_B
+
+    def add_to(
+        self, sum_B: Tensor, updates: Sequence[MaskedUpdate], at: slice, base_B: Tensor | None
+    ) -> None:
+        """Add that sum to `sum_B`, update by update."""
+        for u in updates:
+            sum_B.add_(self._change(u, at, base_B), alpha=u.weight)
+
+    def _change(self, update: MaskedUpdate, at: slice, base_B: Tensor | None) -> Tensor:
+        values_B = update.values_S[at]
+        return values_B if base_B is None else torch.sub(values_B, base_B, out=self.take("part", len(base_B)))
 
 
 def _merge_scattered(
@@ -257,32 +277,34 @@ def _merge_scattered(
         ranking.ranked(updates[0].ranking.place(updates[0].values_S, ranking.flat(w_D)), out=new_D)
         return Coverage(parameters - held, int(held > 0), held, (float(len(updates[0].values_S) > 0),))
 
-    pieces = [*blocks(0, parameters, w_D), *blocks(parameters, w_D.numel(), w_D)]
+    pieces = list(_pieces(w_D, parameters))
     owners = {ranking.digest: ranking}
     for u in updates:
         owners.setdefault(u.ranking.digest, u.ranking)
     home, *others = (_Group.of(owner, updates, pieces, owner is ranking) for owner in owners.values())
     groups = [home, *others] if any(home.holders) else others
     scratch, tally = _Scratch(w_D), _Tally(len(updates))
-    for k, at in enumerate(pieces):
-        rule, length = rules[at.start >= parameters], at.stop - at.start
-        place_B = home.places(k, at.start, scratch.take("home", length, ranking.order_D.dtype))
-        change_B = _sum_of_others(w_D, home, others, k, at, place_B, rule.form, scratch)
+    for piece in pieces:
+        at, length = piece.at, piece.at.stop - piece.at.start
+        rule = rules[at.start >= parameters]
+        change_B = _sum_of_others(w_D, home, others, piece, rule.form, scratch)
         code_B, weight_C, holds_CN = _combinations(groups, at, scratch)
         index_B = scratch.take("index of code", length, torch.int32).copy_(code_B)
-        keep_C, gain_C = (torch.from_numpy(f).to(w_D) for f in rule.factors(weight_C))
-        gain_B = torch.index_select(gain_C, 0, index_B, out=scratch.take("gain", length))
-        keep_B = torch.index_select(keep_C, 0, index_B) if rule.rule == "plain_average" else None
-        for holders, (part, place_S) in zip(home.holders, home.slices(k, place_B), strict=True):
+        keep_C, gain_C = rule.factors(weight_C)
+        # What the tally does not know is marked by a minus; after some blocks it is seldom there.
+        marked_C = np.where(tally.is_news(weight_C, holds_CN), -gain_C, gain_C)
+        gain_B = scratch.look_up("gain", marked_C, index_B)
+        if float(gain_B.min()) <= 0.0:
+            tally.add(torch.bincount(code_B, minlength=len(weight_C)).cpu().numpy(), weight_C, holds_CN)
+            gain_B.abs_()
+        keep_B = scratch.look_up("keep", keep_C, index_B) if rule.rule == "plain_average" else None
+        for holders, (part, place_S) in zip(home.holders, home.slices(piece), strict=True):
             old_S, size = w_D[part], len(place_S)
             change_S = torch.index_select(change_B, 0, place_S, out=scratch.take("change here", size))
-            if holders:
-                change_S += scratch.sum_of(holders, part, old_S if rule.form == "replacement" else None)
             gain_S = torch.index_select(gain_B, 0, place_S, out=scratch.take("gain here", size))
+            scratch.add_to(change_S, holders, part, old_S if rule.form == "replacement" else None)
             kept_S = old_S if keep_B is None else old_S * torch.index_select(keep_B, 0, place_S)
             torch.addcmul(kept_S, gain_S, change_S, out=new_D[part])
-        count_C = torch.bincount(code_B, minlength=len(weight_C)).cpu().numpy()
-        tally.add(count_C, weight_C, holds_CN, at.start < parameters)
     return tally.coverage(updates, held)
 
 
@@ -293,15 +315,21 @@ class _Tally:
         self._uncovered, self._least_holders = 0, updates
         self._least_N = np.full(updates, np.inf)  # smallest weight that an update shares a coordinate with
 
-    def add(self, count_C: Ints, weight_C: Floats, holds_CN: Bools, is_parameter: bool) -> None:
+    def is_news(self, weight_C: Floats, holds_CN: Bools) -> Bools:
+        """Which combinations of some holders [C] would change the tally, if a block had them."""
+        holders_C = holds_CN.sum(axis=1)
+        is_lighter_C = (holds_CN & (weight_C[:, None] < self._least_N)).any(axis=1)
+        is_news_C: Bools = is_lighter_C | ((holders_C > 0) & (holders_C < self._least_holders))
+        return is_news_C
+
+    def add(self, count_C: Ints, weight_C: Floats, holds_CN: Bools) -> None:
         """A block with `count_C` coordinates of each combination."""
         holders_C = holds_CN.sum(axis=1)
-        if is_parameter:
-            self._uncovered += int(count_C[holders_C == 0].sum())
-            held_C = (count_C > 0) & (holders_C > 0)
-            self._least_holders = min([self._least_holders, *holders_C[held_C].tolist()])
-        here_CN = holds_CN & (count_C > 0)[:, None]
-        self._least_N = np.minimum(self._least_N, np.where(here_CN, weight_C[:, None], np.inf).min(axis=0))
+        self._uncovered += int(count_C[holders_C == 0].sum())
+        held_C = (count_C > 0) & (holders_C > 0)
+        self._least_holders = min([self._least_holders, *holders_C[held_C].tolist()])
+        least_CN = np.where(holds_CN & held_C[:, None], weight_C[:, None], np.inf)
+        self._least_N = np.minimum(self._least_N, least_CN.min(axis=0))
 
     def coverage(self, updates: Sequence[MaskedUpdate], held: int) -> Coverage:
         """The sum; `held` as in `Coverage`."""
@@ -309,33 +337,50 @@ class _Tally:
         return Coverage(self._uncovered, self._least_holders if held else 0, held, tuple(shares))
 
 
+class _Piece(NamedTuple):
+    """Coordinates of one block of the layout.
+
+    Attributes:
+        number: counted from 0.
+        at: which coordinates.
+        offset: of the first of them from the start of the block.
+    """
+
+    number: int
+    at: slice
+    offset: int
+
+
+def _pieces(w_D: Tensor, parameters: int) -> Iterator[_Piece]:
+    """The blocks of a vector in the layout's order; one with parameters and buffers is two pieces."""
+    number = count()
+    for at in blocks(0, w_D.numel(), w_D):
+        edges = sorted({at.start, min(max(parameters, at.start), at.stop), at.stop})
+        for start, stop in pairwise(edges):
+            yield _Piece(next(number), slice(start, stop), start - at.start)
+
+
 def _sum_of_others(
     w_D: Tensor,
     home: _Group,
     others: Sequence[_Group],
-    block: int,
-    at: slice,
-    home_B: Tensor,
+    piece: _Piece,
     form: Form,
     scratch: _Scratch,
 ) -> Tensor:
-    """sum_n c_n m_nj (x_nj - w_j), or of x_nj - x0_nj, over a block in the layout's order [B].
+    """sum_n c_n m_nj (x_nj - w_j), or of x_nj - x0_nj, over a piece in the layout's order [B].
 
     Of the updates of other rankings than the vector's own.
-
-    Args:
-        home_B: `home.places` of the block.
     """
-    length = at.stop - at.start
+    length = piece.at.stop - piece.at.start
     base_B = None
     if form == "replacement":
         base_B = scratch.take("base", length)
-        for part, place_S in home.slices(block, home_B):
+        for part, place_S in home.slices(piece):
             base_B.scatter_(0, scratch.wide(place_S), w_D[part])
     change_B = scratch.take("change", length).fill_(-0.0)  # which changes no number that is added to it
     for group in others:
-        place_B = group.places(block, at.start, scratch.take("other", length, home_B.dtype))
-        for holders, (part, place_S) in zip(group.holders, group.slices(block, place_B), strict=False):
+        for holders, (part, place_S) in zip(group.holders, group.slices(piece), strict=False):
             if holders:
                 base_S = None
                 if base_B is not None:
@@ -352,8 +397,8 @@ class _Group(NamedTuple):
         holders: of each rung, the updates that hold it, in the order of the merge [R + 1].
         weight_R: sum of their weights [R + 1].
         holds_RN: which of the merge's updates they are [R + 1, N].
-        crossings: where each rung's slice of the order crosses the edges of the layout's blocks; of the rungs
-            that anybody holds only, but for the vector's own ranking.
+        crossings: where each rung's slice of the order crosses the edges of the pieces; of the rungs that
+            anybody holds only, but for the vector's own ranking.
     """
 
     ranking: Ranking
@@ -364,7 +409,7 @@ class _Group(NamedTuple):
 
     @classmethod
     def of(
-        cls, ranking: Ranking, updates: Sequence[MaskedUpdate], pieces: Sequence[slice], is_home: bool
+        cls, ranking: Ranking, updates: Sequence[MaskedUpdate], pieces: Sequence[_Piece], is_home: bool
     ) -> _Group:
         """Those of `updates` that were cut from `ranking`; `is_home` for the vector's own."""
         reach = [u.rung if u.ranking.digest == ranking.digest else -1 for u in updates]
@@ -372,22 +417,16 @@ class _Group(NamedTuple):
         holds = [[r >= rung for r in reach] for rung in rungs]
         holders = [[u for u, has in zip(updates, row, strict=True) if has] for row in holds]
         weight_R = np.array([sum(u.weight for u in those) for those in holders], dtype=np.float64)
-        crossings = ranking.crossings([0, *(piece.stop for piece in pieces)])
+        crossings = ranking.crossings([0, *(piece.at.stop for piece in pieces)])
         crossings = crossings[: len(rungs) if is_home else max(reach) + 1]
         return cls(ranking, holders, weight_R, np.array(holds, dtype=np.bool_), crossings)
 
-    def places(self, block: int, start: int, out_B: Tensor) -> Tensor:
-        """[B]: the block's coordinates rung by rung, counted from its `start`; the head of `out_B`."""
-        order_D = self.ranking.order_D
-        for part, place_S in self.slices(block, out_B):
-            torch.sub(order_D[part], start, out=place_S)
-        return out_B
-
-    def slices(self, block: int, place_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """For each rung its slice of the ranking's order in a block, and its part of `place_B`."""
-        parts = [slice(edges[block], edges[block + 1]) for edges in self.crossings]
-        lengths = [part.stop - part.start for part in parts]
-        return zip(parts, place_B[: sum(lengths)].split(lengths), strict=True)
+    def slices(self, piece: _Piece) -> Iterator[tuple[slice, Tensor]]:
+        """For each rung its slice of the ranking's order in a piece, and the places there, from 0 on."""
+        place_D = self.ranking.place_D
+        for edges in self.crossings:
+            part = slice(edges[piece.number], edges[piece.number + 1])
+            yield part, place_D[part] - piece.offset if piece.offset else place_D[part]
 
 
 def _combinations(groups: Sequence[_Group], at: slice, scratch: _Scratch) -> tuple[Tensor, Floats, Bools]:

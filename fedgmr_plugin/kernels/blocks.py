@@ -15,9 +15,14 @@ from torch import Tensor
 BLOCK = 2**19
 
 
+def block_length(like: Tensor) -> int:
+    """Coordinates of a piece of a vector: `BLOCK` on a CPU, all of the vector on another device."""
+    return BLOCK if like.device.type == "cpu" else max(like.numel(), 1)
+
+
 def blocks(start: int, stop: int, like: Tensor) -> Iterator[slice]:
-    """`start` to `stop` in pieces of at most `BLOCK`; in one piece on another device than the CPU."""
-    step = BLOCK if like.device.type == "cpu" else max(stop - start, 1)
+    """`start` to `stop`, of a vector, in pieces of at most `block_length`."""
+    step = block_length(like)
     return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
 

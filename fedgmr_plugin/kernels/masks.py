@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgmr_plugin.kernels.blocks import blocks
+from fedgmr_plugin.kernels.blocks import block_length, blocks
 from fedgmr_plugin.kernels.layout import ModelLayout
 
 Score = Literal["magnitude", "weight_change", "per_cost", "random"]
@@ -49,20 +49,34 @@ class Ranking:
     densities: tuple[float, ...]
     rung_D: Tensor
 
-    @cached_property
+    @property
     def order_D(self) -> Tensor:
-        """Coordinates by rung, increasing within one rung; int32 [D], or int64 from 2^31 coordinates on."""
+        """int64 [D]: coordinates by rung, increasing within one rung (a new tensor)."""
+        return self._coordinates(self.rung_D.numel())
+
+    @property
+    def place_D(self) -> Tensor:
+        """int32 [D]: `order_D`, each coordinate counted from the start of its block of the layout.
+
+        Those of one rung in one block are a slice of it (`crossings`). Blocks are those of `blocks`; int64
+        where one has 2^31 coordinates or more.
+        """
+        return self._blockwise[0]
+
+    @cached_property
+    def _blockwise(self) -> tuple[Tensor, list[list[int]]]:
+        """`place_D`, and where each rung's slice of it crosses the blocks' edges [R + 1][blocks + 1]."""
         size = self.rung_D.numel()
-        kind = torch.int32 if size < 2**31 else torch.int64
-        order_D = torch.empty(size, dtype=kind, device=self.rung_D.device)
-        start_R = [0, *self.ends]
+        kind = torch.int32 if block_length(self.rung_D) < 2**31 else torch.int64
+        place_D = torch.empty(size, dtype=kind, device=self.rung_D.device)
+        crossings = [[start] for start in (0, *self.ends)]
         for at in blocks(0, size, self.rung_D):
             rung_B, index_B = torch.sort(self.rung_D[at], stable=True)
-            counts = torch.bincount(rung_B, minlength=len(start_R)).tolist()
-            for r, part in enumerate(index_B.add_(at.start).split(counts)):
-                order_D[start_R[r] : start_R[r] + len(part)] = part
-                start_R[r] += len(part)
-        return order_D
+            counts = torch.bincount(rung_B, minlength=len(crossings)).tolist()
+            for crossed, part in zip(crossings, index_B.split(counts), strict=True):
+                crossed.append(crossed[-1] + len(part))
+                place_D[crossed[-2] : crossed[-1]] = part
+        return place_D, crossings
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
@@ -108,7 +122,7 @@ class Ranking:
 
     def ranked(self, flat_D: Tensor, out: Tensor | None = None) -> Tensor:
         """A vector [D] in the layout's order, in the order of the ranking (a new tensor, or `out`)."""
-        return torch.index_select(flat_D, 0, self.order_D, out=out)
+        return self._gather(flat_D, torch.empty_like(flat_D) if out is None else out)
 
     def flat(self, ranked_D: Tensor) -> Tensor:
         """A vector [D] in the order of the ranking, in the layout's order (a new tensor)."""
@@ -116,26 +130,57 @@ class Ranking:
 
     def cut(self, flat_D: Tensor, rung: int) -> Tensor:
         """Payload [S] of the rung's sub-model of a vector [D] in the layout's order (a new tensor)."""
-        return torch.index_select(flat_D, 0, self.order_D[: self.ends[rung]])
+        return self._gather(flat_D, flat_D.new_empty(self.ends[rung]))
 
     def place(self, values_S: Tensor, flat_D: Tensor) -> Tensor:
         """Write a payload [S] to its coordinates of a vector [D] in the layout's order; returns that."""
-        for at in blocks(0, len(values_S), values_S):
-            flat_D.scatter_(0, self.order_D[at].to(torch.int64), values_S[at])
+        for part, at in self._pieces(len(values_S)):
+            flat_D[at].scatter_(0, self.place_D[part].to(torch.int64), values_S[part])
         return flat_D
+
+    def _gather(self, flat_D: Tensor, out_S: Tensor) -> Tensor:
+        """The first S of a vector [D] in the ranking's order, into `out_S`; returns that."""
+        for part, at in self._pieces(len(out_S)):
+            torch.index_select(flat_D[at], 0, self.place_D[part], out=out_S[part])
+        return out_S
+
+    def _pieces(self, stop: int) -> Iterator[tuple[slice, slice]]:
+        """The order up to `stop` in slices, and of which block of the layout each is."""
+        size, (_, crossings) = self.rung_D.numel(), self._blockwise
+        if block_length(self.rung_D) >= size:
+            yield slice(0, stop), slice(0, size)
+            return
+        for k, at in enumerate(blocks(0, size, self.rung_D)):
+            for crossed in crossings:
+                if crossed[k] < stop:
+                    yield slice(crossed[k], min(crossed[k + 1], stop)), at
+
+    def _coordinates(self, stop: int) -> Tensor:
+        """int64 [stop]: the head of the order (a new tensor)."""
+        index_S = torch.empty(stop, dtype=torch.int64, device=self.rung_D.device)
+        for part, at in self._pieces(stop):
+            index_S[part].copy_(self.place_D[part]).add_(at.start)
+        return index_S
 
     def crossings(self, edges: Sequence[int]) -> list[list[int]]:
         """Where the order crosses `edges` of the layout (ascending, E of them), rung by rung [R + 1][E].
 
         Coordinates increase within a rung, so those between two edges are a slice of it.
         """
-        edge_E = torch.tensor(edges, dtype=self.order_D.dtype, device=self.order_D.device)
-        bounds = itertools.pairwise((0, *self.ends, self.rung_D.numel()))
-        return [(torch.searchsorted(self.order_D[a:b], edge_E) + a).tolist() for a, b in bounds]
+        (place_D, crossings), length = self._blockwise, block_length(self.rung_D)
+
+        def crossing(crossed: list[int], edge: int) -> int:
+            block, offset = divmod(edge, length)
+            if offset == 0:
+                return crossed[block]
+            of_block_B = place_D[crossed[block] : crossed[block + 1]]
+            return crossed[block] + int(torch.searchsorted(of_block_B, offset))
+
+        return [[crossing(crossed, edge) for edge in edges] for crossed in crossings]
 
     def support(self, rung: int) -> Tensor:
         """int64 [S]: coordinates of the rung's sub-model, in the order of its payload (a new tensor)."""
-        return self.order_D[: self.ends[rung]].to(torch.int64, copy=True)
+        return self._coordinates(self.ends[rung])
 
     def mask(self, rung: int) -> Tensor:
         """bool [D]: the rung's mask."""

@@ -53,9 +53,9 @@ class PayloadOrder:
         """int64 [S]: place in the ranking's order of each place of this one; None where they are equal."""
         if self.cuts == PayloadOrder.by_rung(self.ranking, self.tops[-1]).cuts:
             return None
-        order_D = self.ranking.order_D
+        index_S = self.ranking.support(self.tops[-1])
         bounds = itertools.pairwise((0, *self.cuts))
-        return torch.cat([order_D[a:b].argsort() + a for a, b in bounds])
+        return torch.cat([index_S[a:b].argsort() + a for a, b in bounds])
 
     def from_ranked(self, values_S: Tensor) -> Tensor:
         """The engine's payload in this order."""
