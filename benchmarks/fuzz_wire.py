@@ -46,7 +46,7 @@ def ranking() -> Ranking:
 
 
 def examples() -> list[bytes]:
-    """One valid message of each kind, type of values and way to send a mask."""
+    """One valid message of each kind, type of values and way to send a mask, and one without values."""
     family = ranking()
     generator = torch.Generator().manual_seed(1)
     values_D = torch.randn(SIZE, generator=generator)
@@ -76,6 +76,10 @@ def examples() -> list[bytes]:
         "update", "fuzz", 7, family.digest, SIZE, family.ends[:1], client=1, dispatch=12, outcome=outcome
     )
     found.append(Message(update, values_D[: family.ends[0]]))
+    by_increments = Header(
+        "dispatch", "fuzz", 7, family.digest, SIZE, (), family.ends[0], client=1, dispatch=12, task=Task(0.05)
+    )
+    found.append(Message(by_increments, values_D[:0]))
     return [bytes(encode(message)) for message in found]
 
 

@@ -218,6 +218,8 @@ def _compare(header: Header, limits: Limits) -> None:
 
 def _tensor(view: memoryview, dtype: torch.dtype, *, copy: bool) -> Tensor:
     """The vector that the bytes are, or a copy of it."""
+    if not len(view):  # NumPy's copy of nothing has no stride, which torch does not take for another type
+        return torch.empty(0, dtype=dtype)
     array = np.frombuffer(view, dtype=np.uint8)
     return torch.from_numpy(array.copy() if copy else array).view(dtype)
 
