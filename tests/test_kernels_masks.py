@@ -422,3 +422,11 @@ def test_the_order_is_that_of_rungs_and_then_of_coordinates(
                 itertools.pairwise(edges), itertools.pairwise(places), strict=True
             ):
                 assert order[a:b] == [j for j in range(low, high) if rungs[j] == rung]
+
+
+def test_a_vector_with_a_gradient_is_cut_like_any_other() -> None:
+    """As `ModelLayout.gather` does, a payload leaves the graph behind."""
+    ranking = Ranking((0.5,), torch.tensor([1, 0, 1, 0], dtype=torch.int16))
+    flat_D = torch.arange(4.0, requires_grad=True)
+    for values, expected in ((ranking.cut(flat_D, 0), [1, 3]), (ranking.ranked(flat_D), [1, 3, 0, 2])):
+        assert values.tolist() == expected and not values.requires_grad

@@ -138,6 +138,7 @@ class Ranking:
             flat_D[at].scatter_(0, self.place_D[part].to(torch.int64), values_S[part])
         return flat_D
 
+    @torch.no_grad()
     def _gather(self, flat_D: Tensor, out_S: Tensor) -> Tensor:
         """The first S of a vector [D] in the ranking's order, into `out_S`; returns that."""
         for part, at in self._pieces(len(out_S)):
