@@ -383,6 +383,14 @@ def test_a_state_dict_may_lack_tensors_and_then_the_given_vector_fills_them() ->
     assert torch.equal(flat, like)
 
 
+def test_a_state_dict_may_hold_parameters_themselves() -> None:
+    """As what a hook makes of ``named_parameters``: the vector has their values, and no gradient."""
+    model = Block()
+    layout = build_layout(model)
+    flat = layout.from_state_dict(dict(model.named_parameters()), layout.gather(model))
+    assert torch.equal(flat, layout.gather(model)) and not flat.requires_grad
+
+
 def test_integer_buffers_of_a_state_dict_are_the_models() -> None:
     model = Block()
     model.bn.num_batches_tracked.fill_(7)

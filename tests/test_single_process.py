@@ -455,6 +455,35 @@ def test_a_users_trainer_and_aggregator_are_honoured(tmp_path: Path) -> None:
     assert small.any() and (log.column("arrival", "change_sq")[small] > 0).all()
 
 
+def test_hooks_may_return_parameters_that_have_gradients(tmp_path: Path) -> None:
+    from fedml.core import ServerAggregator
+
+    class Aggregator(ServerAggregator):  # type: ignore[misc]
+        def get_model_params(self) -> Any:
+            return self.model.state_dict()
+
+        def set_model_params(self, model_parameters: Any) -> None:
+            self.model.load_state_dict(model_parameters)
+
+        def on_before_aggregation(self, raw_client_model_or_grad_list: Any) -> Any:
+            return [(n, parameters(state)) for n, state in raw_client_model_or_grad_list]
+
+        def on_after_aggregation(self, aggregated_model_or_grad: Any) -> Any:
+            return parameters(aggregated_model_or_grad)
+
+        def test(self, test_data: Any, device: Any, args: Any) -> None:
+            return None
+
+    def parameters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: nn.Parameter(value) * 1 for name, value in state.items()}
+
+    args, plain, hooked = arguments(tmp_path), network(), network()
+    run(arguments(tmp_path), model=plain)
+    run(args, model=hooked, server_aggregator=Aggregator(copy.deepcopy(hooked), args))
+    for one, other in zip(plain.parameters(), hooked.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -155,6 +155,7 @@ class ModelLayout:
                 state[name] = views[names[name]].detach().clone()
         return state
 
+    @torch.no_grad()
     def from_state_dict(self, state: dict[str, Tensor], like_D: Tensor) -> Tensor:
         """The vector [D] of a ``state_dict``; tensors that it lacks are taken from `like_D`."""
         flat = like_D.clone()
