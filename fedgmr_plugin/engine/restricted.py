@@ -19,7 +19,7 @@ from fedgmr_plugin.kernels.masks import Ranking
 
 #: bool [D], what of a client's uploads may count besides its sub-model; None for all of it.
 Shares = Callable[[int], Tensor | None]
-#: Rankings that are remembered: each costs two indices a coordinate.
+#: Rankings that are remembered: each costs six bytes a coordinate.
 _MOST = 64
 
 
