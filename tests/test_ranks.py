@@ -457,7 +457,7 @@ def test_a_killed_rank_ends_the_job_and_others_continue_it(
 def test_an_interrupt_leaves_a_run_that_can_be_continued(reference: Job, backend: str) -> None:
     name = f"interrupted-{backend}"
     reference.configure(backend, run_name=name)
-    patient = {"OMPI_MCA_odls_base_sigkill_timeout": "20"}  # seconds to SIGKILL: the machine may be busy
+    patient = {"OMPI_MCA_odls_base_sigkill_timeout": "60"}  # seconds to SIGKILL: the machine may be busy
     process = reference.start(launcher(backend, 2), TROUBLE="stop 1 40", **patient)
     run = reference.folder / "fedgmr_runs" / name
     deadline = time.monotonic() + LOST
