@@ -175,6 +175,13 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         "Initialise the parameter; register a constant with `persistent=False`, which keeps it out of the "
         "model's state.",
     ),
+    "GMR-214": CatalogueEntry(
+        "sub-model without a parameter",
+        "A density leaves not one of the model's prunable weights, and no parameter of the model is never "
+        "pruned: clients of that density would have nothing to train.",
+        "Use larger densities (`densities`, `density_min`) or a larger model, or name a layer in "
+        "`dense_layers`.",
+    ),
     "GMR-301": CatalogueEntry(
         "client without training data",
         "A client has no training sample (or none is left after the validation split).",

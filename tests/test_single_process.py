@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedgmr_plugin.cli.plan import table
-from fedgmr_plugin.config import parse
+from fedgmr_plugin.config import FedGMRConfig, parse
 from fedgmr_plugin.engine.course import model_sha256
 from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.errors import ConfigError, DataError, FedGMRError, HostError, ModelError
@@ -584,6 +584,11 @@ def empty_client() -> list[Any]:
     return data
 
 
+def tiny_convolution() -> nn.Module:
+    """Four weights and a bias, of which density .05 leaves none."""
+    return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 1, 4), nn.Flatten())
+
+
 def zero_samples() -> list[Any]:
     data = dataset()
     data[4][3] = 0
@@ -599,6 +604,7 @@ def zero_samples() -> list[Any]:
         ("GMR-302", DataError, {"keys": {"client_num_in_total": 5, "client_num_per_round": 5}}),
         ("GMR-201", ModelError, {"model": nn.Sequential(nn.Linear(6, 3))}),
         ("GMR-202", ModelError, {"model": network().half()}),
+        ("GMR-214", ModelError, {"model": tiny_convolution()}),
         (
             "GMR-503",
             HostError,
@@ -711,6 +717,12 @@ def test_the_plan_knows_decoupled_traffic(tmp_path: Path, download: str) -> None
     flown = [r for r in log.records("arrival") if r["client"] == last.clients[0] and r["density"] == 1.0]
     assert [r["time"] - began[r["dispatch"]] for r in flown[:2]] == pytest.approx([planned] * 2, rel=0.2)
     assert all(r["bytes_up"] < 37.2e6 / 2 for r in flown)
+
+
+def test_a_plan_refuses_what_a_run_does(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    with pytest.raises(ModelError, match="GMR-214 density=0.05 of 5 coordinates holds none"):
+        plan_run(FedGMRConfig(), fedml_keys(args), tiny_convolution())
 
 
 def test_the_plan_agrees_with_the_run(tmp_path: Path) -> None:

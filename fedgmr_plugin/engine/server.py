@@ -54,7 +54,7 @@ from fedgmr_plugin.errors import UpdateRejected, WireError
 from fedgmr_plugin.kernels import density as gmr
 from fedgmr_plugin.kernels.aggregate import Coverage, MaskedUpdate, merge
 from fedgmr_plugin.kernels.layout import ModelLayout
-from fedgmr_plugin.kernels.masks import Ranking, rank, scores
+from fedgmr_plugin.kernels.masks import Ranking, rank, refuse_empty, scores
 from fedgmr_plugin.kernels.robust import bounded, scaled, trimmed
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES, travelled
 from fedgmr_plugin.kernels.staleness import staleness_weight
@@ -102,6 +102,9 @@ class Server:
         before_merge, after_merge: hooks of the host framework; see `BeforeMerge`.
         masks: family of masks; by `score` where None.
         shares: what of a client's uploads counts; all of them where None.
+
+    Raises:
+        ModelError: GMR-214, the smallest sub-model holds nothing.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Server:
         #: Room for the next merge [D]; between merges anybody may overwrite it.
         self.spare_D: Tensor | None = None
         self.put(w_D, self._rank())
+        refuse_empty(self.ranking)
 
     @property
     def w_D(self) -> Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedgmr_plugin.errors import ModelError
 from fedgmr_plugin.kernels.blocks import block_length, blocks
 from fedgmr_plugin.kernels.layout import ModelLayout
 
@@ -203,6 +204,19 @@ class Ranking:
         for at in blocks(0, len(flat_D), flat_D):
             flat_D[at] *= table.index_select(0, self.rung_D[at].to(torch.int32))
         return flat_D
+
+
+def refuse_empty(ranking: Ranking) -> None:
+    """Refuse a family whose smallest sub-model holds nothing.
+
+    Raises:
+        ModelError: GMR-214.
+    """
+    if ranking.ends[0] == 0:
+        size = ranking.rung_D.numel()
+        raise ModelError(
+            "GMR-214", f"density={ranking.densities[0]:g} of {size} coordinates holds none", where="model"
+        )
 
 
 def prunable_values(layout: ModelLayout, flat_D: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.network import Transfer, VirtualNetwork, payload_megabytes
 from fedgmr_plugin.engine.sampling import choose_idle
 from fedgmr_plugin.kernels.layout import build_layout, validate
-from fedgmr_plugin.kernels.masks import Ranking, rank, scores
+from fedgmr_plugin.kernels.masks import Ranking, rank, refuse_empty, scores
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
 from fedgmr_plugin.protocol.sizes import MessageSizes
 from fedgmr_plugin.runtimes import setup, single_process
@@ -138,6 +138,7 @@ def plan_run(config: FedGMRConfig, keys: FedMLKeys, model: nn.Module) -> RunPlan
         layer_floor=config.layer_floor,
         prune_biases=config.prune_biases,
     )
+    refuse_empty(ranking)
     megabytes = setup.dense_megabytes(config, layout)
     decoupled = "decoupled" in (config.upload, config.download)
     budget = Budget(layout, initial) if decoupled else None
