@@ -54,12 +54,14 @@ def test_the_tables_of_the_ablations_are_generated(repository: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "methods"),
     [
-        (["omniglot", "fashion_mnist", "tiny_imagenet100", "cifar10_small"], ["fedgmr", "fedgmr_decoupled"]),
         (
-            ["omniglot", "fashion_mnist", "tiny_imagenet100"],
+            ["omniglot", "fashion_mnist", "tiny_imagenet100", "cifar10_small", "shakespeare"],
+            ["fedgmr", "fedgmr_decoupled"],
+        ),
+        (
+            ["omniglot", "fashion_mnist", "tiny_imagenet100", "shakespeare"],
             ["frozen", "fedgmr", "fedgmr_loss", "fedgmr_decoupled"],
         ),
-        (["shakespeare"], ["frozen", "fedgmr"]),
         (["omniglot", "tiny_imagenet100"], ["frozen_defaults", "fedgmr_defaults"]),
         (["omniglot"], ["frozen_defaults", "fedgmr_defaults", "defaults_decoupled"]),
         (
