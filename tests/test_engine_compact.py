@@ -85,9 +85,10 @@ def test_a_sparse_layer_is_the_dense_one(
         assert a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_a_sparse_layers_bits_do_not_depend_on_threads_or_time() -> None:
+@pytest.mark.parametrize("density", [0.05, 0.25])
+def test_a_sparse_layers_bits_do_not_depend_on_threads_or_time(density: float) -> None:
     torch.manual_seed(0)
-    mask = torch.rand(512, 700) < 0.05
+    mask = torch.rand(512, 700) < density
     where = support((512, 700), flat_index(mask))
     values_E = torch.randn(len(where.index_E), requires_grad=True)
     x, dy = torch.randn(20, 700, requires_grad=True), torch.randn(20, 512)

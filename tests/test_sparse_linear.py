@@ -9,10 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedgmr_plugin.kernels import sparse_linear as module
 from fedgmr_plugin.kernels.sparse_linear import Support, available, flat_index, sparse_linear, support
 
 pytestmark = pytest.mark.skipif(not available(), reason="this torch has no MKL")
 few = settings(max_examples=max(15, settings().max_examples // 3))
+
+
+@pytest.fixture(autouse=True, params=["sampled", "in blocks"])
+def gradient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way to the weight's gradient, at any density and size."""
+    monkeypatch.setattr(module, "DENSE_GRADIENT", 2.0 if request.param == "sampled" else 0.0)
+    monkeypatch.setattr(module, "_BLOCK", 12)
 
 
 @st.composite
@@ -53,10 +61,13 @@ def test_a_support_lists_rows_and_columns(mask: Tensor) -> None:
     assert where.row_ends.tolist() == [sum(i < r for i, _ in by_row) for r in range(rows + 1)]
     assert where.column_ends.tolist() == [sum(j < c for _, j in by_row) for c in range(columns + 1)]
     assert [by_row[e] for e in where.by_column_E.tolist()] == by_column
-    assert {where.index_E.dtype, where.by_column_E.dtype} == {torch.int64}
-    assert {t.dtype for t in (where.row_ends, where.column_E, where.column_ends, where.row_E)} == {
-        torch.int32
-    }
+    step = where.block_rows
+    assert where.place_E.tolist() == [(i % step) * columns + j for i, j in by_row]
+    stops = [min(r + step, rows) for r in range(0, rows, step)]
+    assert list(where.block_ends) == [sum(i < stop for i, _ in by_row) for stop in stops]
+    tensors = {t for t in where if isinstance(t, Tensor)}
+    assert where.index_E.dtype == torch.int64
+    assert {t.dtype for t in tensors - {where.index_E}} == {torch.int32}
 
 
 @pytest.mark.parametrize("columns", [2**15 - 1, 2**15, 2**15 + 1, 70_000])
@@ -209,7 +220,7 @@ def test_inputs_are_left_as_they_are() -> None:
     values_E = w.view(-1)[where.index_E].requires_grad_()
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(4, dtype=torch.float64)
-    before = [t.detach().clone() for t in (x, values_E, w, bias, *where[1:])]
+    tensors = [x, values_E, w, bias, *(t for t in where if isinstance(t, Tensor))]
+    before = [t.detach().clone() for t in tensors]
     sparse_linear(x, values_E, w, bias, where).square().sum().backward()
-    after = [t.detach() for t in (x, values_E, w, bias, *where[1:])]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))

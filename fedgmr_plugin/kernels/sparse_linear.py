@@ -6,9 +6,9 @@ E = |S|.
     Y = X W^T + c        dX = dY W        dW_S = (dY^T X)_S        dc = sum_b dY
 
 W lives in compressed rows (values in coordinate order) for Y, in compressed columns (the same values,
-permuted) for dX, and dW is sampled: one dot product over b for each of the E coordinates. Every sum runs in
-a fixed order inside one row, so results do not depend on the number of threads. They differ from the dense
-layer's in rounding only. Needs torch's MKL; see `available`.
+permuted) for dX. dW is sampled where the support is very thin, one dot product over b for each of the E
+coordinates; else it is made densely, some rows at a time in the cache, and its support is kept. Results
+differ from the dense layer's in rounding only. Needs torch's MKL; see `available`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: Smallest density at which the weight's gradient is made densely, and coordinates of it at a time. Measured:
+#: benchmarks/NOTES.md, "Client step".
+DENSE_GRADIENT = 0.07
+_BLOCK = 2**18
+
 
 class Support(NamedTuple):
     """Coordinates of one weight matrix [O, I] that may be non-zero.
@@ -29,7 +34,10 @@ class Support(NamedTuple):
         index_E: int64 [E], coordinates in the flattened matrix, strictly increasing.
         row_ends, column_E: int32 [O + 1], [E]: compressed rows.
         column_ends, row_E: int32 [I + 1], [E]: compressed columns.
-        by_column_E: int64 [E], positions in `index_E` in the order of the columns.
+        by_column_E: int32 [E], positions in `index_E` in the order of the columns.
+        block_rows: rows of a block; the last may have fewer.
+        block_ends: ends of the blocks in `index_E`.
+        place_E: int32 [E], `index_E` counted from the start of its block.
     """
 
     shape: tuple[int, int]
@@ -39,6 +47,9 @@ class Support(NamedTuple):
     column_ends: Tensor
     row_E: Tensor
     by_column_E: Tensor
+    block_rows: int
+    block_ends: tuple[int, ...]
+    place_E: Tensor
 
 
 def available() -> bool:
@@ -61,7 +72,20 @@ def support(shape: tuple[int, int], index_E: Tensor) -> Support:
     edges = torch.arange(columns + 1)
     column_ends = torch.searchsorted(sorted_E.to(torch.int64), edges, out_int32=True)
     row_E = (index_E[by_column_E] // columns).to(torch.int32)
-    return Support(shape, index_E, row_ends, column_E.to(torch.int32), column_ends, row_E, by_column_E)
+    block_rows = max(1, min(rows, _BLOCK // columns))
+    stops = torch.tensor([*range(block_rows, rows, block_rows), rows])
+    return Support(
+        shape,
+        index_E,
+        row_ends,
+        column_E.to(torch.int32),
+        column_ends,
+        row_E,
+        by_column_E.to(torch.int32),
+        block_rows,
+        tuple(row_ends[stops].tolist()),
+        (index_E % (block_rows * columns)).to(torch.int32),
+    )
 
 
 def sparse_linear(x: Tensor, values_E: Tensor, weight: Tensor, bias: Tensor | None, where: Support) -> Tensor:
@@ -110,11 +134,24 @@ class _SparseLinear(torch.autograd.Function):
                 )
                 dx = (w_T @ dy_bO.t()).t().contiguous().view(x.shape)
             if ctx.needs_input_grad[1]:
-                dw = torch.sparse_csr_tensor(
-                    where.row_ends, where.column_E, torch.zeros_like(values_E), where.shape
-                )
-                dvalues_E = torch.sparse.sampled_addmm(dw, dy_bO.t(), x_bI, beta=0.0, out=dw).values()
+                dvalues_E = _on_support(dy_bO, x_bI, where)
         return dx, dvalues_E, None, dy_bO.sum(0) if ctx.has_bias else None, None
+
+
+def _on_support(dy_bO: Tensor, x_bI: Tensor, where: Support) -> Tensor:
+    """(dY^T X)_S [E]."""
+    (rows, columns), entries = where.shape, len(where.index_E)
+    if entries < DENSE_GRADIENT * rows * columns:
+        dw = torch.sparse_csr_tensor(where.row_ends, where.column_E, x_bI.new_zeros(entries), where.shape)
+        sampled: Tensor = torch.sparse.sampled_addmm(dw, dy_bO.t(), x_bI, beta=0.0, out=dw).values()
+        return sampled
+    dw_E, room = x_bI.new_empty(entries), x_bI.new_empty(where.block_rows, columns)
+    start = 0
+    for dy_bB, stop in zip(dy_bO.split(where.block_rows, dim=1), where.block_ends, strict=True):
+        dw_BI = torch.mm(dy_bB.t(), x_bI, out=room[: dy_bB.shape[1]])
+        torch.index_select(dw_BI.view(-1), 0, where.place_E[start:stop], out=dw_E[start:stop])
+        start = stop
+    return dw_E
 
 
 # At the first compressed tensor torch says, once per process, that they are in beta: here, to nobody.
