@@ -88,11 +88,10 @@ def against_floor(work: Callable[[], Any], moved: float, repeats: int = 11) -> t
     Returns:
         median of (time / floor), median time in seconds, median bandwidth in bytes per second.
     """
-    a, b, c = (torch.ones(_TRIAD) for _ in range(3))
-    ratios, times, rates = [], [], []
+    triad, ratios, times, rates = _triad(_TRIAD), [], [], []
     for round_ in range(repeats + 1):
         start = time.perf_counter()
-        torch.add(b, c, alpha=0.5, out=a)
+        triad()
         middle = time.perf_counter()
         work()
         end = time.perf_counter()
@@ -105,8 +104,12 @@ def against_floor(work: Callable[[], Any], moved: float, repeats: int = 11) -> t
 
 def triad_bandwidth(elements: int = _TRIAD) -> float:
     """Bytes per second of a = b + s c on float32 vectors (12 bytes an element)."""
+    return 12 * elements / seconds(_triad(elements), repeats=11)
+
+
+def _triad(elements: int) -> Callable[[], Any]:
     a, b, c = (torch.ones(elements) for _ in range(3))
-    return 12 * elements / seconds(lambda: torch.add(b, c, alpha=0.5, out=a), repeats=11)
+    return lambda: torch.add(b, c, alpha=0.5, out=a)
 
 
 def machine() -> dict[str, Any]:

@@ -458,7 +458,7 @@ def test_a_users_trainer_and_aggregator_are_honoured(tmp_path: Path) -> None:
 def test_hooks_may_return_parameters_that_have_gradients(tmp_path: Path) -> None:
     from fedml.core import ServerAggregator
 
-    class Aggregator(ServerAggregator):  # type: ignore[misc]
+    class Aggregator(ServerAggregator):  # type: ignore[misc]  # FedML is untyped
         def get_model_params(self) -> Any:
             return self.model.state_dict()
 
