@@ -59,7 +59,7 @@ def test_the_tables_of_the_ablations_are_generated(repository: Path) -> None:
             ["fedgmr", "fedgmr_decoupled"],
         ),
         (
-            ["omniglot", "fashion_mnist", "tiny_imagenet100", "shakespeare"],
+            ["omniglot", "fashion_mnist", "tiny_imagenet100", "cifar10_small", "shakespeare"],
             ["frozen", "fedgmr", "fedgmr_loss", "fedgmr_decoupled"],
         ),
         (["omniglot", "tiny_imagenet100"], ["frozen_defaults", "fedgmr_defaults"]),
