@@ -38,7 +38,7 @@ MODELS: tuple[Model, ...] = (
 )
 
 
-def simulation(model: nn.Module, x: Tensor, y: Tensor) -> Simulation:
+def simulation(model: nn.Module, x: Tensor, y: Tensor, batch: int = 20) -> Simulation:
     """A run of ten clients who all have the samples `x`, `y`, on the model's device."""
     config = FedGMRConfig(validation_fraction=0.0, trigger="none", heterogeneity="high")
     layout, samples, device = build_layout(model), TensorSamples(x, y), next(model.parameters()).device
@@ -49,7 +49,7 @@ def simulation(model: nn.Module, x: Tensor, y: Tensor) -> Simulation:
         layout,
         model,
         Clients(lambda _: samples, 0.0, 0, CLIENTS),
-        Training(trainer, BatchPlan(20, 5, 1, True, 0), 0.01),
+        Training(trainer, BatchPlan(batch, 5, 1, True, 0), 0.01),
     )
     return Simulation(
         Server(config, Plan(0, 10**6, CLIENTS, 10**6, (len(y),) * CLIENTS), layout, layout.gather(model)),

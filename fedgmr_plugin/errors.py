@@ -158,8 +158,9 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "GMR-211": CatalogueEntry(
         "model that cannot be stacked",
-        "`batch_clients` trains several clients at once through torch.func.vmap, which does not know "
-        "something that the model does (recurrent layers, decisions that depend on values).",
+        "`batch_clients` trains several clients at once. Models that are no plain stack of common layers go "
+        "through torch.func.vmap for it, which does not know something that this model does (recurrent "
+        "layers, decisions that depend on values).",
         "Leave `batch_clients` out: clients then train one after another.",
     ),
     "GMR-212": CatalogueEntry(

@@ -1,11 +1,6 @@
-"""A process with a second torch device, which has the CPU's kernels and mixes with nothing.
+"""A process with a second torch device (benchmarks/elsewhere.py), and what it runs there.
 
     python tests/second_device.py FOLDER < cases.json        # what came out: FOLDER/told.json
-
-Whether tensors of a GPU ever meet tensors of the CPU does not need a GPU to be seen. Here, torch has a device
-``elsewhere``, whose tensors hold one of the CPU each. An operation on tensors of both devices fails as it
-does between CPU and GPU; one on tensors of this device computes what the CPU does, to the bit. Registering a
-device cannot be undone, hence a process of its own.
 
 A case says what to run (`RUNS`); it is run on either device, and told is what came out.
 """
@@ -18,130 +13,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
-NAME = "elsewhere"
-aten = torch.ops.aten
-#: Operations between devices. Indices may be on the CPU.
-_BETWEEN = {
-    aten.copy_.default,
-    aten._copy_from.default,
-    aten._to_copy.default,
-    aten.index.Tensor,
-    aten.index_put.default,
-    aten.index_put_.default,
-}
-
-
-class Elsewhere(Tensor):
-    """A tensor of the second device.
-
-    Attributes:
-        held: one of the CPU, with the values.
-    """
-
-    held: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, held: Tensor) -> Elsewhere:
-        form = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        made: Elsewhere = Tensor._make_wrapper_subclass(
-            cls, held.size(), device=torch.device(NAME, 0), **form
-        )
-        made.held = held
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return computed(function, args, kwargs or {})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Elsewhere:
-        copied = Elsewhere(self.held.clone()).requires_grad_(self.requires_grad)
-        if isinstance(self, nn.Parameter):
-            copied._is_param = True  # type: ignore[attr-defined]  # what makes it a parameter to torch
-        memo[id(self)] = copied
-        return copied
-
-    # What torch takes from the memory of a tensor, without an operation.
-
-    def data_ptr(self) -> int:
-        return self.held.data_ptr()
-
-    def tolist(self) -> Any:
-        return self.held.tolist()
-
-
-def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The result of an operation that has a tensor of the second device, or is to have one.
-
-    Raises:
-        RuntimeError: it has tensors of both, and not only numbers of the CPU.
-    """
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    there = {id(t.held): t for t in tensors if isinstance(t, Elsewhere)}
-    here = [t for t in tensors if not isinstance(t, Elsewhere) and t.dim() > 0]
-    if there and here and function not in _BETWEEN:
-        shapes = [tuple(t.shape) for t in here]
-        raise RuntimeError(
-            f"{function}: all tensors must be on one device, but of shape {shapes} are on the CPU"
-        )
-    wanted = kwargs.get("device")
-    if wanted is not None and torch.device(wanted).type == NAME:
-        stays, kwargs = True, {**kwargs, "device": torch.device("cpu")}
-    elif function is aten.copy_.default:
-        stays = isinstance(args[0], Elsewhere)
-    else:
-        stays = wanted is None
-    result = function(*tree_map(_held, args), **tree_map(_held, kwargs))
-    if not stays:
-        return result
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return there[id(value)] if id(value) in there else Elsewhere(value)
-
-    return tree_map(moved, result)
-
-
-def _held(value: Any) -> Any:
-    return value.held if isinstance(value, Elsewhere) else value
-
-
-def register() -> list[torch.library.Library]:
-    """Make torch know the device for as long as what is returned lives."""
-    backend_registration._setup_privateuseone_for_python_backend(NAME)
-    own = torch.library.Library("aten", "IMPL")
-    rest = torch.library.Library("_", "IMPL")
-
-    def empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
-        return Elsewhere(
-            torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format)
-        )
-
-    def empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Tensor:
-        return Elsewhere(torch.empty_strided(size, stride, dtype=dtype))
-
-    def copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor:
-        _held(to).copy_(_held(source))
-        return to
-
-    own.impl("empty.memory_format", empty, "PrivateUse1")
-    own.impl("empty_strided", empty_strided, "PrivateUse1")
-    own.impl("_copy_from", copy_from, "PrivateUse1")
-    rest.fallback(lambda function, *args, **kwargs: computed(function, args, kwargs), "PrivateUse1")
-    return [own, rest]
-
-
-# -- runs ------------------------------------------------------------------------------------------------
+from benchmarks.elsewhere import NAME, register
 
 
 def convolutions() -> nn.Module:
@@ -298,6 +178,20 @@ def outcome(folder: Path, name: str, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def counts() -> dict[str, Any]:
+    """What clients' training asks of the device, for models of equal depth."""
+    from benchmarks.launches import counts_of
+
+    def perceptron(width: int) -> nn.Module:
+        layers = nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3)
+        return nn.Sequential(*layers)
+
+    return {
+        str(width): counts_of(("perceptron", partial(perceptron, width), (6,), 3))
+        for width in (400, 800, 1500)
+    }
+
+
 def main() -> None:
     keeps = register()
     torch.set_num_threads(1)
@@ -308,6 +202,7 @@ def main() -> None:
 
     registration.register()
     told = {name: outcome(folder, name, case) for name, case in cases.items()}
+    told["counts"] = counts()
     (folder / "told.json").write_text(json.dumps(told))
     del keeps
 

@@ -20,9 +20,10 @@ from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
 from fedgmr_plugin.engine.seeds import isolated_rng
 from fedgmr_plugin.engine.trainer import BuiltinTrainer
 from fedgmr_plugin.engine.workbench import Clients, Training, Workbench
-from fedgmr_plugin.errors import ModelError
+from fedgmr_plugin.errors import DataError, ModelError
 from fedgmr_plugin.kernels import build_layout
 from fedgmr_plugin.kernels.masks import rank, scores
+from fedgmr_plugin.kernels.stacked import StackedChain
 
 DENSITIES = (0.1, 0.3, 0.6, 1.0)
 
@@ -55,6 +56,16 @@ MODELS = {
         nn.BatchNorm2d(8),
         nn.Flatten(),
         nn.Linear(48, 3),
+    ),
+    "plain stack": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)),
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.Tanh(),
+        nn.Conv2d(8, 6, (1, 2), groups=2),
+        nn.AvgPool2d((2, 1)),
+        nn.Flatten(),
+        nn.Linear(12, 3),
     ),
     "tied": Tied,
 }
@@ -196,6 +207,10 @@ def test_a_client_whose_training_diverges_leaves_the_others_alone() -> None:
     assert_equal(healthy, alone)
 
 
+def test_plain_stacks_need_no_mapping() -> None:
+    assert {name for name, make in MODELS.items() if StackedChain.fits(make())} == {"mlp", "plain stack"}
+
+
 def test_random_layers_differ_by_client_and_repeat() -> None:
     world = World(module=nn.Sequential(nn.Linear(6, 12), nn.Dropout(0.5), nn.Tanh(), nn.Linear(12, 3)))
     sent = [world.sent(0, 3), world.sent(1, 3)]
@@ -223,6 +238,16 @@ def test_a_model_that_cannot_be_stacked_is_refused() -> None:
         world.batched.finish([world.sent(0, 3), world.sent(1, 3)])
     assert caught.value.code == "GMR-211" and "Deciding" in str(caught.value)
     assert len(world.batched.finish([world.sent(0, 3)])) == 1  # alone it trains as ever
+
+
+@pytest.mark.parametrize("label", [3, -7])
+def test_a_label_that_is_no_class_is_told_with_the_batch(label: int) -> None:
+    world = World()
+    world.samples[1] = TensorSamples(world.samples[1].x, torch.full_like(world.samples[1].y, label))
+    with pytest.raises(DataError) as caught:
+        world.batched.finish([world.sent(0, 3), world.sent(1, 3)])
+    assert caught.value.code == "GMR-304" and "one of the clients 0, 1" in str(caught.value)
+    assert "x float64 [2, 5, 6], y int64 [2, 5]" in str(caught.value)
 
 
 class Ragged:

@@ -16,11 +16,21 @@ from torch.nn import functional as F
 
 from fedgmr_plugin.engine.client import LocalUpdate, parameter_masks, train_dispatch
 from fedgmr_plugin.engine.events import Dispatch
-from fedgmr_plugin.engine.samples import Batch, BatchList, BatchPlan, Subset, TensorSamples, in_batches, split
+from fedgmr_plugin.engine.samples import (
+    Batch,
+    BatchList,
+    BatchPlan,
+    Subset,
+    TensorSamples,
+    in_batches,
+    split,
+    take_each,
+)
 from fedgmr_plugin.engine.seeds import derive, isolated_rng, numpy_generator
 from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats, Metrics
 from fedgmr_plugin.errors import DataError
 from fedgmr_plugin.kernels import ModelLayout, build_layout, rank, scores
+from fedgmr_plugin.kernels.blocks import BLOCK, sum_sq
 
 few = settings(max_examples=max(10, settings().max_examples // 5))
 
@@ -134,6 +144,41 @@ def test_samples_are_cut_into_batches_in_order() -> None:
     assert torch.equal(torch.cat([x for x, _ in batches]), data.x)
     part = Subset(data, np.array([5, 1, 3]))
     assert len(part) == 3 and torch.equal(part.take(np.array([2, 0]))[0], data.x[[3, 5]])
+
+
+def test_batches_that_are_taken_at_once_are_those_taken_one_by_one() -> None:
+    tensors = samples(9)
+
+    class Slow:
+        """No tensors: batches that know what they are of."""
+
+        def __len__(self) -> int:
+            return 9
+
+        def take(self, index: np.ndarray) -> Batch:
+            return tensors.take(index)
+
+    indices = [np.array(i, dtype=np.int64) for i in ([0, 3], [2, 2, 1], [], [4])]
+    part = np.array([8, 6, 4, 2, 0])
+    for of in (tensors, Subset(tensors, part), Subset(Subset(tensors, np.arange(9)), part), Slow()):
+        found, wanted = take_each(of, indices), [of.take(i) for i in indices]
+        for (x, y), (wanted_x, wanted_y) in zip(found, wanted, strict=True):
+            assert torch.equal(x, wanted_x) and torch.equal(y, wanted_y)
+        assert take_each(of, []) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squares_are_summed_over_parts_and_blocks(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(4)
+    size = 2 * BLOCK + 1234
+    v, base = (torch.randn(size, generator=g, dtype=dtype) for _ in range(2))
+    cuts = sorted(torch.randint(0, size, (2,), generator=g).tolist())
+    for parts in ([slice(None)], [slice(0, cuts[0]), slice(cuts[1], None)], [slice(3, 3)], []):
+        kept = np.concatenate([np.zeros(0), *(v.numpy()[part] for part in parts)]).astype(np.float64)
+        apart = np.concatenate([np.zeros(0), *((v - base).numpy()[part] for part in parts)])
+        assert sum_sq(v, None, parts) == pytest.approx(kept @ kept, rel=1e-12)
+        assert sum_sq(v, base, parts) == pytest.approx(apart @ apart, rel=1e-12)
+    assert sum_sq(v * 0 + torch.finfo(dtype).max) >= 1e76  # a client that diverged: no error
 
 
 def test_a_list_of_batches_is_a_sequence_that_reads_when_asked() -> None:

@@ -90,9 +90,9 @@ def needless(sent):
 
 if "SECOND_DEVICE" in os.environ:
     sys.path.append(os.environ["SECOND_DEVICE"])
-    import second_device
+    from benchmarks import elsewhere
 
-    registered = second_device.register()
+    registered = elsewhere.register()
 if os.environ.get("LEAVES", "no") == os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK")):
     raise SystemExit(0)
 torch.set_num_threads(int(os.environ.get("THREADS", torch.get_num_threads())))
@@ -118,7 +118,7 @@ if rank == 0:
         for parameter in model.parameters():
             values = torch.linspace(-1, 1, parameter.numel()).sin() / parameter.numel() ** 0.5
             parameter.copy_(values.view(parameter.shape))
-device = second_device.NAME if "SECOND_DEVICE" in os.environ else fedml.device.get_device(args)
+device = elsewhere.NAME if "SECOND_DEVICE" in os.environ else fedml.device.get_device(args)
 runner = FedMLRunner(args, device, dataset, model)
 runner.run()
 print(f"rank {rank} has come to the end")
@@ -264,9 +264,9 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(reference: Job, backend: 
 
 @pytest.mark.parametrize("backend", ["MPI", "NCCL"])
 def test_ranks_may_train_on_another_device_than_the_cpu(reference: Job, backend: str) -> None:
-    """With the bits of the CPU, as that device's kernels are; see tests/second_device.py."""
+    """With the bits of the CPU, as that device's kernels are; see benchmarks/elsewhere.py."""
     reference.configure(backend, run_name=f"{backend}-elsewhere")
-    status, output = reference.run(launcher(backend, 2), SECOND_DEVICE=str(Path(__file__).parent))
+    status, output = reference.run(launcher(backend, 2), SECOND_DEVICE=str(Path(__file__).parents[1]))
     assert status == 0, output
     assert reference.log(f"{backend}-elsewhere") == reference.log("one")
 

@@ -1,6 +1,6 @@
 """Runs on another device than the CPU: nothing of one device meets what is on the other.
 
-The device is one that torch is taught in a process of its own (tests/second_device.py). What it computes is
+The device is one that torch is taught in a process of its own (benchmarks/elsewhere.py). What it computes is
 what the CPU computes, so the models must be equal, too.
 """
 
@@ -112,6 +112,17 @@ def test_the_model_stays_on_its_device_and_is_the_one_of_the_cpu(
 
 def test_merges_of_several_rankings_are_among_them(outcomes: dict[str, dict[str, Any]]) -> None:
     assert outcomes["convolutions"]["several_rankings"] > 0 and outcomes["buffer"]["several_rankings"] > 0
+
+
+def test_what_a_gpu_is_told_does_not_grow_with_the_model(outcomes: dict[str, dict[str, Any]]) -> None:
+    small, *larger = outcomes["counts"].values()
+    assert all(counts == small for counts in larger)
+
+
+def test_clients_together_are_fewer_launches_and_waits(outcomes: dict[str, dict[str, Any]]) -> None:
+    for counts in outcomes["counts"].values():
+        (launches, waits), (turn, turn_waits) = counts["together"], counts["in turn"]
+        assert 3 * launches < turn and 3 * waits < turn_waits
 
 
 def test_what_mixes_devices_fails(outcomes: dict[str, dict[str, Any]]) -> None:

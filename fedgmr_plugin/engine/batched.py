@@ -2,10 +2,11 @@
 
 Legend: n clients of a group, b samples of a batch, D coordinates of the global vector.
 
-A GPU is idle for most of a small model's step. Stacked (``torch.func.vmap`` over the model), the step of n
-clients takes as many kernel launches as that of one. Each client has its own weights, masks, momentum,
-batches and norms: the result is that of one after another up to rounding, and the same bits whenever the same
-clients train together on the same device. Random layers draw once for the group.
+A GPU is idle for most of a small model's step. Stacked (`kernels.stacked`, or ``torch.func.vmap`` over a
+model that is no plain stack), the step of n clients takes about as many kernel launches as that of one. Each
+client has its own weights, masks, momentum, batches and norms: the result is that of one after another up to
+rounding, and the same bits whenever the same clients train together on the same device. Random layers draw
+once for the group.
 
 On a CPU it is slower than one client after another (benchmarks/NOTES.md).
 """
@@ -19,13 +20,15 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from fedgmr_plugin.engine.client import LocalUpdate, cut_update
+from fedgmr_plugin.engine.compact import distances
 from fedgmr_plugin.engine.events import Dispatch
-from fedgmr_plugin.engine.samples import Batch, Index
+from fedgmr_plugin.engine.samples import Batch, Index, take_each
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
-from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats, Misfit, told
 from fedgmr_plugin.engine.workbench import Workbench
 from fedgmr_plugin.errors import ModelError
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
+from fedgmr_plugin.kernels.stacked import StackedChain
 
 Stacked = dict[str, Tensor]
 
@@ -49,11 +52,13 @@ class Batched:
 
         Raises:
             ModelError: GMR-211 if the model cannot be stacked.
+            DataError: GMR-304 if it can, and it or the loss raises.
         """
-        groups: dict[tuple[float, tuple[int, ...]], list[Dispatch]] = {}
+        groups: dict[tuple[float, tuple[int, ...]], list[tuple[Dispatch, list[Index]]]] = {}
         for dispatch in sent:
-            sizes = tuple(map(len, self._indices(dispatch)))
-            groups.setdefault((dispatch.learning_rate_scale, sizes), []).append(dispatch)
+            indices = self._indices(dispatch)
+            key = dispatch.learning_rate_scale, tuple(map(len, indices))
+            groups.setdefault(key, []).append((dispatch, indices))
         updates: dict[int, LocalUpdate] = {}
         for alike in groups.values():
             for start in range(0, len(alike), self._most):
@@ -65,55 +70,69 @@ class Batched:
         size = len(self._bench.clients.train(sent.client))
         return list(self._bench.training.plan.batches(sent.client, size, sent.count))
 
-    def _train(self, group: Sequence[Dispatch]) -> list[LocalUpdate]:
+    def _train(self, alike: Sequence[tuple[Dispatch, list[Index]]]) -> list[LocalUpdate]:
+        group = [sent for sent, _ in alike]
         if len(group) == 1:
             return [self._bench.train(group[0])]
-        batches = [self._read(sent) for sent in group]
+        batches = [self._read(*read) for read in alike]
         if len({tuple((x.shape, y.shape) for x, y in own) for own in batches}) > 1:  # texts, say
             return [self._bench.train(sent) for sent in group]
         return _Group(self._bench, group).train(batches)
 
-    def _read(self, sent: Dispatch) -> list[Batch]:
+    def _read(self, sent: Dispatch, indices: list[Index]) -> list[Batch]:
         samples, plan = self._bench.clients.train(sent.client), self._bench.training.plan
         with isolated_rng(derive(plan.seed, "training", sent.client, sent.count)):
-            return [samples.take(index) for index in self._indices(sent)]
+            return take_each(samples, indices)
 
 
 class _Group:
     """The stacked sub-models of some dispatches.
 
+    Whatever is done to all clients or parameters is one operation, where torch has it.
+
     Attributes:
         trained: parameter name to x_k [n, ...]; the optimizer steps these.
         fixed: all other parameters and buffers [n, ...].
-        holes: for parameters that are masked for somebody, where a client's sub-model has nothing [n, ...].
+        holes: of each of `trained`, where a client's sub-model has nothing [n, ...]; None if all are whole.
     """
 
     def __init__(self, bench: Workbench, group: Sequence[Dispatch]) -> None:
         bench.reset()
         self._bench, self._group, self._model = bench, group, bench.model
         self._trainer: BuiltinTrainer = bench.training.trainer  # type: ignore[assignment]  # see `Batched`
-        room_D = bench.room()
-        if room_D is None:
-            values_S = group[0].values_S
-            room_D = torch.empty(bench.layout.size, dtype=bench.layout.dtype, device=values_S.device)
-        self._room_D = room_D
-        tensors = dict(self._tensors())
+        layout, values_S = bench.layout, group[0].values_S
+        x_nD = values_S.new_zeros((len(group), layout.size), dtype=layout.dtype)
+        for sent, x_D in zip(group, x_nD, strict=True):
+            sent.ranking.place(sent.values_S, x_D)
+        tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         stacked = {name: t.new_empty((len(group), *t.shape)) for name, t in tensors.items()}
-        self.holes: Stacked = {}
-        for n, sent in enumerate(group):
-            bench.layout.scatter(self._model, sent.ranking.place(sent.values_S, self._room_D.zero_()))
-            for name, t in tensors.items():
-                stacked[name][n] = t.detach()
-            for name, mask in (bench.masks(sent.ranking, sent.rung) or {}).items():
-                if name not in self.holes:
-                    self.holes[name] = torch.zeros_like(stacked[name], dtype=torch.bool)
-                torch.logical_not(mask, out=self.holes[name][n])
+        placed = self._by_name(x_nD)
+        source = [placed.get(name, t.detach().expand_as(stacked[name])) for name, t in tensors.items()]
+        torch._foreach_copy_(list(stacked.values()), source)
         wanted = {name for name, p in self._model.named_parameters() if p.requires_grad}
         self.trained = {name: t.requires_grad_() for name, t in stacked.items() if name in wanted}
         self.fixed = {name: t for name, t in stacked.items() if name not in wanted}
+        self._is_mapped = not StackedChain.fits(self._model)
+        #: Scores [n, b, ...] from all tensors [n, ...] and samples [n, b, ...].
+        self._scores: Callable[[Stacked, Tensor], Tensor] = (
+            vmap(lambda tensors, x: functional_call(self._model, tensors, (x,)), randomness="different")
+            if self._is_mapped
+            else StackedChain(self._model, len(group))
+        )
+        self.holes = self._holes() if any(len(sent.values_S) < layout.size for sent in group) else None
 
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self._model.named_parameters(), *self._model.named_buffers()]
+    def _by_name(self, t_nD: Tensor) -> Stacked:
+        """Entry name to a view of `t_nD` [n, D] in the entry's shape [n, ...]."""
+        return {e.name: t_nD[:, e.slice].view(-1, *e.shape) for e in self._bench.layout.entries}
+
+    def _holes(self) -> Stacked:
+        rankings = {sent.ranking.digest: sent.ranking for sent in self._group}
+        if len(rankings) == 1:
+            rung_nD = self._group[0].ranking.rung_D.unsqueeze(0)
+        else:
+            rung_nD = torch.stack([sent.ranking.rung_D for sent in self._group])
+        rung_n = torch.tensor([sent.rung for sent in self._group], dtype=torch.int16, device=rung_nD.device)
+        return self._by_name(rung_nD > rung_n.unsqueeze(1))
 
     def train(self, batches: Sequence[Sequence[Batch]]) -> list[LocalUpdate]:
         """The updates of the group.
@@ -122,7 +141,7 @@ class _Group:
             batches: each client's, of equal shapes.
 
         Raises:
-            ModelError: GMR-211.
+            ModelError, DataError: GMR-211, GMR-304.
         """
         training, trainer, first = self._bench.training, self._trainer, self._group[0]
         leaves = list(self.trained.values())
@@ -130,40 +149,37 @@ class _Group:
         step = trainer.optimizer_of(leaves, training.learning_rate * first.learning_rate_scale)
         loss_n = torch.zeros(len(self._group), device=trainer.device)
         drift_n = torch.zeros(len(self._group), dtype=torch.float64, device=trainer.device)
-        losses = vmap(self._loss, randomness="different")
         samples = steps = 0
         self._model.train()
         with isolated_rng(derive(training.plan.seed, "training", first.client, first.count)):
             for together in zip(*batches, strict=True):
                 if steps:
-                    drift_n += sum(_sum_sq(x.detach() - x_0) for x, x_0 in zip(leaves, start, strict=True))
+                    drift_n += _distance_sq(leaves, start)
                 x, y = (torch.stack(part).to(trainer.device) for part in zip(*together, strict=True))
                 for leaf in leaves:
                     leaf.grad = None
-                loss = self._differentiated(losses, x, y)
+                loss = self._differentiated(x, y)
                 self._restrict(start)
                 step()
                 loss_n += loss.detach()
                 samples += y.shape[1]
                 steps += 1
         means = zip((loss_n / steps).tolist(), (drift_n / steps).tolist(), strict=True)
-        return [self._update(n, LocalStats(steps, samples, *of_client)) for n, of_client in enumerate(means)]
+        return self._updates([LocalStats(steps, samples, *of_client) for of_client in means])
 
-    def _loss(self, trained: Stacked, fixed: Stacked, x: Tensor, y: Tensor) -> Tensor:
-        """One client's loss on x [b, ...] and y [b, ...]."""
-        return self._trainer.loss_of(functional_call(self._model, {**trained, **fixed}, (x,)), y)
-
-    def _differentiated(self, losses: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def _differentiated(self, x: Tensor, y: Tensor) -> Tensor:
         """The losses [n], after their gradients were left at the leaves."""
         try:
-            loss: Tensor = losses(self.trained, self.fixed, x, y)
-            loss.sum().backward()
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise ModelError(
-                "GMR-211", f"{type(error).__name__}: {error}", where=type(self._model).__name__
-            ) from error
+            with told(x, y):
+                loss = self._trainer.losses_of(self._scores({**self.trained, **self.fixed}, x), y)
+                loss.sum().backward()
+        except Misfit as misfit:
+            cause = misfit.__cause__
+            if self._is_mapped and isinstance(cause, RuntimeError | ValueError | NotImplementedError):
+                message = f"{type(cause).__name__}: {cause}"
+                raise ModelError("GMR-211", message, where=type(self._model).__name__) from cause
+            whose = f"one of the clients {', '.join(str(sent.client) for sent in self._group)}"
+            raise misfit.refusal(whose, self._model) from cause
         return loss
 
     @torch.no_grad()
@@ -171,7 +187,7 @@ class _Group:
         """Mask the gradients, pull them back to x_0, clip them: as for one client, each client's own."""
         mu, most = self._trainer.proximal, self._trainer.gradient_clip
         for (name, x), x_0 in zip(self.trained.items(), start, strict=True):
-            if x.grad is not None and name in self.holes:
+            if x.grad is not None and self.holes is not None:
                 x.grad.masked_fill_(self.holes[name], 0.0)
             if mu:
                 pull = mu * (x - x_0)
@@ -184,13 +200,19 @@ class _Group:
                 grad *= factor_n.view(-1, *[1] * (grad.dim() - 1))
 
     @torch.no_grad()
-    def _update(self, n: int, stats: LocalStats) -> LocalUpdate:
-        bench, sent = self._bench, self._group[n]
-        for name, t in self._tensors():
-            t.copy_((self.trained if name in self.trained else self.fixed)[name][n])
-        x_D = bench.layout.gather(self._model, out=self._room_D)
-        dtype = PAYLOAD_TYPES[bench.config.payload_dtype]
-        return cut_update(sent, x_D, bench.layout, bench.config.update_form, dtype, stats)
+    def _updates(self, stats: Sequence[LocalStats]) -> list[LocalUpdate]:
+        bench, ended = self._bench, {**self.trained, **self.fixed}
+        for x in self.trained.values():
+            x.grad = None
+        values_S, layout = self._group[0].values_S, bench.layout
+        x_nD = values_S.new_empty((len(self._group), layout.size), dtype=layout.dtype)
+        views = self._by_name(x_nD)
+        torch._foreach_copy_(list(views.values()), [ended[name].detach() for name in views])
+        form, dtype = bench.config.update_form, PAYLOAD_TYPES[bench.config.payload_dtype]
+        return [
+            cut_update(sent, x_D, layout, form, dtype, of_client)
+            for sent, x_D, of_client in zip(self._group, x_nD, stats, strict=True)
+        ]
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -198,6 +220,8 @@ def _norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1) if x.dim() > 1 else x.abs()
 
 
-def _sum_sq(x: Tensor) -> Tensor:
-    """Sum of squares of each client's part [n], in float64."""
-    return x.double().square().flatten(1).sum(1) if x.dim() > 1 else x.double().square()
+def _distance_sq(x: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
+    """||x_k - x_0||^2 of each client over all parameters, float64 [n]."""
+    moved = [part for parameter in x for part in parameter.detach().unbind()]
+    since = [part for parameter in start for part in parameter.unbind()]
+    return distances(moved, since).view(len(x), -1).square().sum(0)

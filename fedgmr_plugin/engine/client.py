@@ -9,7 +9,7 @@ support of m. See the method page, section 4.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -115,31 +115,30 @@ def cut_update(
         for part in parts:
             values_S[part] -= sent.values_S[part]
     values_S = travelled(values_S, payload_dtype)
-    change_sq = sum(
-        sum_sq(values_S[part], None if form == "delta" else sent.values_S[part]) for part in parts
-    )
+    change_sq = sum_sq(values_S, None if form == "delta" else sent.values_S, parts)
     return LocalUpdate(sent.dispatch, sent.client, values_S, change_sq, stats)
 
 
-def parameter_parts(ranking: Ranking, layout: ModelLayout) -> tuple[slice, slice]:
+def parameter_parts(ranking: Ranking, layout: ModelLayout) -> list[slice]:
     """Where a payload [S] holds parameters: buffers are the last of rung 0, and never travel as changes."""
-    stop = ranking.ends[0]
-    return slice(0, stop - (layout.size - layout.parameters)), slice(stop, None)
+    buffers, stop = layout.size - layout.parameters, ranking.ends[0]
+    return [slice(0, stop - buffers), slice(stop, None)] if buffers else [slice(None)]
 
 
 def parameter_masks(layout: ModelLayout, mask_D: Tensor) -> dict[str, Tensor] | None:
     """bool mask of each parameter that has a masked coordinate; None if there is none."""
-    masks = Masks(
-        (e.name, mask_D[e.slice].view(e.shape))
-        for e in layout.entries
-        if e.kind != "buffer" and not _is_full(mask_D[e.slice])
-    )
-    return masks or None
+    entries = [e for e in layout.entries if e.kind != "buffer"]
+    full = _are_full([mask_D[e.slice] for e in entries])
+    masked = [e for e, is_full in zip(entries, full, strict=True) if not is_full]
+    return Masks((e.name, mask_D[e.slice].view(e.shape)) for e in masked) or None
 
 
-def _is_full(mask: Tensor) -> bool:
-    """Whether a flat mask holds everything; one that does not has a hole near its beginning, mostly."""
-    return bool(mask[:_PEEK].all()) and bool(mask[_PEEK:].all())
+def _are_full(masks: Sequence[Tensor]) -> list[bool]:
+    """Which flat masks hold everything; one that does not has a hole near its beginning, mostly."""
+    if masks[0].device.type == "cpu":
+        return [bool(mask[:_PEEK].all()) and bool(mask[_PEEK:].all()) for mask in masks]
+    full: list[bool] = torch.stack([mask.all() for mask in masks]).tolist()
+    return full
 
 
 class RecentMasks:

@@ -58,6 +58,11 @@ class Masks(dict[str, Tensor]):
         count: int = self._remember("count", name, lambda m: int(torch.count_nonzero(m)))
         return count / max(1, self[name].numel())
 
+    def hole(self, name: str) -> Tensor:
+        """What a mask lacks, bool of its shape."""
+        missing: Tensor = self._remember("hole", name, torch.logical_not)
+        return missing
+
     def index(self, name: str) -> Tensor:
         """int64 [S]: coordinates of a mask in its flattened parameter, increasing."""
         index_S: Tensor = self._remember("index", name, flat_index)
@@ -85,7 +90,8 @@ class Leaf:
         parameter: the model's parameter.
         tensor: what the optimizer steps: `parameter`, or its values on S.
         start: `tensor` at x_0.
-        mask: for a masked whole parameter, bool of its shape.
+        mask: for a masked whole parameter of the CPU, bool of its shape.
+        hole: for one elsewhere, what its mask lacks.
         index_S: for values on S, their coordinates in the flattened parameter, increasing.
         private: nobody but its layers looks at the parameter before training ends.
         version: of the parameter's memory, when it last held what `tensor` does.
@@ -95,6 +101,7 @@ class Leaf:
     tensor: Tensor
     start: Tensor
     mask: Tensor | None = None
+    hole: Tensor | None = None
     index_S: Tensor | None = None
     private: bool = False
     version: int = 0
@@ -112,6 +119,8 @@ class Leaf:
             grad = self.parameter.grad = grad.to_dense()
         if self.mask is not None:
             _clear(grad, self.mask)
+        elif self.hole is not None:
+            grad.masked_fill_(self.hole, 0.0)
         elif self.index_S is not None:
             grad_S = grad.reshape(-1).index_select(0, self.index_S)
             # A sparse layer's own part is there already; this is of whatever else used its weight.
@@ -127,7 +136,7 @@ class Leaf:
     def distance_sq(self) -> Tensor:
         """||x - x_0||^2 of this leaf, summed in float64."""
         x, start = self.tensor.detach(), self.start
-        if x.device.type != "cpu" or not x.is_contiguous() or x.numel() <= _CHUNK:
+        if not x.is_contiguous() or x.numel() <= _CHUNK:
             moved = (x - start).double().reshape(-1)
             return torch.dot(moved, moved)
         room, parts = x.new_empty(_CHUNK // 2, dtype=torch.float64), []
@@ -159,18 +168,31 @@ def leaves_of(
         if not parameter.requires_grad:
             continue
         if name not in thin:
-            start = _scratch_of(model, name, parameter).copy_(parameter.detach())
-            leaves.append(Leaf(parameter, parameter, start, known.get(name)))
+            is_here = parameter.device.type == "cpu"
+            mask = known.get(name) if is_here else None
+            hole = known.hole(name) if name in known and not is_here else None
+            leaves.append(Leaf(parameter, parameter, _scratch_of(model, name, parameter), mask, hole))
             continue
         index_S = known.index(name)
         values_S = parameter.detach().view(-1).index_select(0, index_S)
         start_S = values_S.clone()
         of_weight = layers.get(name, [])
         private = not watched and len(of_weight) == _holders(model, parameter)
-        leaf = Leaf(parameter, values_S.requires_grad_(), start_S, None, index_S, private, parameter._version)
+        leaf = Leaf(
+            parameter,
+            values_S.requires_grad_(),
+            start_S,
+            index_S=index_S,
+            private=private,
+            version=parameter._version,
+        )
         leaves.append(leaf)
         for layer in of_weight:
             layer.__dict__["forward"] = _OnValues(layer, leaf, known.support(name))
+    unthinned = [leaf for leaf in leaves if leaf.index_S is None]
+    if unthinned:
+        now = [leaf.parameter.detach() for leaf in unthinned]
+        torch._foreach_copy_([leaf.start for leaf in unthinned], now)
     try:
         yield leaves
     finally:
@@ -214,7 +236,15 @@ def _clear(grad: Tensor, mask: Tensor) -> None:
 
 def drift_sq(leaves: Sequence[Leaf]) -> Tensor:
     """||x_k - x_0||^2 over all leaves, float64."""
-    return torch.stack([leaf.distance_sq() for leaf in leaves]).sum()
+    if any(leaf.tensor.device.type == "cpu" for leaf in leaves):
+        return torch.stack([leaf.distance_sq() for leaf in leaves]).sum()
+    now, start = [leaf.tensor.detach() for leaf in leaves], [leaf.start for leaf in leaves]
+    return distances(now, start).square().sum()
+
+
+def distances(x: list[Tensor], start: list[Tensor]) -> Tensor:
+    """||x_i - start_i|| of each pair, float64 [pairs]: as few kernels as torch has for it."""
+    return torch.stack(torch._foreach_norm(torch._foreach_sub(x, start), 2, dtype=torch.float64))
 
 
 def _is_thin(parameter: nn.Parameter) -> bool:

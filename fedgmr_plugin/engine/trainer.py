@@ -24,6 +24,9 @@ from fedgmr_plugin.engine.samples import Batch, BatchList
 from fedgmr_plugin.errors import DataError, FedGMRError
 from fedgmr_plugin.kernels.chain import is_chain
 
+#: Labels that cross-entropy leaves out.
+_NO_LABEL = -100
+
 
 class LocalStats(NamedTuple):
     """What a local training run reports.
@@ -121,12 +124,8 @@ class BuiltinTrainer:
             with without_absent_units(model, masks, context) as (own_masks, own_context):
                 watched = not is_chain(model)
                 return self._steps(model, batches, own_masks, own_context, learning_rate, watched=watched)
-        except _Misfit as misfit:
-            cause = misfit.__cause__
-            raised = f"{type(cause).__name__}: {cause}"
-            raise DataError(
-                "GMR-304", f"client={client}: {raised} (batch: {misfit})", where=type(model).__name__
-            ) from cause
+        except Misfit as misfit:
+            raise misfit.refusal(f"client={client}", model) from misfit.__cause__
 
     def _steps(
         self,
@@ -151,7 +150,7 @@ class BuiltinTrainer:
                 x, y = x.to(self.device), y.to(self.device)
                 for leaf in leaves:
                     leaf.parameter.grad = leaf.tensor.grad = None
-                with _told(x, y), view.step():
+                with told(x, y), view.step():
                     loss = self.loss_of(_scores(model(x), context.classes), y)
                     loss.backward()
                 for leaf in leaves:
@@ -167,8 +166,10 @@ class BuiltinTrainer:
                 loss_sum += loss.detach()
                 samples += len(y)
                 steps += 1
-        mean_loss = float(loss_sum) / steps if steps else None
-        return LocalStats(steps, samples, mean_loss, float(drift) / steps if steps else None)
+        if not steps:
+            return LocalStats(0, 0, None, None)
+        mean_loss, mean_drift = (torch.stack([loss_sum.double(), drift]) / steps).tolist()
+        return LocalStats(steps, samples, mean_loss, mean_drift)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
@@ -205,6 +206,17 @@ class BuiltinTrainer:
         one_hot = F.one_hot(y, output.shape[1]).movedim(-1, 1).to(output.dtype)
         return F.binary_cross_entropy_with_logits(output, one_hot)
 
+    def losses_of(self, output_n: Tensor, y_n: Tensor) -> Tensor:
+        """`loss_of` of n clients at once [n]: `output_n` [n, b, classes, ...], labels `y_n` [n, b, ...]."""
+        y = y_n.long()
+        if self.loss == "cross_entropy":
+            each = F.cross_entropy(output_n.flatten(0, 1), y.flatten(0, 1), reduction="none")
+            is_labelled = y != _NO_LABEL
+            return each.view(len(y), -1).sum(1) / is_labelled.flatten(1).sum(1)
+        one_hot = F.one_hot(y, output_n.shape[2]).movedim(-1, 2).to(output_n.dtype)
+        each = F.binary_cross_entropy_with_logits(output_n, one_hot, reduction="none")
+        return each.flatten(1).mean(1)
+
     def optimizer_of(self, tensors: list[Tensor], learning_rate: float) -> Callable[[], object]:
         """One step of the optimizer on the gradients of `tensors`."""
         if self.optimizer == "sgd":
@@ -213,20 +225,26 @@ class BuiltinTrainer:
         return adam.step
 
 
-class _Misfit(Exception):
+class Misfit(Exception):
     """The batch on which a model or a loss raised what is the cause."""
+
+    def refusal(self, whose: str, model: nn.Module) -> DataError:
+        """GMR-304, to be raised from the cause."""
+        cause = self.__cause__
+        message = f"{whose}: {type(cause).__name__}: {cause} (batch: {self})"
+        return DataError("GMR-304", message, where=type(model).__name__)
 
 
 @contextmanager
-def _told(x: Tensor, y: Tensor) -> Iterator[None]:
-    """Raise `_Misfit` for what is raised in a step on a batch, but for a want of memory."""
+def told(x: Tensor, y: Tensor) -> Iterator[None]:
+    """Raise `Misfit` for what is raised in a step on a batch, but for a want of memory."""
     try:
         yield
     except (FedGMRError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a user's forward raises
         shapes = ", ".join(f"{n} {str(t.dtype)[6:]} {list(t.shape)}" for n, t in (("x", x), ("y", y)))
-        raise _Misfit(shapes) from error
+        raise Misfit(shapes) from error
 
 
 def _scores(output: Tensor, classes: Tensor | None) -> Tensor:
@@ -261,16 +279,20 @@ class SGD:
     @torch.no_grad()
     def step(self) -> None:
         """Move every tensor that has a gradient."""
-        for i, x in enumerate(self._tensors):
-            grad = x.grad
-            if grad is None:
-                continue
-            if self._weight_decay:
-                grad = grad.add(x, alpha=self._weight_decay)
-            if self._momentum:
-                if i in self._velocity:
-                    self._velocity[i].mul_(self._momentum).add_(grad)
-                else:
-                    self._velocity[i] = grad.detach().clone()
-                grad = self._velocity[i]
-            x.add_(grad, alpha=-self._rate)
+        moving = {i: x.grad for i, x in enumerate(self._tensors) if x.grad is not None}
+        if not moving:
+            return
+        tensors, grads = [self._tensors[i] for i in moving], list(moving.values())
+        if self._weight_decay:
+            grads = list(torch._foreach_add(grads, tensors, alpha=self._weight_decay))
+        if self._momentum:
+            slope_of = dict(zip(moving, grads, strict=True))
+            known = [i for i in moving if i in self._velocity]
+            if known:
+                velocities = [self._velocity[i] for i in known]
+                torch._foreach_mul_(velocities, self._momentum)
+                torch._foreach_add_(velocities, [slope_of[i] for i in known])
+            for i in moving.keys() - self._velocity.keys():
+                self._velocity[i] = slope_of[i].detach().clone()
+            grads = [self._velocity[i] for i in moving]
+        torch._foreach_add_(tensors, grads, alpha=-self._rate)

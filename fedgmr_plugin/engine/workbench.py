@@ -213,6 +213,7 @@ class Workbench:
         were at the beginning: every training starts so."""
         for module, mode in zip(self.model.modules(), self._modes, strict=True):
             module.training = mode
-        for name, buffer in self.model.named_buffers():
-            if name in self.fixed:
-                buffer.copy_(self.fixed[name])
+        own = dict(self.model.named_buffers())
+        names = [name for name in self.fixed if name in own]
+        if names:
+            torch._foreach_copy_([own[name] for name in names], [self.fixed[name] for name in names])

@@ -5,7 +5,7 @@ Legend: B coordinates of one piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,10 +26,11 @@ def blocks(start: int, stop: int, like: Tensor) -> Iterator[slice]:
     return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
 
-def sum_sq(v: Tensor, base: Tensor | None = None) -> float:
-    """||v||^2 or ||v - base||^2; differences in their type, squares and their sum in float64."""
-    total = 0.0
-    for at in blocks(0, v.numel(), v):
-        v_B = (v[at] if base is None else v[at] - base[at]).to(torch.float64)
-        total += float(torch.dot(v_B, v_B))
-    return total
+def sum_sq(v: Tensor, base: Tensor | None = None, parts: Sequence[slice] = (slice(None),)) -> float:
+    """||v||^2 or ||v - base||^2 over `parts`; differences in their type, squares and their sum in float64."""
+    sums = []
+    for part in parts:
+        for at in blocks(*part.indices(v.numel())[:2], v):
+            v_B = (v[at] if base is None else v[at] - base[at]).to(torch.float64)
+            sums.append(torch.dot(v_B, v_B))
+    return float(sum(torch.stack(sums).tolist())) if sums else 0.0

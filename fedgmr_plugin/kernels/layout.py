@@ -108,15 +108,14 @@ class ModelLayout:
         """The model's parameters and floating-point buffers as one vector [D], copied."""
         tensors = _tensors(model)
         flat = torch.empty(self.size, dtype=self.dtype, device=tensors[0][1].device) if out is None else out
-        for entry, (_, tensor) in zip(self.entries, tensors, strict=True):
-            flat[entry.slice].view(entry.shape).copy_(tensor)
+        _copy(list(zip(self.views(flat).values(), (tensor for _, tensor in tensors), strict=True)))
         return flat
 
     @torch.no_grad()
     def scatter(self, model: nn.Module, flat_D: Tensor) -> None:
         """Copy `flat_D` [D] into the model's parameters and floating-point buffers."""
-        for entry, (_, tensor) in zip(self.entries, _tensors(model), strict=True):
-            tensor.copy_(flat_D[entry.slice].view(entry.shape))
+        tensors = (tensor for _, tensor in _tensors(model))
+        _copy(list(zip(tensors, self.views(flat_D).values(), strict=True)))
 
     @contextmanager
     def placed(self, model: nn.Module, flat_D: Tensor) -> Iterator[None]:
@@ -129,17 +128,18 @@ class ModelLayout:
         views = list(self.views(flat_D).values())
         try:
             with torch.no_grad():
+                copied = []
                 for view, (_, tensor) in zip(views, _tensors(model), strict=True):
                     if _may_be(tensor, view):
                         own.append((tensor, view, tensor.data))
                         tensor.data = view
                     else:
-                        tensor.copy_(view)
+                        copied.append((tensor, view))
+                _copy(copied)
             yield
             with torch.no_grad():
-                for view, (_, tensor) in zip(views, _tensors(model), strict=True):
-                    if tensor.data_ptr() != view.data_ptr():
-                        view.copy_(tensor)
+                pairs = zip(views, (tensor for _, tensor in _tensors(model)), strict=True)
+                _copy([(view, t) for view, t in pairs if t.data_ptr() != view.data_ptr()])
         finally:
             for tensor, view, memory in own:
                 if tensor.data_ptr() == view.data_ptr():
@@ -179,6 +179,13 @@ class Finding:
     code: str
     severity: Literal["error", "note"]
     message: str
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy into the first of each pair what the second one holds."""
+    if pairs:
+        to, source = zip(*pairs, strict=True)
+        torch._foreach_copy_(to, source)
 
 
 def _may_be(tensor: Tensor, view: Tensor) -> bool:

@@ -312,7 +312,7 @@ class PlainOffice(Office):
     ) -> UploadArrived:
         sent_S = self.values[flight.version, flight.ranking.digest, flight.rung]
         parts = parameter_parts(flight.ranking, self.server.layout)
-        change_sq = sum(sum_sq(values_S[part], sent_S[part]) for part in parts)
+        change_sq = sum_sq(values_S, sent_S, parts)
         if self.server.config.update_form == "delta":
             for part in parts:
                 values_S[part] -= sent_S[part]
