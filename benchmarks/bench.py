@@ -20,7 +20,17 @@ from benchmarks.measure import Row, machine
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 #: Modules with a `measure() -> list[Row]`.
-BENCHMARKS = ("aggregate", "masks", "wire", "engine", "client_step", "updates", "batched", "schedule")
+BENCHMARKS = (
+    "aggregate",
+    "masks",
+    "wire",
+    "engine",
+    "client_step",
+    "updates",
+    "batched",
+    "launches",
+    "schedule",
+)
 
 
 def run(words: list[str]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from benchmarks.elsewhere import NAME, Work, counting, register
 from benchmarks.measure import Row
 from fedgmr_plugin.engine.batched import Batched
 
-#: Windows of a run before one is counted, so that rankings and masks are there.
-_WARM = 3
+#: Windows of a run before one is counted.
+_WARM = 1
 
 
 def measure() -> list[Row]:
@@ -35,16 +35,16 @@ def measure() -> list[Row]:
     rows = []
     for name, counts in json.loads(told).items():
         (turn, turn_waits), (together, waits), window = (counts[k] for k in ("in turn", "together", "window"))
-        detail = f"{together:,} and {waits} waits, one after another {turn:,} and {turn_waits}"
-        rows.append(Row(f"launches, {CLIENTS} clients of {name}", "together", turn / together, "", detail))
-        rows.append(
-            Row(f"launches of a window, {name}", "", window[0], "", f"{window[1]} waits, {window[2]} clients")
-        )
+        detail = f"{together:,} launches and {waits} waits, one after another {turn:,} and {turn_waits}"
+        what = f"launches, {CLIENTS} clients of {name} together"
+        rows.append(Row(what, "one after another", together / turn, "", detail))
+        detail = f"and {window[1]} waits, {window[2]} clients trained together"
+        rows.append(Row(f"launches of a window, {name}", "", window[0], "", detail))
     return rows
 
 
 def counts_of(which: Model) -> dict[str, Any]:
-    """Launches and waits of a model's window."""
+    """Launches and waits of ten clients' training, either way, and of a whole window."""
     _, make, shape, classes = which
     torch.manual_seed(0)
     x = torch.rand(40, *shape).to(NAME)

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
 
-from benchmarks.elsewhere import NAME, register
+from benchmarks.elsewhere import NAME, counting, register
 
 
 def convolutions() -> nn.Module:
@@ -192,6 +193,24 @@ def counts() -> dict[str, Any]:
     }
 
 
+def waits_of_steps() -> int:
+    """How often more the CPU waits if a trainer of the user's own makes six steps instead of two."""
+    from fedgmr_plugin.runtimes.trainer import FedMLTrainer
+
+    waits = []
+    for steps in (2, 6):
+        model = large().to(NAME)
+        args = SimpleNamespace(learning_rate=0.1)
+        trainer = FedMLTrainer(own_trainer(model, args), args, torch.device(NAME))
+        batch = torch.zeros(5, 6).to(NAME), torch.zeros(5, dtype=torch.int64).to(NAME)
+        masks = {"0.weight": torch.ones(400, 6, dtype=torch.bool).to(NAME)}
+        with counting() as work:
+            stats = trainer.train(model, steps * [batch], masks, learning_rate=0.1, client=0)
+        assert stats.steps == steps and stats.drift_sq is not None
+        waits.append(work.waits.total())
+    return waits[1] - waits[0]
+
+
 def main() -> None:
     keeps = register()
     torch.set_num_threads(1)
@@ -202,7 +221,7 @@ def main() -> None:
 
     registration.register()
     told = {name: outcome(folder, name, case) for name, case in cases.items()}
-    told["counts"] = counts()
+    told["counts"], told["waits of steps"] = counts(), waits_of_steps()
     (folder / "told.json").write_text(json.dumps(told))
     del keeps
 

@@ -119,6 +119,10 @@ def test_what_a_gpu_is_told_does_not_grow_with_the_model(outcomes: dict[str, dic
     assert all(counts == small for counts in larger)
 
 
+def test_a_trainer_of_ones_own_never_waits_between_steps(outcomes: dict[str, Any]) -> None:
+    assert outcomes["waits of steps"] == 0
+
+
 def test_clients_together_are_fewer_launches_and_waits(outcomes: dict[str, dict[str, Any]]) -> None:
     for counts in outcomes["counts"].values():
         (launches, waits), (turn, turn_waits) = counts["together"], counts["in turn"]

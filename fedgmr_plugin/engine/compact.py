@@ -239,12 +239,18 @@ def drift_sq(leaves: Sequence[Leaf]) -> Tensor:
     if any(leaf.tensor.device.type == "cpu" for leaf in leaves):
         return torch.stack([leaf.distance_sq() for leaf in leaves]).sum()
     now, start = [leaf.tensor.detach() for leaf in leaves], [leaf.start for leaf in leaves]
-    return distances(now, start).square().sum()
+    return distance_sq(now, start)
+
+
+def distance_sq(x: list[Tensor], start: list[Tensor]) -> Tensor:
+    """sum_i ||x_i - start_i||^2, in float64."""
+    return distances(x, start).square().sum()
 
 
 def distances(x: list[Tensor], start: list[Tensor]) -> Tensor:
     """||x_i - start_i|| of each pair, float64 [pairs]: as few kernels as torch has for it."""
-    return torch.stack(torch._foreach_norm(torch._foreach_sub(x, start), 2, dtype=torch.float64))
+    norms = torch._foreach_norm(torch._foreach_sub(x, start), 2, dtype=torch.float64)
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
 def _is_thin(parameter: nn.Parameter) -> bool:

@@ -174,8 +174,9 @@ class BuiltinTrainer:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
         model.eval()
-        correct = total = positions = 0
-        loss_sum = 0.0
+        total = positions = 0
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         with fast_formats(model):
             for x, y in batches:
                 x, y = x.to(self.device), y.to(self.device)
@@ -183,20 +184,20 @@ class BuiltinTrainer:
                 labels = int(is_labelled.sum())
                 if labels == 0:
                     continue
-                loss_sum += float(self.loss_of(output, y)) * labels
+                loss_sum += self.loss_of(output, y).double() * labels
                 correct += self._found(output, y)
                 positions += labels
                 total += len(y)
         if total == 0:
             return Metrics(None, None, 0)
-        return Metrics(correct / positions, loss_sum / positions, total)
+        return Metrics(int(correct) / positions, float(loss_sum) / positions, total)
 
-    def _found(self, output: Tensor, y: Tensor) -> int:
+    def _found(self, output: Tensor, y: Tensor) -> Tensor:
         """How many labels are among the highest scores."""
         if self.top_k == 1:
-            return int((output.argmax(dim=1) == y).sum())
+            return (output.argmax(dim=1) == y).sum()
         highest = output.topk(min(self.top_k, output.shape[1]), dim=1).indices
-        return int((highest == y.unsqueeze(1)).sum())
+        return (highest == y.unsqueeze(1)).sum()
 
     def loss_of(self, output: Tensor, y: Tensor) -> Tensor:
         """Mean loss of `output` [b, classes, ...] for labels `y` [b, ...]."""

@@ -20,6 +20,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from fedgmr_plugin.engine.compact import distance_sq
+
 
 class Watch:
     """Masks gradients, projects parameters and counts steps while a foreign loop trains `model`.
@@ -39,7 +41,7 @@ class Watch:
         self._copies: list[Tensor] = []
         self._handles: list[Any] = []
         self._steps_of: dict[int, int] = {}
-        self._drift_sum = 0.0
+        self._drift_sum: Tensor | float = 0.0  # where the model is: nobody waits for it between steps
 
     def __enter__(self) -> Watch:
         for p in self._parameters:
@@ -63,7 +65,7 @@ class Watch:
     @property
     def drift_sq(self) -> float | None:
         """Mean over k = 0..K-1 of ||x_k - x_0||^2; None if no step was seen."""
-        return self._drift_sum / self.steps if self.steps else None
+        return float(self._drift_sum) / self.steps if self.steps else None
 
     def _key(self, p: Tensor) -> int:
         """Identity of the model's parameter that `p` is, or is a copy of."""
@@ -92,7 +94,7 @@ class Watch:
             self._adopt_copy(optimizer)
         steps = self.steps
         if steps and any(self._steps_of.get(self._key(p)) == steps for p in self._owned(optimizer)):
-            self._drift_sum += self._drift()  # x_k, about to make step k + 1; x_0 adds 0
+            self._drift_sum = self._drift_sum + self._drift()  # x_k, about to make step k + 1; x_0 adds 0
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -119,15 +121,13 @@ class Watch:
                     p.register_post_accumulate_grad_hook(partial(_mask_gradient, self._mask))
                 )
 
-    def _drift(self) -> float:
-        """||x - x_0||^2 over all parameters."""
-        total = 0.0
-        for p in self._copies or self._parameters:
-            start = self._start[self._key(p)]
-            if start.device != p.device:
-                start = self._start[self._key(p)] = start.to(p.device)
-            total += float(torch.linalg.vector_norm(p.detach() - start)) ** 2
-        return total
+    def _drift(self) -> Tensor:
+        """||x - x_0||^2 over all parameters, float64."""
+        trained = self._copies or self._parameters
+        for p in trained:
+            if self._start[self._key(p)].device != p.device:
+                self._start[self._key(p)] = self._start[self._key(p)].to(p.device)
+        return distance_sq([p.detach() for p in trained], [self._start[self._key(p)] for p in trained])
 
 
 def _mask_gradient(mask_of: Any, p: Tensor) -> None:
