@@ -21,6 +21,9 @@ from benchmarks.measure import Row, machine
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 #: Modules with a `measure() -> list[Row]`.
 BENCHMARKS = (
+    *("aggregate", "masks", "wire", "engine", "client_step", "updates"),
+    *("batched", "launches", "schedule"),
+)
     "aggregate",
     "masks",
     "wire",
