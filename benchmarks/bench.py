@@ -24,16 +24,6 @@ BENCHMARKS = (
     *("aggregate", "masks", "wire", "engine", "client_step", "updates"),
     *("batched", "launches", "schedule"),
 )
-    "aggregate",
-    "masks",
-    "wire",
-    "engine",
-    "client_step",
-    "updates",
-    "batched",
-    "launches",
-    "schedule",
-)
 
 
 def run(words: list[str]) -> dict[str, Any]:
