@@ -29,8 +29,12 @@ def judge(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], bool]:
             lines.append(f"new       {row['name']}, against {row['against']}: {row['value']:.3f}")
             continue
         change = row["value"] / was["value"] - 1
-        lower_is_better = not row["goal"].startswith(">=")
-        word = "same" if abs(change) < NOISE else "better" if (change < 0) == lower_is_better else "worse"
+        if abs(change) < NOISE:
+            word = "same"
+        elif not row["goal"]:
+            word = "moved"
+        else:
+            word = "better" if (change < 0) == row["goal"].startswith("<=") else "worse"
         if was["met"] and not row["met"]:
             word, sound = "LOST", False
         lines.append(

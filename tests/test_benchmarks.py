@@ -45,7 +45,7 @@ def test_a_comparison_tells_better_from_worse_and_what_was_lost() -> None:
     lines, sound = compare.judge(old, figures(a=1.5, b=5.0, d=1.0))
     assert sound and [line.split()[0] for line in lines] == ["worse", "better", "new", "gone"]
     lines, sound = compare.judge(old, figures(a=2.5, b=3.0, c=0.5))
-    assert not sound and [line.split()[0] for line in lines] == ["LOST", "worse", "better"]
+    assert not sound and [line.split()[0] for line in lines] == ["LOST", "worse", "moved"]
     moved = copy.deepcopy(old)
     moved["machine"]["processor"] = "q"
     assert compare.judge(old, moved)[0][0] == "not the same machine: processor"
