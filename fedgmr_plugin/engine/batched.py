@@ -5,8 +5,8 @@ Legend: n clients of a group, b samples of a batch, D coordinates of the global 
 A GPU is idle for most of a small model's step. Stacked (`kernels.stacked`, or ``torch.func.vmap`` over a
 model that is no plain stack), the step of n clients takes about as many kernel launches as that of one. Each
 client has its own weights, masks, momentum, batches and norms: the result is that of one after another up to
-rounding, and the same bits whenever the same clients train together on the same device. Random layers draw
-once for the group.
+rounding, and the same bits whenever the same clients train together on the same device, if torch's kernels
+there are deterministic. Random layers draw once for the group.
 
 On a CPU it is slower than one client after another (benchmarks/NOTES.md).
 """
