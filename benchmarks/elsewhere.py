@@ -6,15 +6,16 @@ operation on tensors of both devices fails as it does between CPU and GPU; one o
 computes what the CPU does, to the bit. Registering a device cannot be undone: do it in a process of its own.
 
 A *launch* is an operation that writes a tensor of the device: one kernel of a GPU, or a few (a sort, a
-convolution's gradients, long lists of tensors). A *wait* is one whose result the CPU reads, or that takes a
-tensor from the CPU's ordinary memory: a GPU has to end what it was told before. Neither says how long a
-kernel takes; but with small models and batches, a GPU waits for its next launch most of the time.
+convolution's gradients, long lists of tensors; lists whose tensors lie differently in memory count one by
+one). A *wait* is one whose result the CPU reads, or that takes a tensor from the CPU's ordinary memory: a GPU
+has to end what it was told before. Neither says how long a kernel takes; but with small models and batches, a
+GPU waits for its next launch most of the time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -144,7 +145,7 @@ def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = function._schema.name.removeprefix("aten::")
         _note(
             name,
-            launches=not (function.is_view or name in _NO_LAUNCH),
+            launches=0 if function.is_view or name in _NO_LAUNCH else _kernels(name, args),
             waits=name in _WAITS or bool(here or not stays) or _has_mask(name, args),
         )
     result = function(*tree_map(_held, args), **tree_map(_held, kwargs))
@@ -157,6 +158,26 @@ def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return there[id(value)] if id(value) in there else Elsewhere(value)
 
     return tree_map(moved, result)
+
+
+def _kernels(name: str, args: Any) -> int:
+    """Launches of an operation: one; of lists of tensors that do not lie alike in memory, one for each."""
+    lists = [value for value in args if isinstance(value, list | tuple)]
+    if not lists or not name.startswith("_foreach"):
+        return 1
+    forms = [[(t.shape, t.stride()) for t in tensors if isinstance(t, Tensor)] for tensors in lists]
+    is_fast = all(form == forms[0] for form in forms) and all(_is_dense(*form) for form in forms[0])
+    return 1 if is_fast else len(forms[0])
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor fills its memory, in whatever order of its axes."""
+    filled = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride != filled:
+            return False
+        filled *= size
+    return True
 
 
 def _has_mask(name: str, args: Any) -> bool:

@@ -284,7 +284,7 @@ class FedGMRConfig(BaseModel):
         ge=1,
         description="Clients of a window that the built-in trainer trains together, at most; 1 trains one "
         "after another. For GPUs that a small model's step leaves idle (slower on a CPU). Equal to one after "
-        "another up to rounding, with so many copies of the model in memory.",
+        "another up to rounding, with about five copies of the model in memory for each.",
     )
     cpu_threads: int = Field(
         1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedgmr_plugin.config import FedGMRConfig
-from fedgmr_plugin.engine.batched import Batched
+from fedgmr_plugin.engine.batched import Batched, _Group
 from fedgmr_plugin.engine.client import LocalUpdate
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.samples import BatchPlan, TensorSamples
@@ -174,6 +175,73 @@ def test_any_window_is_cut_into_groups(
         assert_equal(a, b)
 
 
+def test_stale_clients_have_the_masks_of_their_own_ranking() -> None:
+    world = World("plain stack")
+    old = world.ranking
+    sent = [world.sent(0, 0), world.sent(1, 1)]
+    noise = torch.rand(world.layout.prunable, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    world.ranking = rank(world.layout, world.w_D, noise, DENSITIES)
+    assert world.ranking.digest != old.digest
+    for a, b in world.both([*sent, world.sent(2, 0), world.sent(3, 2)]):
+        assert_equal(a, b)
+
+
+class Partial(nn.Module):
+    """With a layer that is not used, a scalar, a counter, a constant, and its own mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.unused, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("shift", torch.full((8,), 0.25), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.last(torch.tanh(self.scale * self.first(x) + self.calls * self.shift))
+        return out if self.training else 0 * out
+
+
+@pytest.mark.parametrize("trainer", ["clipped", "proximal", "momentum"])
+def test_parameters_without_a_gradient_and_buffers_outside_of_the_layout(trainer: str) -> None:
+    world = World(module=Partial().eval(), trainer=TRAINERS[trainer])
+    for _ in range(2):  # the second finds them as the first did
+        for a, b in world.both([world.sent(0, 1), world.sent(1, 3), world.sent(2, 0)]):
+            assert_equal(a, b)
+
+
+def test_stacks_are_let_go_without_the_collector() -> None:
+    for model in ("mlp", "batch norm"):
+        world = World(model)
+        world.batched.finish([world.sent(0, 3), world.sent(1, 3)])
+        gc.collect()
+        gc.disable()
+        try:
+            world.batched.finish([world.sent(0, 3), world.sent(1, 3)])
+            assert not [o for o in gc.get_objects() if type(o) is _Group]
+        finally:
+            gc.enable()
+
+
+class Noisy:
+    """Samples with a random transform."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def take(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        return torch.randn(len(index), 6, dtype=torch.float64), torch.from_numpy(index) % 3
+
+
+def test_random_transforms_are_those_of_the_client_alone() -> None:
+    world = World()
+    world.samples[:2] = [Noisy(), Noisy()]  # type: ignore[list-item]
+    before = torch.get_rng_state()
+    for a, b in world.both([world.sent(0, 3), world.sent(1, 3)]):
+        assert_equal(a, b)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_masked_coordinates_stay_exactly_zero_whatever_their_slope() -> None:
     class Root(nn.Module):
         """The slope of a weight at 0 is infinite."""
@@ -211,8 +279,10 @@ def test_plain_stacks_need_no_mapping() -> None:
     assert {name for name, make in MODELS.items() if StackedChain.fits(make())} == {"mlp", "plain stack"}
 
 
-def test_random_layers_differ_by_client_and_repeat() -> None:
-    world = World(module=nn.Sequential(nn.Linear(6, 12), nn.Dropout(0.5), nn.Tanh(), nn.Linear(12, 3)))
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm1d])
+def test_random_layers_differ_by_client_and_repeat(norm: type[nn.Module]) -> None:
+    layers = nn.Linear(6, 12), nn.Dropout(0.5), norm(12), nn.Tanh(), nn.Linear(12, 3)
+    world = World(module=nn.Sequential(*layers))
     sent = [world.sent(0, 3), world.sent(1, 3)]
     world.samples[1] = world.samples[0]
     before = torch.get_rng_state()
@@ -237,12 +307,44 @@ def test_a_model_that_cannot_be_stacked_is_refused() -> None:
     with pytest.raises(ModelError, match="data-dependent") as caught:
         world.batched.finish([world.sent(0, 3), world.sent(1, 3)])
     assert caught.value.code == "GMR-211" and "Deciding" in str(caught.value)
+    assert "(batch: x float64 [2, 5, 6], y int64 [2, 5])" in str(caught.value)
     assert len(world.batched.finish([world.sent(0, 3)])) == 1  # alone it trains as ever
 
 
+@pytest.mark.parametrize("model", ["mlp", "batch norm"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x[:, :4], y), "x float64 [2, 5, 4], y int64 [2, 5]"),
+        (lambda x, y: (x.float(), y), "x float32 [2, 5, 6]"),
+        (lambda x, y: (x, y.unsqueeze(1)), "y int64 [2, 5, 1]"),
+    ],
+    ids=["width", "type", "labels' shape"],
+)
+def test_data_that_do_not_fit_are_told_as_such(model: str, change: Any, message: str) -> None:
+    """Also of models that are mapped: leaving `batch_clients` out would not help."""
+    world = World(model)
+    world.samples[:] = [TensorSamples(*change(s.x, s.y)) for s in world.samples]
+    with pytest.raises(DataError) as caught:
+        world.batched.finish([world.sent(0, 3), world.sent(1, 3)])
+    assert caught.value.code == "GMR-304" and "one of the clients 0, 1" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_what_a_users_code_raises_is_told_with_the_batch() -> None:
+    class Failing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("my own check")
+
+    world = World(module=nn.Sequential(nn.Linear(6, 4), Failing(4, 3)))
+    with pytest.raises(DataError, match="GMR-304 one of the clients 0, 1: RuntimeError: my own check"):
+        world.batched.finish([world.sent(0, 3), world.sent(1, 3)])
+
+
+@pytest.mark.parametrize("model", ["mlp", "batch norm"])
 @pytest.mark.parametrize("label", [3, -7])
-def test_a_label_that_is_no_class_is_told_with_the_batch(label: int) -> None:
-    world = World()
+def test_a_label_that_is_no_class_is_told_with_the_batch(label: int, model: str) -> None:
+    world = World(model)
     world.samples[1] = TensorSamples(world.samples[1].x, torch.full_like(world.samples[1].y, label))
     with pytest.raises(DataError) as caught:
         world.batched.finish([world.sent(0, 3), world.sent(1, 3)])

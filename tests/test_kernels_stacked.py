@@ -112,13 +112,48 @@ def tied() -> nn.Module:
         (lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.AvgPool3d(2), nn.Linear(2, 2)), (1, 5, 5, 5)),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)), (3,)),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), (5, 3)),
+        (lambda: nn.Sequential(nn.Linear(6, 8), nn.AvgPool1d(3, 1, 1), nn.Linear(8, 3)), (6,)),
+        (lambda: nn.Sequential(nn.Linear(6, 8), nn.AdaptiveMaxPool1d(4)), (6,)),
+        (lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.Flatten(), nn.Linear(25, 3)), (5, 5)),
+        (lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.MaxPool2d(3, 1, 1), nn.Conv1d(3, 2, 1)), (2, 6)),
+        (lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4, eps=0.5)), (2, 6)),
         (lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2), nn.Unflatten(1, (2, 2))), (6,)),
         (lambda: nn.Linear(3, 2), (3,)),
     ],
-    ids=["tied", "one axis", "three axes", "norm of rows", "sequences", "unflattened", "one layer"],
+    ids=[
+        *("tied", "one axis", "three axes", "norm of rows", "sequences"),
+        *("pool of rows", "adaptive pool of rows", "no channels", "pool of more axes", "large eps"),
+        *("unflattened", "one layer"),
+    ],
 )  # fmt: skip
 def test_other_stacks(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     assert_alike(make(), shape)
+
+
+def buffered() -> nn.Module:
+    """A bias that is not trained, nor in `parameters`."""
+    layer = nn.Linear(2, 2)
+    del layer.bias
+    layer.register_buffer("bias", torch.ones(2))
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "message"),
+    [
+        (lambda: nn.Conv1d(1, 2, 2), (4,), r"Conv1d of 1 channels got input of shape \[2, 4\]"),
+        (lambda: nn.Conv2d(1, 2, 2), (3, 5, 5), r"Conv2d of 1 channels got input of shape \[2, 3, 5, 5\]"),
+        (lambda: nn.GroupNorm(1, 3), (2, 5), r"GroupNorm of 3 channels got input of shape \[2, 2, 5\]"),
+    ],
+)
+def test_images_that_do_not_fit_are_told_as_those_of_one_model(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], message: str
+) -> None:
+    """Two models whose channels would fit together, too."""
+    model = make()
+    tensors = {name: torch.stack([p, p]) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        StackedChain(model, 2)(tensors, torch.zeros(2, 2, *shape))
 
 
 class Own(nn.Linear):
@@ -140,6 +175,8 @@ def hooked() -> nn.Module:
         lambda: nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")),
         lambda: nn.Sequential(nn.MaxPool2d(2, return_indices=True)),
         lambda: nn.Sequential(nn.Flatten(0), nn.Linear(2, 2)),
+        lambda: nn.Sequential(nn.Conv1d(1, 1, 2), nn.Flatten(1, 1)),
+        buffered,
         lambda: nn.Sequential(nn.Unflatten(0, (2, 2))),
         lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),
         lambda: nn.Sequential(nn.Embedding(3, 2)),

@@ -24,7 +24,7 @@ from fedgmr_plugin.engine.compact import distances
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.samples import Batch, Index, take_each
 from fedgmr_plugin.engine.seeds import derive, isolated_rng
-from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats, Misfit, told
+from fedgmr_plugin.engine.trainer import BuiltinTrainer, LocalStats, Misfit, shapes_of, told
 from fedgmr_plugin.engine.workbench import Workbench
 from fedgmr_plugin.errors import ModelError
 from fedgmr_plugin.kernels.rounding import PAYLOAD_TYPES
@@ -113,11 +113,12 @@ class _Group:
         self.trained = {name: t.requires_grad_() for name, t in stacked.items() if name in wanted}
         self.fixed = {name: t for name, t in stacked.items() if name not in wanted}
         self._is_mapped = not StackedChain.fits(self._model)
+        model = self._model  # not of `self`: a cycle would keep the stacks until the collector comes
         #: Scores [n, b, ...] from all tensors [n, ...] and samples [n, b, ...].
         self._scores: Callable[[Stacked, Tensor], Tensor] = (
-            vmap(lambda tensors, x: functional_call(self._model, tensors, (x,)), randomness="different")
+            vmap(lambda tensors, x: functional_call(model, tensors, (x,)), randomness="different")
             if self._is_mapped
-            else StackedChain(self._model, len(group))
+            else StackedChain(model, len(group))
         )
         self.holes = self._holes() if any(len(sent.values_S) < layout.size for sent in group) else None
 
@@ -164,23 +165,38 @@ class _Group:
                 loss_n += loss.detach()
                 samples += y.shape[1]
                 steps += 1
+        if not steps:
+            return self._updates([LocalStats(0, 0, None, None)] * len(self._group))
         means = zip((loss_n / steps).tolist(), (drift_n / steps).tolist(), strict=True)
         return self._updates([LocalStats(steps, samples, *of_client) for of_client in means])
 
     def _differentiated(self, x: Tensor, y: Tensor) -> Tensor:
         """The losses [n], after their gradients were left at the leaves."""
+        tensors = {**self.trained, **self.fixed}
         try:
             with told(x, y):
-                loss = self._trainer.losses_of(self._scores({**self.trained, **self.fixed}, x), y)
+                try:
+                    scores = self._scores(tensors, x)
+                except (RuntimeError, ValueError, NotImplementedError) as error:
+                    if self._is_mapped and self._runs_alone(tensors, x):
+                        message = f"{type(error).__name__}: {error} (batch: {shapes_of(x, y)})"
+                        raise ModelError("GMR-211", message, where=type(self._model).__name__) from error
+                    raise
+                loss = self._trainer.losses_of(scores, y)
                 loss.sum().backward()
         except Misfit as misfit:
-            cause = misfit.__cause__
-            if self._is_mapped and isinstance(cause, RuntimeError | ValueError | NotImplementedError):
-                message = f"{type(cause).__name__}: {cause}"
-                raise ModelError("GMR-211", message, where=type(self._model).__name__) from cause
             whose = f"one of the clients {', '.join(str(sent.client) for sent in self._group)}"
-            raise misfit.refusal(whose, self._model) from cause
+            raise misfit.refusal(whose, self._model) from misfit.__cause__
         return loss
+
+    @torch.no_grad()
+    def _runs_alone(self, tensors: Stacked, x: Tensor) -> bool:
+        """Whether the first client's model takes its samples by itself."""
+        try:
+            functional_call(self._model, {name: t[0].clone() for name, t in tensors.items()}, (x[0],))
+        except Exception:  # noqa: BLE001  (whatever a user's forward raises)
+            return False
+        return True
 
     @torch.no_grad()
     def _restrict(self, start: Sequence[Tensor]) -> None:

@@ -133,18 +133,6 @@ class Leaf:
             self.parameter.detach().view(-1).scatter_(0, self.index_S, self.tensor.detach())
             self.version = self.parameter._version
 
-    def distance_sq(self) -> Tensor:
-        """||x - x_0||^2 of this leaf, summed in float64."""
-        x, start = self.tensor.detach(), self.start
-        if not x.is_contiguous() or x.numel() <= _CHUNK:
-            moved = (x - start).double().reshape(-1)
-            return torch.dot(moved, moved)
-        room, parts = x.new_empty(_CHUNK // 2, dtype=torch.float64), []
-        for a, b in zip(x.view(-1).split(len(room)), start.view(-1).split(len(room)), strict=True):
-            part = torch.sub(a, b, out=room[: len(a)])  # subtracted in their own type
-            parts.append(torch.dot(part, part))
-        return torch.stack(parts).sum()
-
 
 @contextmanager
 def leaves_of(
@@ -236,21 +224,36 @@ def _clear(grad: Tensor, mask: Tensor) -> None:
 
 def drift_sq(leaves: Sequence[Leaf]) -> Tensor:
     """||x_k - x_0||^2 over all leaves, float64."""
-    if any(leaf.tensor.device.type == "cpu" for leaf in leaves):
-        return torch.stack([leaf.distance_sq() for leaf in leaves]).sum()
-    now, start = [leaf.tensor.detach() for leaf in leaves], [leaf.start for leaf in leaves]
-    return distance_sq(now, start)
+    return distance_sq([leaf.tensor.detach() for leaf in leaves], [leaf.start for leaf in leaves])
 
 
 def distance_sq(x: list[Tensor], start: list[Tensor]) -> Tensor:
-    """sum_i ||x_i - start_i||^2, in float64."""
-    return distances(x, start).square().sum()
+    """sum_i ||x_i - start_i||^2, each difference in its own type, squares and their sum in float64."""
+    if any(t.device.type != "cpu" for t in x):
+        return distances(x, start).square().sum()
+    return torch.stack([_distance_sq(a, b) for a, b in zip(x, start, strict=True)]).sum()
 
 
 def distances(x: list[Tensor], start: list[Tensor]) -> Tensor:
-    """||x_i - start_i|| of each pair, float64 [pairs]: as few kernels as torch has for it."""
-    norms = torch._foreach_norm(torch._foreach_sub(x, start), 2, dtype=torch.float64)
+    """||x_i - start_i|| of each pair [pairs], by as few kernels as torch has for it.
+
+    In float64, where the device has that.
+    """
+    kind = torch.float32 if x[0].device.type == "mps" else torch.float64
+    norms = torch._foreach_norm(torch._foreach_sub(x, start), 2, dtype=kind)
     return torch.stack([norm.to(norms[0].device) for norm in norms])
+
+
+def _distance_sq(x: Tensor, start: Tensor) -> Tensor:
+    """||x - start||^2, of large tensors in pieces."""
+    if not x.is_contiguous() or not start.is_contiguous() or x.numel() <= _CHUNK:
+        moved = (x - start).double().reshape(-1)
+        return torch.dot(moved, moved)
+    room, parts = x.new_empty(_CHUNK // 2, dtype=torch.float64), []
+    for a, b in zip(x.view(-1).split(len(room)), start.view(-1).split(len(room)), strict=True):
+        part = torch.sub(a, b, out=room[: len(a)])  # subtracted in their own type
+        parts.append(torch.dot(part, part))
+    return torch.stack(parts).sum()
 
 
 def _is_thin(parameter: nn.Parameter) -> bool:

@@ -174,9 +174,8 @@ class BuiltinTrainer:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
         model.eval()
-        total = positions = 0
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = 0
+        losses, found, labelled = [], [], []  # on the device: nobody waits for them between batches
         with fast_formats(model):
             for x, y in batches:
                 x, y = x.to(self.device), y.to(self.device)
@@ -184,13 +183,15 @@ class BuiltinTrainer:
                 labels = int(is_labelled.sum())
                 if labels == 0:
                     continue
-                loss_sum += self.loss_of(output, y).double() * labels
-                correct += self._found(output, y)
-                positions += labels
+                losses.append(self.loss_of(output, y))
+                found.append(self._found(output, y))
+                labelled.append(labels)
                 total += len(y)
         if total == 0:
             return Metrics(None, None, 0)
-        return Metrics(int(correct) / positions, float(loss_sum) / positions, total)
+        loss_sum = sum(loss * n for loss, n in zip(torch.stack(losses).tolist(), labelled, strict=True))
+        correct = int(torch.stack(found).sum())
+        return Metrics(correct / sum(labelled), loss_sum / sum(labelled), total)
 
     def _found(self, output: Tensor, y: Tensor) -> Tensor:
         """How many labels are among the highest scores."""
@@ -244,8 +245,12 @@ def told(x: Tensor, y: Tensor) -> Iterator[None]:
     except (FedGMRError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a user's forward raises
-        shapes = ", ".join(f"{n} {str(t.dtype)[6:]} {list(t.shape)}" for n, t in (("x", x), ("y", y)))
-        raise Misfit(shapes) from error
+        raise Misfit(shapes_of(x, y)) from error
+
+
+def shapes_of(x: Tensor, y: Tensor) -> str:
+    """A batch, for an error's message."""
+    return ", ".join(f"{n} {str(t.dtype)[6:]} {list(t.shape)}" for n, t in (("x", x), ("y", y)))
 
 
 def _scores(output: Tensor, classes: Tensor | None) -> Tensor:

@@ -19,25 +19,20 @@ from torch.nn import functional as F
 
 from fedgmr_plugin.kernels.chain import is_chain, layers
 
-_CONVOLVE: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Conv1d: F.conv1d,
-    nn.Conv2d: F.conv2d,
-    nn.Conv3d: F.conv3d,
+#: Layers of images, and along how many axes they work.
+_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_POOLS: dict[type[nn.Module], int] = {
+    **{nn.MaxPool1d: 1, nn.AvgPool1d: 1, nn.AdaptiveAvgPool1d: 1, nn.AdaptiveMaxPool1d: 1},
+    **{nn.MaxPool2d: 2, nn.AvgPool2d: 2, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveMaxPool2d: 2},
+    **{nn.MaxPool3d: 3, nn.AvgPool3d: 3, nn.AdaptiveAvgPool3d: 3, nn.AdaptiveMaxPool3d: 3},
 }
-#: Work on each channel by itself.
-_POOLS = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-)
 #: Work on each value by itself.
 _ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.Dropout),
 )
-
-
-#: Take rows; all others that are known but those take images.
+#: Take rows; the others take images.
 _OF_ROWS = nn.Linear, nn.Flatten, nn.Unflatten
 
 
@@ -77,11 +72,13 @@ class StackedChain:
                 x = layer(x)
                 continue
             weight, bias = (self._parameter(tensors, layer, name) for name in ("weight", "bias"))
-            if isinstance(layer, _OF_ROWS):
-                x = _on_rows(layer, x if are_rows else self._rows(x), weight, bias)
+            axes = _POOLS.get(type(layer))
+            if axes is not None and x.dim() != axes + 2 + are_rows:  # no channels: an axis less
+                x, are_rows = _each(layer, x if are_rows else self._rows(x)), True
+            elif isinstance(layer, _OF_ROWS):
+                x, are_rows = _on_rows(layer, x if are_rows else self._rows(x), weight, bias), True
             else:
-                x = self._on_images(layer, self._images(x) if are_rows else x, weight, bias)
-            are_rows = isinstance(layer, _OF_ROWS)
+                x, are_rows = self._on_images(layer, self._images(x) if are_rows else x, weight, bias), False
         return x if are_rows else self._rows(x)
 
     def _parameter(self, tensors: Mapping[str, Tensor], layer: nn.Module, name: str) -> Any:
@@ -95,24 +92,36 @@ class StackedChain:
 
     def _rows(self, x: Tensor) -> Tensor:
         """[b, n C, ...] as [n, b, C, ...]."""
-        return x.view(len(x), self._n, -1, *x.shape[2:]).transpose(0, 1)
+        return x.view(len(x), self._n, x.shape[1] // self._n, *x.shape[2:]).transpose(0, 1)
 
-    def _on_images(self, layer: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The output of a layer that takes images."""
-        flat_bias = None if bias is None else bias.flatten()
-        if isinstance(layer, nn.GroupNorm):
-            flat_weight = None if weight is None else weight.flatten()
-            return F.group_norm(x, self._n * layer.num_groups, flat_weight, flat_bias, layer.eps)
-        if weight is None:  # a pooling
+    def _on_images(self, layer: Any, x: Tensor, weight: Any, bias: Any) -> Tensor:
+        """The output of a layer that takes images.
+
+        Raises:
+            ValueError: it takes others.
+        """
+        if type(layer) in _POOLS:
             pooled: Tensor = layer(x)
             return pooled
-        form = layer.stride, layer.padding, layer.dilation
-        return _CONVOLVE[type(layer)](x, weight.flatten(0, 1), flat_bias, *form, self._n * layer.groups)
+        axes, channels = _CONVOLUTIONS.get(type(layer)), x.shape[1] // self._n
+        expected = layer.num_channels if axes is None else layer.in_channels
+        if channels != expected or (axes is not None and x.dim() != axes + 2):
+            shape = [len(x), channels, *x.shape[2:]]
+            raise ValueError(f"{type(layer).__name__} of {expected} channels got input of shape {shape}")
+        flat_bias = None if bias is None else bias.flatten()
+        if axes is None:
+            flat_weight = None if weight is None else weight.flatten()
+            return F.group_norm(x, self._n * layer.num_groups, flat_weight, flat_bias, layer.eps)
+        form = layer.stride, layer.padding, layer.dilation, self._n * layer.groups
+        return _CONVOLVE[axes](x, weight.flatten(0, 1), flat_bias, *form)
 
 
 def _is_known(layer: nn.Module) -> bool:
     kind = type(layer)
-    if kind in _CONVOLVE:
+    for name in ("weight", "bias"):
+        if getattr(layer, name, None) is not layer._parameters.get(name):
+            return False  # a buffer, say
+    if kind in _CONVOLUTIONS:
         return bool(layer.padding_mode == "zeros")
     if kind is nn.Flatten:
         return bool(layer.start_dim == 1 and layer.end_dim == -1)
@@ -123,12 +132,18 @@ def _is_known(layer: nn.Module) -> bool:
     return kind in _ELEMENTWISE or kind in (nn.Linear, nn.GroupNorm)
 
 
-def _on_rows(layer: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _each(layer: nn.Module, x: Tensor) -> Tensor:
+    """The output of a layer that takes samples without channels, for rows [n, b, ...]."""
+    y: Tensor = layer(x.flatten(0, 1))
+    return y.view(*x.shape[:2], *y.shape[1:])
+
+
+def _on_rows(layer: Any, x: Tensor, weight: Any, bias: Any) -> Tensor:
     """The output of a layer that takes rows [n, b, ...]."""
     if isinstance(layer, nn.Flatten):
         return x.flatten(2)
-    if weight is None:
+    if isinstance(layer, nn.Unflatten):
         return x.reshape(*x.shape[:2], *layer.unflattened_size, *x.shape[3:])
     inputs, by = x.flatten(1, -2), weight.transpose(1, 2)
     scores = torch.bmm(inputs, by) if bias is None else torch.baddbmm(bias.unsqueeze(1), inputs, by)
-    return scores.view(*x.shape[:-1], -1)
+    return scores.view(*x.shape[:-1], weight.shape[1])
