@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedgmr_plugin.engine import client, compact, formats, trainer
 from fedgmr_plugin.engine.client import RecentMasks, parameter_masks, train_dispatch
-from fedgmr_plugin.engine.compact import Masks, _OnValues, leaves_of
+from fedgmr_plugin.engine.compact import Leaf, Masks, _OnValues, distance_sq, distances, leaves_of
 from fedgmr_plugin.engine.events import Dispatch
 from fedgmr_plugin.engine.formats import fast_formats
 from fedgmr_plugin.engine.samples import Batch, BatchList, BatchPlan, TensorSamples
@@ -705,6 +705,38 @@ def test_sgd_is_torchs_to_the_bit(
             assert torch.equal(a, b) and (
                 a.grad is None or (b.grad is not None and torch.equal(a.grad, b.grad))
             )
+
+
+def test_elsewhere_holes_are_filled_whatever_is_there() -> None:
+    """What the leaf of a parameter on a GPU does; the mask of a parameter on the CPU is no hole."""
+    masks = Masks({"a": torch.tensor([True, False, True]), "b": torch.tensor([False, True, True])})
+    for name, mask in masks.items():
+        assert torch.equal(masks.hole(name), ~mask) and masks.copy().hole(name) is masks.hole(name)
+    p = nn.Parameter(torch.zeros(3))
+    leaf = Leaf(p, p, torch.zeros(3), hole=masks.hole("a"))
+    p.grad = torch.tensor([float("inf"), float("nan"), 2.0])
+    leaf.restrict()
+    assert p.grad.tolist() == [float("inf"), 0.0, 2.0]
+
+
+@given(
+    sizes=st.lists(st.sampled_from([1, 7, 2**15, 2**16 + 5, 2**17 + 1]), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=20, deadline=None)
+def test_distances_are_those_in_float64(sizes: list[int], dtype: torch.dtype, seed: int) -> None:
+    """In pieces, as on the CPU, and by lists, as elsewhere."""
+    g = torch.Generator().manual_seed(seed)
+    x = [torch.randn(size, generator=g, dtype=dtype) for size in sizes]
+    start = [t + 1e-3 * torch.randn(t.shape, generator=g, dtype=dtype) for t in x]
+    wanted = [float((a - b).double().square().sum()) for a, b in zip(x, start, strict=True)]
+    assert float(distance_sq(x, start)) == pytest.approx(sum(wanted), rel=1e-12)
+    assert distances(x, start).square().tolist() == pytest.approx(wanted, rel=1e-12)
+    across = torch.randn(sizes[0], 2, generator=g, dtype=dtype).t()
+    assert float(distance_sq([across], [torch.zeros_like(across)])) == pytest.approx(
+        float(across.double().square().sum()), rel=1e-12
+    )
 
 
 def test_recent_masks_are_equal_and_the_oldest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
