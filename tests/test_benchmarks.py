@@ -51,6 +51,21 @@ def test_a_comparison_tells_better_from_worse_and_what_was_lost() -> None:
     assert compare.judge(old, moved)[0][0] == "not the same machine: processor"
 
 
+def test_medians_of_several_runs() -> None:
+    runs = [figures(a=a, b=b, c=1.0) for a, b in ((1.0, 1.0), (3.0, 4.0), (2.0, 3.0))]
+    found = bench.medians(runs)
+    assert [(r["value"], r["least"], r["most"], r["met"]) for r in found["rows"]] == [
+        (2.0, 1.0, 3.0, True),
+        (3.0, 1.0, 4.0, True),
+        (1.0, 1.0, 1.0, None),
+    ]
+    assert found["runs"] == 3 and compare.judge(found, found)[1]
+    with pytest.raises(ValueError, match="odd number"):
+        bench.medians(runs[:2])
+    with pytest.raises(ValueError, match="different figures"):
+        bench.medians([runs[0], runs[1], figures(a=1.0)])
+
+
 def test_the_reference_loop_merges_what_the_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregate, "SIZE", 5000)
     w_D, rankings = aggregate.world()
