@@ -341,6 +341,18 @@ def test_what_a_users_code_raises_is_told_with_the_batch() -> None:
         world.batched.finish([world.sent(0, 3), world.sent(1, 3)])
 
 
+def test_a_want_of_memory_is_no_fault_of_model_or_data() -> None:
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch._C._are_functorch_transforms_active():  # alone it has enough
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x
+
+    world = World(module=nn.Sequential(nn.Linear(6, 4), Large(), nn.Linear(4, 3)))
+    with pytest.raises(torch.OutOfMemoryError):
+        world.batched.finish([world.sent(0, 3), world.sent(1, 3)])
+
+
 @pytest.mark.parametrize("model", ["mlp", "batch norm"])
 @pytest.mark.parametrize("label", [3, -7])
 def test_a_label_that_is_no_class_is_told_with_the_batch(label: int, model: str) -> None:

@@ -177,6 +177,8 @@ class _Group:
             with told(x, y):
                 try:
                     scores = self._scores(tensors, x)
+                except torch.OutOfMemoryError:
+                    raise
                 except (RuntimeError, ValueError, NotImplementedError) as error:
                     if self._is_mapped and self._runs_alone(tensors, x):
                         message = f"{type(error).__name__}: {error} (batch: {shapes_of(x, y)})"
