@@ -94,7 +94,8 @@ def _together(which: Model, device: torch.device, repeats: int, goal: str) -> tu
 
     reference, ours = seconds(in_turn, repeats), seconds(together, repeats)
     detail = f"{1e3 * ours:.0f} ms, one after another {1e3 * reference:.0f} on {device.type}"
-    row = Row(f"{CLIENTS} clients of {name} together", "one after another", reference / ours, goal, detail)
+    what = f"speed of {CLIENTS} clients of {name} together"
+    row = Row(what, "one after another", reference / ours, goal, detail)
     return row, run
 
 

@@ -8,8 +8,7 @@ computes what the CPU does, to the bit. Registering a device cannot be undone: d
 A *launch* is an operation that writes a tensor of the device: one kernel of a GPU, or a few (a sort, a
 convolution's gradients, long lists of tensors; lists whose tensors lie differently in memory count one by
 one). A *wait* is one whose result the CPU reads, or that takes a tensor from the CPU's ordinary memory: a GPU
-has to end what it was told before. Neither says how long a kernel takes; but with small models and batches, a
-GPU waits for its next launch most of the time.
+has to end what it was told before. Neither says how long a kernel takes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 On a device that counts (`benchmarks.elsewhere`), in a process of its own: torch cannot unlearn a device. The
 window is that of `benchmarks.batched`, but for its batches, whose size changes no count. Where launches take
-longer than kernels, as with small models and batches, the ratio of launches is about that of times.
+longer than kernels, the ratio of launches is about that of times.
 """
 
 from __future__ import annotations
