@@ -1,6 +1,7 @@
 """What a client's local step costs at each density.
 
     python -m benchmarks.bench client_step
+    python -m benchmarks.client_step 0.2        # where the time of a step at that density goes
 
 Everything that is compared runs in one process, in turn, on one thread; times are medians over `ROUNDS`
 rounds. What was tried on the way is in `benchmarks/NOTES.md`.
@@ -9,12 +10,13 @@ rounds. What was tried on the way is in `benchmarks/NOTES.md`.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, profiler
 from torch.nn import functional as F
 
 from benchmarks.measure import Row
@@ -22,7 +24,7 @@ from benchmarks.models import conv2
 from fedgmr_plugin.engine.client import parameter_masks
 from fedgmr_plugin.engine.samples import Batch
 from fedgmr_plugin.engine.trainer import BuiltinTrainer
-from fedgmr_plugin.kernels import build_layout, rank, scores
+from fedgmr_plugin.kernels import ModelLayout, build_layout, rank, scores
 from fedgmr_plugin.kernels.width import rank_widths
 
 ROUNDS = 7
@@ -67,16 +69,12 @@ def step_rows(
 
     Sub-models have the largest weights, or the first units of each layer (`by_width`).
     """
-    torch.manual_seed(0)
-    model = conv2()
-    layout = build_layout(model)
-    w_D = layout.gather(model)
+    model, layout, w_D = _initial()
     if by_width:
         ranking = rank_widths(model, layout, densities)
     else:
         ranking = rank(layout, w_D, scores("magnitude", layout, w_D), densities)
-    x, y = torch.rand(STEPS * BATCH, 1, 28, 28), torch.randint(62, (STEPS * BATCH,))
-    batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    batches = _batches()
     trainer, own, rows = BuiltinTrainer(), conv2(), []
     for density in densities:
         mask_D = ranking.mask(ranking.rung(density))
@@ -106,6 +104,41 @@ def step_rows(
             }
         )
     return rows
+
+
+def _initial() -> tuple[nn.Module, ModelLayout, Tensor]:
+    """Conv2, its layout and its weights [D]."""
+    torch.manual_seed(0)
+    model = conv2()
+    layout = build_layout(model)
+    return model, layout, layout.gather(model)
+
+
+def _batches() -> list[Batch]:
+    """Those of one dispatch."""
+    x, y = torch.rand(STEPS * BATCH, 1, 28, 28), torch.randint(62, (STEPS * BATCH,))
+    return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+
+
+def profile(density: float, repeats: int = 8) -> dict[str, list[tuple[str, float]]]:
+    """torch's operations that a dispatch of our steps, and of plain ones, spends its time in, with shares."""
+    model, layout, w_D = _initial()
+    ranking = rank(layout, w_D, scores("magnitude", layout, w_D), (density,))
+    masks, batches, trainer = parameter_masks(layout, ranking.mask(0)), _batches(), BuiltinTrainer()
+    layout.scatter(model, w_D * ranking.mask(0))
+    shares = {}
+    for name, work in {
+        "ours": lambda: trainer.train(model, batches, masks, learning_rate=RATE, client=0),
+        "plain": lambda: plain_steps(model, batches),
+    }.items():
+        work()
+        with profiler.profile(activities=[profiler.ProfilerActivity.CPU]) as watched:
+            for _ in range(repeats):
+                work()
+        times = {event.key: event.self_cpu_time_total for event in watched.key_averages()}
+        whole = sum(times.values())
+        shares[name] = sorted(((key, time / whole) for key, time in times.items()), key=lambda part: -part[1])
+    return shares
 
 
 def in_turn(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -141,3 +174,9 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
         )
         for kind, row in rows
     ]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for whose, parts in profile(float(sys.argv[1])).items():
+        print(whose, *(f"{share:6.1%}  {name}" for name, share in parts[:12]), sep="\n")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import aggregate, bench, compare, measure
+from benchmarks import aggregate, bench, client_step, compare, elsewhere, measure
 from fedgmr_plugin.kernels import Ranking, merge
 
 
@@ -51,6 +51,12 @@ def test_a_comparison_tells_better_from_worse_and_what_was_lost() -> None:
     assert compare.judge(old, moved)[0][0] == "not the same machine: processor"
 
 
+def test_a_profile_has_shares_of_all_of_the_time() -> None:
+    for parts in client_step.profile(0.2, repeats=1).values():
+        assert sum(share for _, share in parts) == pytest.approx(1)
+        assert "aten::convolution_backward" in dict(parts)
+
+
 def test_medians_of_several_runs() -> None:
     runs = [figures(a=a, b=b, c=1.0) for a, b in ((1.0, 1.0), (3.0, 4.0), (2.0, 3.0))]
     found = bench.medians(runs)
@@ -76,6 +82,16 @@ def test_the_reference_loop_merges_what_the_kernel_does(monkeypatch: pytest.Monk
     loop = aggregate.tensor_loop(w_D, masks, values, [u.weight for u in updates])
     home: Ranking = rankings[0]
     assert torch.allclose(home.flat(merge(home.ranked(w_D), home, updates).w_D), loop, atol=1e-6)
+
+
+def test_lists_that_lie_alike_in_memory_are_one_launch() -> None:
+    matrix, row = torch.zeros(4, 6), torch.zeros(6)
+    dense, turned, part = [matrix, row], [matrix.t().contiguous().t(), row], [matrix[:, :3], row[:3]]
+    assert elsewhere._kernels("_foreach_add_", (dense, dense)) == 1
+    assert elsewhere._kernels("_foreach_norm", (turned,)) == 1  # filled, if in another order
+    assert elsewhere._kernels("_foreach_copy_", (dense, turned)) == 2
+    assert elsewhere._kernels("_foreach_copy_", (part, part)) == 2
+    assert elsewhere._kernels("stack", (dense,)) == elsewhere._kernels("add", (matrix, matrix)) == 1
 
 
 def test_every_benchmark_is_there() -> None:

@@ -235,7 +235,7 @@ class Noisy:
 
 def test_random_transforms_are_those_of_the_client_alone() -> None:
     world = World()
-    world.samples[:2] = [Noisy(), Noisy()]  # type: ignore[list-item]
+    world.samples[:2] = [Noisy(), Noisy()]  # type: ignore[list-item]  # any samples will do
     before = torch.get_rng_state()
     for a, b in world.both([world.sent(0, 3), world.sent(1, 3)]):
         assert_equal(a, b)

@@ -212,7 +212,7 @@ def test_losses_are_those_of_each(n: int, shape: tuple[int, ...], loss: str, see
     y = torch.randint(0, 5, (n, *shape), generator=g)
     if loss == "cross_entropy":
         y = torch.where(torch.rand(y.shape, generator=g) < 0.2, -100, y)
-    trainer = BuiltinTrainer(loss=loss)  # type: ignore[arg-type]
+    trainer = BuiltinTrainer(loss=loss)  # type: ignore[arg-type]  # drawn as a str
     wanted = torch.stack([trainer.loss_of(o, own) for o, own in zip(output, y, strict=True)])
     torch.testing.assert_close(trainer.losses_of(output, y), wanted, rtol=1e-10, atol=0, equal_nan=True)
     if loss == "cross_entropy":

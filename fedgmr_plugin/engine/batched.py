@@ -6,7 +6,7 @@ A GPU is idle for most of a small model's step. Stacked (`kernels.stacked`, or `
 model that is no plain stack), the step of n clients takes about as many kernel launches as that of one. Each
 client has its own weights, masks, momentum, batches and norms: the result is that of one after another up to
 rounding, and the same bits whenever the same clients train together on the same device, if torch's kernels
-there are deterministic. Random layers draw once for the group.
+there are deterministic. Random layers draw for each client, from one seed for the group.
 
 On a CPU it is slower than one client after another (benchmarks/NOTES.md).
 """
@@ -155,7 +155,7 @@ class _Group:
         with isolated_rng(derive(training.plan.seed, "training", first.client, first.count)):
             for together in zip(*batches, strict=True):
                 if steps:
-                    drift_n += _distance_sq(leaves, start)
+                    drift_n += _drift_sq(leaves, start)
                 x, y = (torch.stack(part).to(trainer.device) for part in zip(*together, strict=True))
                 for leaf in leaves:
                     leaf.grad = None
@@ -238,7 +238,7 @@ def _norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1) if x.dim() > 1 else x.abs()
 
 
-def _distance_sq(x: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
+def _drift_sq(x: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
     """||x_k - x_0||^2 of each client over all parameters, float64 [n]."""
     moved = [part for parameter in x for part in parameter.detach().unbind()]
     since = [part for parameter in start for part in parameter.unbind()]

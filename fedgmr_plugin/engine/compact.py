@@ -91,7 +91,7 @@ class Leaf:
         tensor: what the optimizer steps: `parameter`, or its values on S.
         start: `tensor` at x_0.
         mask: for a masked whole parameter of the CPU, bool of its shape.
-        hole: for one elsewhere, what its mask lacks.
+        hole: for one on another device, what its mask lacks, bool of its shape.
         index_S: for values on S, their coordinates in the flattened parameter, increasing.
         private: nobody but its layers looks at the parameter before training ends.
         version: of the parameter's memory, when it last held what `tensor` does.

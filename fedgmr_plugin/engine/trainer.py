@@ -175,7 +175,8 @@ class BuiltinTrainer:
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Metrics:
         model.eval()
         total = 0
-        losses, found, labelled = [], [], []  # on the device: nobody waits for them between batches
+        losses, found = [], []  # on the device, where nobody waits for them between batches
+        labelled = []
         with fast_formats(model):
             for x, y in batches:
                 x, y = x.to(self.device), y.to(self.device)
@@ -194,7 +195,7 @@ class BuiltinTrainer:
         return Metrics(correct / sum(labelled), loss_sum / sum(labelled), total)
 
     def _found(self, output: Tensor, y: Tensor) -> Tensor:
-        """How many labels are among the highest scores."""
+        """How many labels y [b, ...] are among the highest scores of `output` [b, classes, ...]; int64 []."""
         if self.top_k == 1:
             return (output.argmax(dim=1) == y).sum()
         highest = output.topk(min(self.top_k, output.shape[1]), dim=1).indices
@@ -249,7 +250,7 @@ def told(x: Tensor, y: Tensor) -> Iterator[None]:
 
 
 def shapes_of(x: Tensor, y: Tensor) -> str:
-    """A batch, for an error's message."""
+    """Types and shapes of a batch x [b, ...], y [b, ...], for an error's message."""
     return ", ".join(f"{n} {str(t.dtype)[6:]} {list(t.shape)}" for n, t in (("x", x), ("y", y)))
 
 

@@ -27,7 +27,7 @@ def blocks(start: int, stop: int, like: Tensor) -> Iterator[slice]:
 
 
 def sum_sq(v: Tensor, base: Tensor | None = None, parts: Sequence[slice] = (slice(None),)) -> float:
-    """||v||^2 or ||v - base||^2 over `parts`; differences in their type, squares and their sum in float64."""
+    """||v||^2 or ||v - base||^2 over `parts` of vectors; differences in their type, the rest in float64."""
     sums = []
     for part in parts:
         for at in blocks(*part.indices(v.numel())[:2], v):
